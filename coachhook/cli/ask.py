@@ -1,0 +1,173 @@
+"""``coachhook generate`` and ``coachhook eval``: ask the edited model, and measure it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coachhook.cli.common import (
+    InputError,
+    add_command,
+    add_facts,
+    checking,
+    emit,
+    open_model,
+    positive_int,
+    read_requests,
+    show,
+)
+
+_EVAL = """\
+Asks the edited model for every fact of FACTS, its paraphrases and its neighbours, and the same
+model with the edits off, in one run. Three families of numbers, never mixed:
+  teacher_forced  EasyEdit's token-level definitions, comparable with papers, but optimistic
+  probability     CounterFact's ES, PS, NS: is the new answer more likely than the old one
+  generated       greedy decoding with KV cache and natural stop: what a user sees
+"""
+
+
+def register(commands: Any) -> None:
+    """Adds the commands."""
+    parser = add_command(commands, "generate", "ask the edited model")
+    parser.add_argument("model", metavar="MODEL", help="local folder or hub name")
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument(
+        "--edits", required=True, type=Path, metavar="EDITS", help="folder written by `edit`"
+    )
+    parser.add_argument("--max-new-tokens", type=positive_int, default=30, metavar="N")
+    parser.add_argument(
+        "--compare", action="store_true", help="show the unedited model's answer beside it"
+    )
+    parser.set_defaults(run=run_generate)
+
+    parser = add_command(commands, "eval", "measure what changed and what did not", _EVAL)
+    parser.add_argument("model", metavar="MODEL", help="local folder or hub name")
+    add_facts(parser)
+    parser.add_argument(
+        "--edits", required=True, type=Path, metavar="EDITS", help="folder written by `edit`"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=30,
+        metavar="N",
+        help="limit of a continuation, the same for all prompts (default: 30)",
+    )
+    parser.add_argument(
+        "--oracle",
+        action="store_true",
+        help="also the optimised targets patched in alone: what no such edit can exceed",
+    )
+    parser.set_defaults(run=run_eval)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """Greedy continuations of the edited model."""
+    from coachhook.editing import attach
+
+    with checking():
+        if not all(prompt.strip() for prompt in args.prompts):
+            raise InputError("prompts must not be empty")
+        model, tokenizer = open_model(args)
+        check_window(model, tokenizer, args.prompts)
+        handle = attach(model, args.edits)
+    with handle:
+        edited = continuations(model, tokenizer, args.prompts, args.max_new_tokens)
+        rows = [{"prompt": p, "edited": e} for p, e in zip(args.prompts, edited, strict=True)]
+        if args.compare:
+            with handle.disabled():
+                plain = continuations(model, tokenizer, args.prompts, args.max_new_tokens)
+            for row, text in zip(rows, plain, strict=True):
+                row["unedited"] = text
+    if args.json:
+        emit(rows)
+        return 0
+    for row in rows:
+        show(row["prompt"])
+        if args.compare:
+            show(f"  unedited: {one_line(row['unedited'])}")
+            show(f"  edited:   {one_line(row['edited'])}")
+        else:
+            show(f"  {one_line(row['edited'])}")
+    return 0
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """The metrics of ``coachhook.evaluation``, before and after."""
+    from coachhook.editing import attach
+    from coachhook.evaluation import evaluate, render_evaluation
+
+    with checking():
+        requests = read_requests(args)
+        model, tokenizer = open_model(args)
+        handle = attach(model, args.edits)
+    with handle:
+        result = evaluate(
+            model,
+            tokenizer,
+            requests,
+            hooks=handle.hooks,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+        )
+        if args.oracle:
+            result["oracle"] = _oracle(args, model, tokenizer, handle, requests)
+    if args.json:
+        emit(result)
+        return 0
+    show(render_evaluation(result))
+    if args.oracle:
+        best = result["oracle"]
+        generality = best["generality"]
+        show(
+            f"\noracle (teacher-forced): reliability {best['reliability']:.3f}, generality "
+            + ("-" if generality is None else f"{generality:.3f}")
+        )
+    return 0
+
+
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations as text."""
+    from coachhook.evaluation.scoring import decode_each, encode_prompts, greedy
+    from coachhook.models import describe
+
+    found = greedy(
+        model,
+        tokenizer,
+        encode_prompts(tokenizer, prompts),
+        max_new_tokens=max_new_tokens,
+        max_positions=describe(model).max_positions,
+    )
+    return decode_each(tokenizer, found)
+
+
+def one_line(text: str) -> str:
+    """Text for a line of a terminal: white space of any kind becomes one blank."""
+    return " ".join(text.split())
+
+
+def check_window(model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
+    """Refuses prompts that leave no room in the context window.
+
+    Raises:
+        InputError: naming every such prompt.
+    """
+    from coachhook.models import describe
+
+    window = describe(model).max_positions
+    if window is None:
+        return
+    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    bad = [
+        f"  {n} tokens: {p[:60]!r}..." for p, n in zip(prompts, lengths, strict=True) if n >= window
+    ]
+    if bad:
+        raise InputError(
+            f"prompts must be shorter than the context window of {window} tokens, got\n"
+            + "\n".join(bad)
+        )

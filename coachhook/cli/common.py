@@ -1,0 +1,177 @@
+"""What the commands share: arguments, checks of input, output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coachhook.errors import CoachhookError
+
+if TYPE_CHECKING:
+    from coachhook.editing import EditRequest
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+class InputError(Exception):
+    """Bad input found before anything was changed: exit status 2."""
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Turns errors raised while input is loaded and checked into :class:`InputError`."""
+    try:
+        yield
+    except (CoachhookError, ValueError, TypeError, OSError) as error:
+        raise InputError(str(error)) from error
+
+
+def log(message: str) -> None:
+    """Writes a message for people to stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit(value: Any) -> None:
+    """Writes the result of ``--json`` to stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+def show(text: str = "") -> None:
+    """Writes a result for people to stdout."""
+    print(text, flush=True)
+
+
+def positive_int(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def layer_list(text: str) -> list[int]:
+    """Argument type: layer indices such as ``0,1,2``."""
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be layer indices such as 0,1,2, got {text!r}"
+        ) from None
+    if min(layers) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text!r}")
+    return sorted(set(layers))
+
+
+def add_command(
+    commands: Any, name: str, help: str, description: str | None = None, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """Adds a subcommand that has ``--json``, ``--device`` and ``--dtype``."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=description or help,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument(
+        "--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="number format of the model's weights (default: auto, as the model's files say)",
+    )
+    return parser
+
+
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    """Adds FACTS and what belongs to it."""
+    parser.add_argument(
+        "facts",
+        metavar="FACTS",
+        help="JSON or JSON Lines: CounterFact, EasyEdit's flat records, zsRE (MEND), or "
+        '{"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}',
+    )
+    parser.add_argument(
+        "--format",
+        choices=("counterfact", "flat", "zsre", "own"),
+        help="format of FACTS (default: recognised)",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="use the first N records only"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="report bad records and go on without them"
+    )
+
+
+def read_requests(args: argparse.Namespace) -> list[EditRequest]:
+    """The facts of a command; every bad record is named, and refused unless ``--skip-bad``."""
+    from coachhook.evaluation.datasets import bad_records, read_facts
+
+    facts = read_facts(args.facts, args.format)
+    for line in facts.warnings:
+        log(f"warning: {args.facts}: {line}")
+    if facts.problems and not args.skip_bad:
+        raise InputError(
+            f"{bad_records(args.facts, facts)}\n"
+            "nothing was changed; correct the file, or leave these records out with --skip-bad"
+        )
+    for line in facts.problems:
+        log(f"left out: {args.facts}: {line}")
+    if not facts.requests:
+        raise InputError(f"{args.facts} holds no good record")
+    return facts.requests[: args.limit]
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and tokenizer of a command, checked for NaN and infinite weights."""
+    quiet_transformers()
+    from coachhook.models import check_finite, load_model
+
+    model, tokenizer = load_model(
+        args.model, device=args.device, dtype=None if args.dtype == "auto" else args.dtype
+    )
+    check_finite(model)
+    return model, tokenizer
+
+
+def quiet_transformers() -> None:
+    """Leaves stderr to this program's own messages."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def check_output(path: Path, *, resume: bool = False) -> bool:
+    """Whether ``--out`` already holds a finished folder; refuses one that cannot be used.
+
+    Raises:
+        InputError: it holds a finished folder and ``resume`` is off.
+        ValueError: it is a file, holds files that are not ours, or cannot be written.
+    """
+    from coachhook.store import check_writable
+    from coachhook.store.folders import MANIFEST, current_folder
+
+    check_writable(path)
+    finished = (current_folder(path) / MANIFEST).is_file()
+    if finished and not resume:
+        raise InputError(
+            f"--out must be a new or empty folder, got a finished one at {path}; choose another "
+            "name, delete it, or go on with it (--resume)"
+        )
+    return finished
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Consecutive slices of ``size`` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

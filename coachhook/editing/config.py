@@ -1,0 +1,214 @@
+"""The settings of an edit, and the two presets: ours and the published one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from coachhook.editing.prompts import check_contexts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCOPES = ("sequence", "prefix", "population", "membership")
+STORAGES = ("auto", "dense", "factored")
+KEY_POOLINGS = ("mean", "each")
+
+# Sentence openings that shift the subject away from the start of the text, as MEMIT's sampled
+# prefixes do (Meng et al. 2023, section 4.3), but the same in every run.
+DEFAULT_CONTEXTS = ("{}", "The book is old. {}", "In the news today: {}", "As people say, {}")
+PAPER_CONTEXTS = (
+    "{}",
+    "The old man went to the market in the morning. {}",
+    "Therefore, it is often said in this part of the country. {}",
+    "Because the weather was fine, they stayed outside. {}",
+    "I think that we have seen this before. {}",
+    "You can read about it in many books. {}",
+)
+# (model_type, blocks) -> (Adam forwards, prior weight) of the published experiments.
+_PAPER_SETTINGS = {("gpt2", 48): (20, 15000.0), ("gptj", 28): (25, 15000.0)}
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """How facts are written. Make one with :meth:`for_model` or :meth:`paper`.
+
+    Args:
+        layers: indices of the blocks whose down-projection is edited, ascending.
+        covariance_weight: lambda, the weight of the mean key covariance in the prior
+            ``C0 = lambda Cov`` (MEMIT, Meng et al. 2023, equation 15).
+        alpha: threshold of the gate: a z-score, or a coefficient for the membership scope. Where it
+            is a z-score it falls with the batches, see :class:`~coachhook.editing.Editor`.
+        scope: "sequence" (the paper), "prefix", "population" or "membership".
+        include_padding: whether padding enters the sequence statistics, as in the published code.
+        contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``.
+        key_pooling: "mean" takes one key for each request, half of it from the bare prompt and half
+            from the mean over the other contexts (the published code); "each" keeps every context's
+            key.
+        correction: for the membership scope, "own" adds the target of the edit that fired, "sum"
+            the whole ``Delta x``.
+        target_steps: most forwards of the optimisation of one target; one Adam step fewer.
+        target_lr: Adam's learning rate.
+        target_loss_layer: block whose output the target's likelihood is read from; None is the last.
+        target_weight_decay: weight of ``||delta|| / ||h||^2``.
+        target_clamp: largest ``||delta|| / ||h||``.
+        target_kl: weight of the drift ``KL(p || p_0)`` on "{subject} is a".
+        target_stop: a request stops when its loss is below this.
+        storage: "dense", "factored", or "auto" (factored while it is cheaper).
+        max_rank: largest rank of a factored correction; above it storage is dense. None is the
+            break-even.
+        max_keys: keys kept beside the prior before the oldest are folded into it; None is the
+            memory's own rule. Not for the membership scope, which needs all keys.
+        false_fire: for the population scope, the share of unrelated tokens that may fire; alpha
+            does not fall below the score that goes with it.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    layers: Sequence[int]
+    covariance_weight: float = 15.0
+    alpha: float = 0.65
+    scope: str = "membership"
+    include_padding: bool = False
+    contexts: Sequence[str] = DEFAULT_CONTEXTS
+    key_pooling: str = "each"
+    correction: str = "own"
+    target_steps: int = 60
+    target_lr: float = 0.5
+    target_loss_layer: int | None = None
+    target_weight_decay: float = 0.5
+    target_clamp: float = 20.0
+    target_kl: float = 0.0
+    target_stop: float = 0.05
+    storage: str = "auto"
+    max_rank: int | None = None
+    max_keys: int | None = None
+    false_fire: float = 1e-3
+
+    def __post_init__(self) -> None:
+        layers = tuple(self.layers)
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise ValueError(
+                "EditConfig: layers must be ascending indices without repeats, "
+                f"got {self.layers!r}"
+            )
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "contexts", check_contexts(self.contexts))
+        for name, allowed in (
+            ("scope", SCOPES),
+            ("storage", STORAGES),
+            ("key_pooling", KEY_POOLINGS),
+            ("correction", ("own", "sum")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"EditConfig: {name} must be one of {', '.join(allowed)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in ("covariance_weight", "target_lr", "target_clamp", "target_steps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"EditConfig: {name} must be positive, got {getattr(self, name)!r}"
+                )
+        for name in ("target_weight_decay", "target_kl", "target_stop"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"EditConfig: {name} must not be negative, got {getattr(self, name)!r}"
+                )
+        for name in ("max_rank", "max_keys"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"EditConfig: {name} must be at least 1 or None, got {value!r}")
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **overrides: Any) -> EditConfig:
+        """The default preset for ``model``; see ``docs/quality.md`` for what it was chosen by.
+
+        Args:
+            model: a transformers causal language model.
+            overrides: fields to set otherwise.
+
+        Raises:
+            UnsupportedModelError: nothing editable was found.
+            ValueError: a layer index is out of range, or a field is.
+        """
+        return _checked(model, {"layers": None, **overrides}, cls)
+
+    @classmethod
+    def paper(cls, model: nn.Module, **overrides: Any) -> EditConfig:
+        """The published algorithm and hyper-parameters (CoachHooK, EMNLP 2024).
+
+        Every layer's gate is a z-score over the padded sequence, keys are averaged over contexts,
+        the residual is divided by the number of layers still to come.
+
+        Args:
+            model: a transformers causal language model.
+            overrides: fields to set otherwise.
+
+        Raises:
+            UnsupportedModelError: nothing editable was found.
+            ValueError: a layer index is out of range, or a field is.
+        """
+        config: Any = model.config
+        key = (config.model_type, getattr(config, "num_hidden_layers", 0))
+        steps, weight = _PAPER_SETTINGS.get(key, (25, 15000.0))
+        preset: dict[str, Any] = {
+            "layers": None,
+            "covariance_weight": weight,
+            "alpha": 2.2,
+            "scope": "sequence",
+            "include_padding": True,
+            "contexts": PAPER_CONTEXTS,
+            "key_pooling": "mean",
+            "correction": "sum",
+            "target_steps": steps,
+            "target_lr": 0.5,
+            "target_weight_decay": 0.5,
+            "target_clamp": 0.75,
+            "target_kl": 0.0625,
+            "target_stop": 0.05,
+        }
+        return _checked(model, {**preset, **overrides}, cls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> EditConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field is unknown or missing.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(record) - known)
+        if unknown or "layers" not in record:
+            what = f"unknown {', '.join(unknown)}" if unknown else "no layers"
+            raise ValueError(f"EditConfig: fields must be those of this version, got {what}")
+        return cls(**record)
+
+    def with_(self, **changes: Any) -> EditConfig:
+        """A copy with other values for some fields."""
+        return replace(self, **changes)
+
+
+def _checked(model: nn.Module, values: dict[str, Any], cls: type[EditConfig]) -> EditConfig:
+    from coachhook.models import describe
+
+    description = describe(model)
+    if values["layers"] is None:
+        values["layers"] = description.default_layers()
+    config = cls(**values)
+    for layer in config.layers:
+        description.layer(layer)
+    if config.target_loss_layer is not None:
+        description.layer(config.target_loss_layer)
+        if config.target_loss_layer < config.layers[-1]:
+            raise ValueError(
+                "EditConfig: target_loss_layer must not lie below the last edited layer "
+                f"{config.layers[-1]}, got {config.target_loss_layer}"
+            )
+    return config

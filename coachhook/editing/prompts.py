@@ -1,0 +1,133 @@
+"""Where the subject is: context templates, tokenisation and the last subject token.
+
+The position that carries a fact is the last token of its subject (the "lookup" token of ROME and
+MEMIT, Meng et al. 2022, 2023). It is found from the character offsets a fast tokenizer gives, so
+that a start token, padding on either side, subjects of several tokens and a subject at the start of
+the sentence need no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.editing.requests import EditRequest
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A tokenised prompt.
+
+    Args:
+        ids: token ids, special tokens of the tokenizer included.
+        lookup: index in ``ids`` of the last subject token.
+    """
+
+    ids: list[int]
+    lookup: int
+
+
+def check_contexts(contexts: Iterable[str]) -> tuple[str, ...]:
+    """Checks context templates: one ``{}`` each, the first of them bare.
+
+    Raises:
+        ValueError: there is none, the first is not ``"{}"``, or one lacks exactly one ``{}``.
+    """
+    checked = tuple(contexts)
+    if not checked or checked[0] != "{}":
+        raise ValueError(f"EditConfig: contexts must start with '{{}}', got {checked!r}")
+    for context in checked:
+        if context.count("{}") != 1:
+            raise ValueError(
+                f"EditConfig: contexts must have exactly one '{{}}' each, got {context!r}"
+            )
+    return checked
+
+
+def last_subject_token(
+    tokenizer: Any, text: str, span: tuple[int, int], ids: list[int], offsets: list[tuple[int, int]]
+) -> int:
+    """Index of the last token that holds a character of ``text[span[0]:span[1]]``.
+
+    Raises:
+        ValueError: no token covers the subject, or the token found does not decode to its end.
+    """
+    start, end = span
+    found = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
+    if not found:
+        raise ValueError(f"edit: subject must be covered by a token, got none in {text!r}")
+    index = found[-1]
+    a, b = offsets[index]
+    covered = text[max(a, start) : min(b, end)].strip()
+    decoded = tokenizer.decode([ids[index]]).strip()
+    # A token may hold only some bytes of a character, which decodes to the replacement sign.
+    if covered and "\ufffd" not in decoded and not (covered in decoded or decoded in covered):
+        raise ValueError(
+            f"edit: the token at the end of the subject must decode to {covered!r}, got "
+            f"{decoded!r} in {text!r}; the tokenizer's offsets do not match its tokens"
+        )
+    return index
+
+
+def encode(
+    tokenizer: Any, text: str, span: tuple[int, int], max_positions: int | None = None
+) -> EncodedPrompt:
+    """Tokenises ``text`` and finds the last token of the subject at ``span``.
+
+    Raises:
+        TypeError: the tokenizer gives no character offsets (it is not a fast one).
+        ValueError: the subject is not covered, or the text is longer than ``max_positions``.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise TypeError(
+            "edit: tokenizer must give character offsets, got "
+            f"{type(tokenizer).__name__}; load it with use_fast=True"
+        )
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
+    if max_positions is not None and len(ids) > max_positions:
+        raise ValueError(
+            f"edit: prompt must fit the context window of {max_positions} tokens, got {len(ids)}"
+            f" tokens in {text[:60]!r}..."
+        )
+    lookup = last_subject_token(tokenizer, text, span, ids, encoded["offset_mapping"])
+    return EncodedPrompt(ids, lookup)
+
+
+def encode_in_context(
+    tokenizer: Any, request: EditRequest, context: str, max_positions: int | None = None
+) -> EncodedPrompt:
+    """The request's prompt set into ``context`` (a template with one ``{}``)."""
+    head, tail = context.split("{}")
+    start, end = request.subject_span
+    text = f"{head}{request.text}{tail}"
+    return encode(tokenizer, text, (start + len(head), end + len(head)), max_positions)
+
+
+def encode_target(tokenizer: Any, target: str) -> list[int]:
+    """Token ids of ``" " + target`` without special tokens.
+
+    Raises:
+        ValueError: the target gives no token.
+    """
+    ids = list(tokenizer(" " + target.strip(), add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise ValueError(f"edit: target_new must give at least one token, got {target!r}")
+    return ids
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pads token lists at the right: ids and attention mask, both int64 ``[B, T]``."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)

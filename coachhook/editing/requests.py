@@ -1,0 +1,103 @@
+"""What a user asks for: one fact to rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write into a model.
+
+    Args:
+        prompt: text that the fact completes. Either a template with exactly one ``{}`` where the
+            subject goes ("The capital of {} is"), or plain text that contains the subject.
+        subject: the entity the fact is about ("France").
+        target_new: the completion wanted after the edit ("Lyon"), without a leading space.
+        target_true: the completion before the edit, when known; used by metrics only.
+        paraphrases: other complete prompts (no ``{}``) that should give ``target_new``.
+        neighborhood: complete prompts about other subjects, whose answers should not change.
+        neighborhood_targets: expected answers of ``neighborhood``, one each, or empty for
+            ``target_true`` throughout.
+        id: any identifier; kept in saved edits.
+
+    Raises:
+        TypeError: a field is of the wrong type.
+        ValueError: a field is empty, ``prompt`` has more than one ``{}``, or it has none and does
+            not contain ``subject``.
+    """
+
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    paraphrases: Sequence[str] = ()
+    neighborhood: Sequence[str] = ()
+    neighborhood_targets: Sequence[str] = ()
+    id: str | int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(
+                    f"EditRequest: {name} must be a string, got {type(value).__name__}"
+                )
+            if not value.strip():
+                raise ValueError(f"EditRequest: {name} must not be empty, got {value!r}")
+        if self.target_true is not None and not isinstance(self.target_true, str):
+            raise TypeError(
+                "EditRequest: target_true must be a string or None, got "
+                f"{type(self.target_true).__name__}"
+            )
+        for name in ("paraphrases", "neighborhood", "neighborhood_targets"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+                raise TypeError(f"EditRequest: {name} must be a list of strings, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        if self.neighborhood_targets and len(self.neighborhood_targets) != len(self.neighborhood):
+            raise ValueError(
+                "EditRequest: neighborhood_targets must be empty or match neighborhood "
+                f"({len(self.neighborhood)}), got {len(self.neighborhood_targets)}"
+            )
+        slots = self.prompt.count("{}")
+        if slots > 1:
+            raise ValueError(
+                f"EditRequest: prompt must have exactly one '{{}}', got {slots} in {self.prompt!r}"
+            )
+        if slots == 0 and self.subject not in self.prompt:
+            raise ValueError(
+                "EditRequest: prompt must have a '{}' or contain the subject "
+                f"{self.subject!r}, got {self.prompt!r}"
+            )
+
+    @property
+    def template(self) -> str:
+        """The prompt with exactly one ``{}``; a literal subject is replaced at its last place."""
+        if "{}" in self.prompt:
+            return self.prompt
+        head, tail = self.prompt.rsplit(self.subject, 1)
+        return f"{head}{{}}{tail}"
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.template.replace("{}", self.subject)
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """Character offsets ``(start, end)`` of the subject in :attr:`text`."""
+        start = self.template.index("{}")
+        return start, start + len(self.subject)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON-ready values; empty fields are left out."""
+        record = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items() if v}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> EditRequest:
+        """The inverse of :meth:`to_dict`."""
+        return cls(**record)

@@ -1,0 +1,315 @@
+"""The targets v*: what the last edited block should say at the last subject token.
+
+For a request with prompt ``p``, subject ``s`` and target ``o`` the state ``h`` of the last edited
+block at the last token of ``s`` is replaced by ``v* = h + delta`` with
+
+    delta = argmin  mean over contexts of -log P(o | context(p))
+                    + kl KL(P(. | "s is a") || P_0(. | "s is a")) + decay ||delta|| / ||h||^2
+
+(MEMIT, Meng et al. 2023, equation 16, with the divergence, the decay and the clamp of its published
+code). Requests do not share parameters, so all of a batch are optimised in one Adam run: their losses
+are summed, the gradient of each reaches its own ``delta`` only, and a request that has converged
+leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coachhook.editing.config import EditConfig
+from coachhook.editing.prompts import (
+    EncodedPrompt,
+    encode,
+    encode_in_context,
+    encode_target,
+    pad_right,
+)
+from coachhook.editing.requests import EditRequest
+from coachhook.editing.suffix import Captured, Suffix
+from coachhook.models import ModelDescription
+
+KL_PROMPT = "{} is a"
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A request's token ids.
+
+    Attributes:
+        contexts: the prompt in each context, bare first, without the target.
+        target: ids of the target.
+        essence: "{subject} is a", whose next-token distribution should not drift.
+    """
+
+    contexts: list[EncodedPrompt]
+    target: list[int]
+    essence: EncodedPrompt
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Optimised targets of a batch of k requests.
+
+    Attributes:
+        values: v* as columns ``[d, k]``, compute dtype.
+        deltas: v* - h as columns ``[d, k]``.
+        losses: last loss of each request.
+        converged: whether the target is the model's answer with v* put in, in the bare prompt.
+        steps: Adam steps taken for each request.
+    """
+
+    values: Tensor
+    deltas: Tensor
+    losses: list[float]
+    converged: list[bool]
+    steps: list[int]
+
+
+def encode_requests(
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    max_positions: int | None,
+) -> list[EncodedRequest]:
+    """Tokenises all prompts of a batch and locates the subject in each.
+
+    Raises:
+        ValueError: a subject is not covered by a token, a target gives none, or a prompt with its
+            target does not fit the context window; the message names the request.
+    """
+    encoded = []
+    for number, request in enumerate(requests):
+        try:
+            target = encode_target(tokenizer, request.target_new)
+            room = None if max_positions is None else max_positions - len(target) + 1
+            start = KL_PROMPT.index("{}")
+            encoded.append(
+                EncodedRequest(
+                    [encode_in_context(tokenizer, request, c, room) for c in contexts],
+                    target,
+                    encode(
+                        tokenizer,
+                        KL_PROMPT.replace("{}", request.subject),
+                        (start, start + len(request.subject)),
+                        max_positions,
+                    ),
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} (request {number}: {request.text!r})") from error
+    return encoded
+
+
+@dataclass
+class _Problem:
+    """A chunk of requests, ``group`` rows each: its contexts, then the essence prompt if wanted."""
+
+    captured: Captured
+    lookup: Tensor  # [R]
+    target: Tensor  # [R, T], the id that follows each position or -100
+    group: int
+    contexts: int
+
+    def select(self, requests: Tensor) -> _Problem:
+        offsets = torch.arange(self.group, device=requests.device)
+        rows = (requests[:, None] * self.group + offsets).flatten()
+        return _Problem(
+            self.captured.select(rows),
+            self.lookup[rows],
+            self.target[rows],
+            self.group,
+            self.contexts,
+        )
+
+
+def _problem(
+    suffix: Suffix, requests: Sequence[EncodedRequest], with_kl: bool, pad_id: int, device: Any
+) -> _Problem:
+    rows: list[list[int]] = []
+    lookups: list[int] = []
+    spans: list[tuple[int, list[int]]] = []
+    for request in requests:
+        for prompt in request.contexts:
+            rows.append(prompt.ids + request.target[:-1])
+            lookups.append(prompt.lookup)
+            spans.append((len(prompt.ids) - 1, request.target))
+        if with_kl:
+            rows.append(request.essence.ids)
+            lookups.append(request.essence.lookup)
+            spans.append((0, []))
+    ids, mask = pad_right(rows, pad_id, device)
+    target = torch.full_like(ids, -100)
+    for row, (start, tokens) in enumerate(spans):
+        target[row, start : start + len(tokens)] = torch.tensor(tokens, device=ids.device)
+    contexts = len(requests[0].contexts)
+    return _Problem(
+        suffix.capture(ids, mask),
+        torch.tensor(lookups, device=ids.device),
+        target,
+        contexts + int(with_kl),
+        contexts,
+    )
+
+
+@dataclass
+class _Losses:
+    total: Tensor  # [k], differentiable
+    correct: Tensor  # [k] bool: the target is the answer to the bare prompt
+    essence: Tensor | None  # [k, V] log-probabilities
+
+
+def _losses(
+    suffix: Suffix,
+    problem: _Problem,
+    delta: Tensor,
+    start_norm: Tensor,
+    essence_start: Tensor | None,
+    config: EditConfig,
+) -> _Losses:
+    base = problem.captured.hidden
+    rows = torch.arange(base.shape[0], device=base.device)
+    moved = base[rows, problem.lookup].to(delta.dtype) + delta.repeat_interleave(problem.group, 0)
+    hidden = base.index_put((rows, problem.lookup), moved.to(base.dtype))
+    at_loss, final = suffix.run(problem.captured, hidden, config.target_loss_layer)
+
+    row, column = (problem.target >= 0).nonzero(as_tuple=True)
+    wanted = problem.target[row, column]
+    log_probs = suffix.log_probs(at_loss[row, column])
+    chosen = log_probs.gather(1, wanted[:, None])[:, 0]
+    count = (problem.target >= 0).sum(1).clamp_min(1)
+    nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
+    nll = nll.view(-1, problem.group)[:, : problem.contexts].mean(1)
+    wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
+    correct = wrong.view(-1, problem.group)[:, 0] == 0
+
+    total = nll + config.target_weight_decay * delta.norm(dim=1) / start_norm**2
+    essence = None
+    if problem.group > problem.contexts:
+        last = torch.arange(problem.contexts, len(rows), problem.group, device=rows.device)
+        essence = suffix.log_probs(final[last, problem.lookup[last]])
+        reference = essence.detach() if essence_start is None else essence_start
+        total = total + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
+    return _Losses(total, correct, essence)
+
+
+def _optimise_chunk(
+    suffix: Suffix, problem: _Problem, config: EditConfig, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden = problem.captured.hidden
+    bare = torch.arange(0, hidden.shape[0], problem.group, device=hidden.device)
+    start = hidden[bare, problem.lookup[bare]].to(dtype)
+    start_norm = start.norm(dim=1)
+    radius = config.target_clamp * start_norm
+    delta = torch.zeros_like(start, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=config.target_lr)
+
+    count = start.shape[0]
+    result = torch.zeros_like(start)
+    losses = torch.zeros(count, dtype=dtype, device=start.device)
+    converged = torch.zeros(count, dtype=torch.bool, device=start.device)
+    steps = torch.full((count,), config.target_steps - 1, device=start.device)
+    active = torch.arange(count, device=start.device)
+    running = problem
+    essence_start: Tensor | None = None
+
+    for step in range(config.target_steps):
+        reference = None if essence_start is None else essence_start[active]
+        with torch.enable_grad():
+            now = _losses(suffix, running, delta[active], start_norm[active], reference, config)
+            gradient = torch.autograd.grad(now.total.sum(), delta)[0]
+        if essence_start is None and now.essence is not None:
+            essence_start = now.essence.detach()
+        result[active] = delta.detach()[active]
+        losses[active] = now.total.detach().to(dtype)
+        converged[active] = now.correct
+        stopped = now.total.detach() < config.target_stop
+        steps[active[stopped]] = step
+        if stopped.any():
+            active = active[~stopped]
+            if not len(active):
+                break
+            running = problem.select(active)
+        if step == config.target_steps - 1:
+            break
+        delta.grad = gradient
+        optimiser.step()
+        with torch.no_grad():
+            norm = delta.norm(dim=1)
+            outside = norm > radius
+            delta[outside] *= (radius / norm)[outside, None]
+    return start, result, losses, converged, steps
+
+
+def optimise_targets(
+    model: nn.Module,
+    description: ModelDescription,
+    encoded: Sequence[EncodedRequest],
+    config: EditConfig,
+    *,
+    pad_id: int,
+    max_tokens: int = 16384,
+) -> Targets:
+    """Finds v* of every request, with the hooks of the model as they are.
+
+    Args:
+        model: the model, hooks of earlier batches validated.
+        description: its description.
+        encoded: the k requests.
+        config: contexts, step count, learning rate and penalties.
+        pad_id: id used for padding.
+        max_tokens: most padded tokens differentiated at once; bounds the memory.
+
+    Returns:
+        The targets, in the order of the requests. Computed in float32, or float64 where the model
+        is; the network itself runs in its own dtype.
+
+    Raises:
+        ValueError: a loss is not finite (the model gives NaN or infinite logits).
+    """
+    suffix = Suffix(model, description, config.layers[-1])
+    parameter = next(model.parameters())
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    parts = []
+    # With padding in the gate's statistics a state depends on what it is padded with; the published
+    # code optimises one request at a time.
+    for chunk in _chunks(encoded, max_tokens, single=config.include_padding):
+        problem = _problem(
+            suffix, [encoded[i] for i in chunk], config.target_kl > 0, pad_id, parameter.device
+        )
+        parts.append(_optimise_chunk(suffix, problem, config, dtype))
+    start, delta, losses, converged, steps = (torch.cat(p) for p in zip(*parts, strict=True))
+    if not torch.isfinite(losses).all():
+        bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+        raise ValueError(
+            f"edit: the model's likelihood of the target must be finite, got NaN or infinity for "
+            f"requests {bad}; check the weights, or load the model in bfloat16 or float32"
+        )
+    return Targets(
+        (start + delta).T.contiguous(),
+        delta.T.contiguous(),
+        losses.tolist(),
+        converged.tolist(),
+        steps.tolist(),
+    )
+
+
+def _chunks(
+    encoded: Sequence[EncodedRequest], max_tokens: int, *, single: bool
+) -> list[list[int]]:
+    chunks: list[list[int]] = []
+    width = 0
+    for i, request in enumerate(encoded):
+        rows = len(request.contexts) + 1
+        longest = max(len(p.ids) for p in request.contexts) + len(request.target)
+        fits = chunks and (len(chunks[-1]) + 1) * rows * max(width, longest) <= max_tokens
+        if single or not fits:
+            chunks.append([])
+            width = 0
+        chunks[-1].append(i)
+        width = max(width, longest)
+    return chunks

@@ -1,0 +1,176 @@
+"""What the hooked layers of a model know of the forward they are part of.
+
+Two hooks on the instance of the base model read its arguments, so that the padding mask and the KV
+cache reach every layer without the user passing them on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from coachhook.hooks.cache_state import GateState, follow, is_cache, state_of
+
+GateRecord = tuple[int, Tensor, Tensor]
+
+
+class GateContext:
+    """State of the running forward, shared by the hooked layers of one model.
+
+    Attributes:
+        shape: ``(B, T)`` of the forward's tokens, None outside of a forward of the base model.
+        mask: bool ``[B, T]``, True = real token, None where all are.
+        cu_seqlens: int32 boundaries of packed rows, set by ``HookSet.packed``.
+        disabled: depth of ``HookSet.disabled`` blocks.
+        sinks: lists that ``HookSet.record`` fills with (layer, z, fired).
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, int] | None = None
+        self.mask: Tensor | None = None
+        self.cu_seqlens: Tensor | None = None
+        self.packed_tokens = 0
+        self.disabled = 0
+        self.sinks: list[list[GateRecord]] = []
+        self._cache: Any = None
+        self._pending: GateState | None = None
+        self._cacheless = True
+        self._names: Sequence[str] = ()
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, base_model: nn.Module) -> None:
+        """Start reading the arguments of ``base_model``'s forward."""
+        self._names = tuple(inspect.signature(base_model.forward).parameters)
+        self._handles = [
+            base_model.register_forward_pre_hook(self.enter, with_kwargs=True),
+            base_model.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def release(self) -> None:
+        """Stop watching; safe to call again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the arguments of a forward that starts."""
+        self.leave(module, args, None)
+        if self.disabled:
+            return
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
+        if tokens is None:
+            tokens = given.get("inputs_embeds")
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            return
+        self.shape = (tokens.shape[0], tokens.shape[1])
+        self._cache = given.get("past_key_values")
+        self._cacheless = given.get("use_cache") is False and self._cache is None
+        if self.cu_seqlens is None:
+            self.mask = token_mask(given.get("attention_mask"), self.shape, self._cache)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
+        if self._pending is not None and output is not None:
+            cache = _returned_cache(output)
+            if cache is not None:
+                follow(cache, self._pending)
+        self.shape = self.mask = self._cache = self._pending = None
+        self._cacheless = True
+
+    def gate_state(self) -> GateState | None:
+        """Where this forward's statistics are kept; None where no cache will carry them on.
+
+        Raises:
+            TypeError: the cache is a legacy tuple, which cannot carry them.
+        """
+        if self.shape is None or self._cacheless or self.cu_seqlens is not None:
+            return None
+        if self._cache is None:
+            if self._pending is None:
+                self._pending = GateState()
+            return self._pending
+        if not is_cache(self._cache):
+            raise TypeError(
+                "forward: past_key_values must be a transformers Cache for the scopes 'sequence' "
+                f"and 'prefix', got {type(self._cache).__name__}; pass a DynamicCache, update "
+                "transformers, or use the scope 'population' or 'membership'"
+            )
+        state = state_of(self._cache)
+        if state is None:
+            state = GateState()
+            follow(self._cache, state)
+        return state
+
+    @property
+    def can_crop(self) -> bool:
+        """Whether the cache of this forward may be cropped later."""
+        return hasattr(self._cache, "crop")
+
+
+def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tensor | None:
+    """Mask ``[B, T]`` of the current tokens, True = real, from any form of attention mask.
+
+    A mask ``[B, K]`` covers cached and current tokens: the last T columns are taken. From a mask
+    ``[B, H, T, K]`` (bool, or 0 and a large negative number) or a dictionary of such, a token is
+    real where it may attend to itself. None means that every token is real.
+
+    Raises:
+        TypeError: a mask of another type, such as a compiled block mask.
+        ValueError: a mask that does not cover the current tokens.
+    """
+    rows, columns = shape
+    if isinstance(attention_mask, dict):
+        masks = [attention_mask.get("full_attention"), *attention_mask.values()]
+        attention_mask = next((mask for mask in masks if mask is not None), None)
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(
+            "forward: attention_mask must be a tensor to tell padding from text, got "
+            f"{type(attention_mask).__name__}; pass the mask [batch, tokens]"
+        )
+    if attention_mask.dim() == 4:
+        attention_mask = attention_mask[:, 0]
+    width = attention_mask.shape[-1]
+    if attention_mask.dim() not in (2, 3) or attention_mask.shape[0] not in (1, rows):
+        raise ValueError(
+            f"forward: attention_mask must be [{rows}, K] or [{rows}, heads, {columns}, K], got "
+            f"{list(attention_mask.shape)}"
+        )
+    if width < columns or (attention_mask.dim() == 3 and attention_mask.shape[1] != columns):
+        raise ValueError(
+            f"forward: attention_mask must cover the {columns} tokens of the input, got "
+            f"{list(attention_mask.shape)}"
+        )
+    if attention_mask.dim() == 2:
+        return (attention_mask[:, width - columns :] != 0).expand(rows, columns)
+    own = _own_column(attention_mask, columns, cache).expand(rows, columns)
+    if own.is_floating_point():
+        return own > torch.finfo(own.dtype).min / 2
+    return own != 0
+
+
+def _own_column(mask: Tensor, columns: int, cache: Any) -> Tensor:
+    past = cache.get_seq_length() if is_cache(cache) else 0
+    # A sliding window keeps the current tokens in its last columns, a preallocated cache behind
+    # what it holds.
+    last_start = mask.shape[-1] - columns
+    if isinstance(past, Tensor):
+        start = past.clamp(max=last_start)
+    else:
+        start = torch.tensor(min(past, last_start), device=mask.device)
+    index = start.to(mask.device) + torch.arange(columns, device=mask.device)
+    return mask.gather(-1, index.expand(mask.shape[0], columns)[..., None]).squeeze(-1)
+
+
+def _returned_cache(output: Any) -> Any:
+    values = [getattr(output, "past_key_values", None)]
+    if type(output) is tuple:
+        values = list(output)
+    return next((value for value in values if is_cache(value)), None)

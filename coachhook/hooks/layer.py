@@ -1,0 +1,393 @@
+"""A down-projection with a hook: the base module's output, corrected for the tokens that fire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from coachhook.hooks.cache_state import Chunk
+from coachhook.hooks.context import GateContext
+from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
+from coachhook.ops import (
+    Membership,
+    Population,
+    Prefix,
+    Sequence,
+    Ungated,
+    gate_scores,
+    hook_output,
+)
+
+State = Literal["off", "temporary", "validated"]
+ScopeKind = Literal["sequence", "prefix", "population", "membership"]
+_STATES = ("off", "temporary", "validated")
+_SCOPES = ("sequence", "prefix", "population", "membership")
+Scope = Sequence | Prefix | Population | Membership | Ungated
+
+
+@dataclass(frozen=True)
+class HookSnapshot:
+    """Everything that makes up a hook, made by :meth:`HookedLinear.snapshot`."""
+
+    stored: StoredHook
+    state: State
+    scope: ScopeKind
+    include_padding: bool
+
+
+class HookedLinear(nn.Module):
+    """Wraps a module that maps the last dimension linearly, ``P = x W0^T + b``, with a hook.
+
+        y = P + Delta x     where the gate fires (state "validated"), or everywhere ("temporary")
+        y = P               elsewhere, and everywhere in state "off" or without a Delta
+
+    The base module is called, never copied or changed; it may be an ``nn.Linear``, a ``Conv1D``, a
+    quantised or any other module. Parameters, buffers, submodules, ``state_dict`` and every other
+    attribute are the base's own, under the same names, as if the wrapper were not there. The
+    hook's buffers are not among them: they stay in the compute dtype (float32, or float64 for a
+    float64 model) when the model is cast, and move with it between devices.
+
+    Args:
+        base: the module to wrap.
+        in_features: n.
+        out_features: m.
+        index: index of the block it belongs to.
+        dtype: compute dtype of the hook, float32 or float64.
+        device: where the hook's buffers live.
+        context: what is known of the running forward; shared by the hooks of a model.
+
+    Attributes:
+        scope: what a token is judged against: ``"sequence"``, ``"prefix"``, ``"population"`` or
+            ``"membership"``.
+        include_padding: whether padding counts as text, as in the published code.
+    """
+
+    base: nn.Module
+    storage: HookStorage
+    context: GateContext
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        in_features: int,
+        out_features: int,
+        index: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        context: GateContext | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"HookedLinear: dtype must be float32 or float64, got {dtype}")
+        storage = HookStorage(in_features, out_features, dtype, torch.device(device or "cpu"))
+        # Sharing the registries makes the wrapper transparent; as plain attributes the base and
+        # the hook's buffers are registered nowhere a second time.
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = base.__dict__[registry]
+        self.__dict__["base"] = base
+        self.__dict__["storage"] = storage
+        self.training = base.training
+        self.in_features = in_features
+        self.out_features = out_features
+        self.index = index
+        self.context = context or GateContext()
+        self.scope: ScopeKind = "sequence"
+        self.include_padding = False
+        self._state: State = "off"
+
+    @property
+    def state(self) -> State:
+        """``"off"``, ``"temporary"`` (every token takes the hook) or ``"validated"`` (gated)."""
+        return self._state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        if state not in _STATES:
+            raise ValueError(f"state must be one of {', '.join(_STATES)}, got {state!r}")
+        self._state = state
+
+    @property
+    def alpha(self) -> float:
+        """Threshold of the gate; a token fires where ``z >= alpha``."""
+        return float(self.storage.alpha)
+
+    def set_alpha(self, alpha: float) -> None:
+        """Set the threshold in place; infinity never fires.
+
+        Raises:
+            ValueError: NaN, which would never fire and could not be lowered again.
+        """
+        value = float(alpha)
+        if value != value:
+            raise ValueError("set_alpha: alpha must be a number, got NaN")
+        self.storage.alpha.fill_(value)
+
+    @property
+    def population(self) -> tuple[float, float]:
+        """Mean and standard deviation the scope ``population`` judges by."""
+        return float(self.storage.mean), float(self.storage.std)
+
+    def set_scope(
+        self,
+        kind: ScopeKind,
+        include_padding: bool = False,
+        population: tuple[float, float] | None = None,
+    ) -> None:
+        """Choose what a token is judged against.
+
+        Args:
+            kind: ``"sequence"``: the tokens of its own sequence, and once a KV cache is in use, the
+                prompt, whose statistics are kept beside the cache from the first forward on;
+                ``"prefix"``: the tokens before it and itself; ``"population"``: a fixed mean and
+                standard deviation; ``"membership"``: which edit's key it matches (needs a pair).
+            include_padding: as in the published code, padding counts as text, may fire, and nothing
+                is kept for decoding: each forward is judged by itself.
+            population: (mean, standard deviation) of the norm over unrelated text, for
+                ``"population"``; what was set before stays if None.
+
+        Raises:
+            ValueError: unknown kind, or a standard deviation that is not positive and finite.
+        """
+        if kind not in _SCOPES:
+            raise ValueError(f"set_scope: kind must be one of {', '.join(_SCOPES)}, got {kind!r}")
+        if population is not None:
+            mean, std = (float(value) for value in population)
+            if not (abs(mean) < float("inf") and 0 < std < float("inf")):
+                raise ValueError(
+                    "set_scope: population must be a finite mean and a positive standard "
+                    f"deviation, got {population!r}"
+                )
+            self.storage.mean.fill_(mean)
+            self.storage.std.fill_(std)
+        self.scope = kind
+        self.include_padding = bool(include_padding)
+
+    @property
+    def storage_kind(self) -> Kind:
+        """``"empty"``, ``"dense"``, ``"factored"`` or ``"pair"``."""
+        return self.storage.kind
+
+    @property
+    def rank(self) -> int:
+        """Rows of the factor or pair in use, 0 when empty; min(m, n) for a dense Delta."""
+        if self.storage.kind == "dense":
+            return min(self.in_features, self.out_features)
+        return self.storage.rank
+
+    def delta(self) -> Tensor:
+        """A copy of Delta ``[m, n]`` in the compute dtype; zeros when empty."""
+        return self.storage.delta()
+
+    def set_delta(self, delta: Tensor) -> None:
+        """Store ``Delta [m, n]`` densely, copied into the hook's buffers.
+
+        Raises:
+            TypeError: not a floating-point tensor.
+            ValueError: another shape, NaN or infinity, or rows were reserved for factors.
+        """
+        self.storage.set_dense(delta)
+
+    def set_factored(self, q: Tensor, s: Tensor) -> None:
+        """Store ``Delta = Q S``, copied: Q ``[m, r]`` with orthonormal columns, S ``[r, n]``.
+
+        Raises:
+            TypeError: not floating-point tensors.
+            ValueError: shapes that do not fit, NaN or infinity, columns not of unit norm, or more
+                rows than were reserved.
+        """
+        self.storage.set_factored(q, s)
+
+    def set_pair(
+        self,
+        v: Tensor,
+        at: Tensor,
+        groups: Tensor | None = None,
+        correction: Correction = "sum",
+    ) -> None:
+        """Store ``Delta = V A^T``, copied, for the scope ``membership``.
+
+        Args:
+            v: V ``[m, N]``, one target per key.
+            at: A^T ``[N, n]``.
+            groups: int64 ``[N]`` in 0..N-1; keys of one edit share a group. None: each its own.
+            correction: add all keys' targets by their coefficients (``"sum"``) or only those of the
+                edit that fired (``"own"``).
+
+        Raises:
+            TypeError: not floating-point tensors.
+            ValueError: shapes that do not fit, NaN or infinity, groups out of range, an unknown
+                correction, or more rows than were reserved.
+        """
+        self.storage.set_pair(v, at, groups, correction)
+
+    def clear(self) -> None:
+        """Forget Delta; alpha, scope and state stay."""
+        self.storage.clear()
+
+    def reserve(self, rank: int) -> None:
+        """Fix the addresses of the hook's buffers, with room for ``rank`` rows.
+
+        From then on the forward reads all reserved rows, the unused ones being zero, and a compiled
+        or captured graph stays valid while batches of edits come and go.
+
+        Raises:
+            ValueError: ``rank`` is below the rank in use, or Delta is dense.
+        """
+        self.storage.reserve(rank)
+
+    def snapshot(self) -> HookSnapshot:
+        """Copy Delta, alpha, state and scope, to be brought back by :meth:`restore`."""
+        return HookSnapshot(
+            self.storage.snapshot(), self._state, self.scope, self.include_padding
+        )
+
+    def restore(self, snapshot: HookSnapshot) -> None:
+        """Bring a :meth:`snapshot` back bit for bit."""
+        self.storage.restore(snapshot.stored)
+        self._state, self.scope = snapshot.state, snapshot.scope
+        self.include_padding = snapshot.include_padding
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the base for ``x [B, T, n]`` or ``[B T, n]``, with the hook where it fires.
+
+        Raises:
+            ValueError: the input does not fit the forward it is part of, or Delta is not stored in
+                the form the scope needs.
+        """
+        output: Tensor = self.base(x, *args, **kwargs)
+        if self._state == "off" or self.context.disabled or not self.storage.active:
+            return output
+        context = self.context
+        rows, columns = self._grid(x)
+        packed = context.cu_seqlens is not None
+        grid = (columns,) if packed else (rows, columns)
+        tokens = x.reshape(*grid, self.in_features)
+        mask, scope = None, cast("Scope", Ungated())
+        if self._state == "validated":
+            mask = self._mask(x, rows, columns)
+            scope = self._scope(tokens, mask)
+        y, z = hook_output(
+            output.reshape(*grid, self.out_features),
+            tokens,
+            self.storage.operand(),
+            self.storage.alpha,
+            mask=mask,
+            cu_seqlens=context.cu_seqlens,
+            scope=scope,
+        )
+        for sink in context.sinks:
+            seen = z.detach().view(rows, columns)
+            everywhere = self._state == "temporary"
+            fired = torch.ones_like(seen, dtype=torch.bool)
+            sink.append((self.index, seen, fired if everywhere else seen >= self.storage.alpha))
+        return y.reshape(output.shape)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """``(B, T)`` of the input; some models flatten it before their MLP."""
+        if x.dim() == 3:
+            rows, columns = x.shape[0], x.shape[1]
+        elif x.dim() == 2:
+            known = self.context.shape
+            flattened = known is not None and known[0] * known[1] == x.shape[0]
+            rows, columns = cast("tuple[int, int]", known) if flattened else (1, x.shape[0])
+        else:
+            raise ValueError(f"forward: x must be [B, T, n] or [B T, n], got {list(x.shape)}")
+        if self.context.cu_seqlens is not None and (
+            rows != 1 or columns != self.context.packed_tokens
+        ):
+            raise ValueError(
+                f"forward: x must be one row of the {self.context.packed_tokens} tokens that "
+                f"cu_seqlens cuts up, got {rows} x {columns}"
+            )
+        return rows, columns
+
+    def _mask(self, x: Tensor, rows: int, columns: int) -> Tensor | None:
+        mask = self.context.mask
+        if mask is None or self.include_padding:
+            return None
+        if mask.shape != (rows, columns):
+            raise ValueError(
+                f"forward: x must hold the {list(mask.shape)} tokens of the model's input, got "
+                f"{rows} x {columns}"
+            )
+        return mask.to(x.device)
+
+    def _scope(self, tokens: Tensor, mask: Tensor | None) -> Scope:
+        storage = self.storage
+        if (self.scope == "membership") != (storage.kind == "pair") and storage.kind != "empty":
+            needed = "a pair (set_pair)" if self.scope == "membership" else "dense or factored"
+            raise ValueError(
+                f"forward: the scope {self.scope!r} needs Delta stored as {needed}, got "
+                f"{storage.kind!r} in layer {self.index}"
+            )
+        if self.scope == "membership":
+            return Membership(storage.key_groups(), storage.correction)
+        if self.scope == "population":
+            return Population(storage.mean, storage.std)
+        state = None if self.include_padding else self.context.gate_state()
+        if state is None:
+            return Sequence() if self.scope == "sequence" else Prefix()
+        rows = tokens.shape[0]
+        key = (self.index, self.scope)
+        kept = state.get(key, rows)
+        if self.scope == "sequence":
+            if kept is None:
+                return Sequence(state.open(key, rows, tokens.device))
+            kept = kept.to(tokens.device)
+            return Population(kept[:, 1], (kept[:, 2] / (kept[:, 0] - 1)).sqrt())
+        first = kept is None
+        if kept is None:
+            kept = state.open(key, rows, tokens.device)
+        if self.context.can_crop and not torch.compiler.is_compiling():
+            chunks = state.chunks.setdefault(self.index, [])
+            chunks.append(self._chunk(tokens, mask, kept, whole=first or tokens.shape[1] == 1))
+        return Prefix(kept)
+
+    def _chunk(self, tokens: Tensor, mask: Tensor | None, kept: Tensor, whole: bool) -> Chunk:
+        norms = None
+        if not whole:
+            # Speculative decoding takes back the rejected end of such a chunk.
+            plain = Population(0.0, 1.0)
+            norms = gate_scores(tokens, self.storage.operand(), mask=mask, scope=plain)
+        return Chunk(tokens.shape[1], kept.clone(), norms, mask)
+
+    # Everything below keeps the wrapper transparent: the base answers under its own names.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["base"], name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own entries, under its own names."""
+        return self.base.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> HookedLinear:
+        """Set the base's mode."""
+        self.base.train(mode)
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedLinear:
+        self.base._apply(fn, recurse)
+        self.storage._apply(fn)
+        weight = next((p for p in self.base.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            wide = weight.dtype == torch.float64
+            self.storage.set_dtype(torch.float64 if wide else torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        """What is wrapped and what the hook holds."""
+        return f"{self.base}, layer {self.index}, {self._state}, {self.scope}, {self.storage}"

@@ -1,0 +1,27 @@
+"""Which linear layers of a model can be edited, where they are, and how models are loaded."""
+
+from __future__ import annotations
+
+from coachhook.models.description import EditableLayer, ModelDescription
+from coachhook.models.discovery import describe
+from coachhook.models.loading import load_model, prepare_tokenizer
+from coachhook.models.modules import (
+    check_finite,
+    get_submodule,
+    linear_shape,
+    set_submodule,
+    weight_of,
+)
+
+__all__ = [
+    "EditableLayer",
+    "ModelDescription",
+    "check_finite",
+    "describe",
+    "get_submodule",
+    "linear_shape",
+    "load_model",
+    "prepare_tokenizer",
+    "set_submodule",
+    "weight_of",
+]

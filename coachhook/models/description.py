@@ -1,0 +1,77 @@
+"""What editing needs to know of a model: where its layers are and what shape they have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coachhook.models.families import default_layers
+
+
+@dataclass(frozen=True)
+class EditableLayer:
+    """The down-projection of one block, ``y = W0 x + b`` with ``W0 [m, n]``.
+
+    Attributes:
+        index: index of the block.
+        path: dotted path of the down-projection from the model's root.
+        block_path: dotted path of the block.
+        in_features: n, the width of the MLP.
+        out_features: m, the width of the residual stream.
+    """
+
+    index: int
+    path: str
+    block_path: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Paths and sizes of a causal language model; made by :func:`coachhook.models.describe`.
+
+    Attributes:
+        family: ``config.model_type``.
+        layers: one :class:`EditableLayer` per block, in order.
+        blocks_path: dotted path of the list of blocks.
+        final_norm_path: dotted path of the norm before the head.
+        lm_head_path: dotted path of the output embedding.
+        base_model_path: dotted path of the model below the head.
+        hidden_size: d, the width of the residual stream.
+        max_positions: longest input in tokens, ``None`` where the architecture sets no bound.
+        parallel_residual: whether attention and MLP of a block read the same residual; None where
+            that is not known (a family outside the table).
+    """
+
+    family: str
+    layers: list[EditableLayer]
+    blocks_path: str
+    final_norm_path: str
+    lm_head_path: str
+    base_model_path: str
+    hidden_size: int
+    max_positions: int | None
+    parallel_residual: bool | None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.layers)
+
+    def layer(self, index: int) -> EditableLayer:
+        """The editable layer of block ``index``.
+
+        Raises:
+            ValueError: there is no such block; the message names the valid range.
+        """
+        valid = isinstance(index, int) and not isinstance(index, bool)
+        if not valid or not 0 <= index < self.num_layers:
+            raise ValueError(
+                f"layer: index must be an integer from 0 to {self.num_layers - 1} "
+                f"({self.family}, {self.num_layers} layers), got {index!r}"
+            )
+        return self.layers[index]
+
+    def default_layers(self) -> list[int]:
+        """The layers to edit when none are named, see :func:`~.families.default_layers`."""
+        return default_layers(self.family, self.num_layers, self.hidden_size)

@@ -1,0 +1,288 @@
+"""Finding the editable layers of a model: the family table first, then a routine by shape.
+
+The routine looks for the list of ``num_hidden_layers`` equal blocks, in a block for the one module
+outside attention that maps some width to the residual width, next to the blocks for the final norm,
+and asks transformers for the head. Then it adds a vector to the output of the first down-projection
+and accepts the model only if the block's output moves by just that vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from coachhook.errors import UnsupportedModelError
+from coachhook.models.description import EditableLayer, ModelDescription
+from coachhook.models.families import FAMILIES, Family
+from coachhook.models.modules import get_submodule, is_linear_like, linear_shape
+
+_EXPERT_NAMES = frozenset({"experts", "block_sparse_moe", "router", "shared_expert"})
+_POST_MLP_NORMS = (
+    "post_feedforward_layernorm",
+    "post_ffn_layernorm",
+    "post_mlp_layernorm",
+    "post_feed_forward_norm",
+    "ffn_layernorm_output",
+)
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff")
+_DOWN_NAMES = ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2", "wo")
+_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f")
+# The block's output may round once more than the vector added; a norm in between is far off.
+_PROBE_TOLERANCE = 0.05
+
+
+def describe(model: nn.Module) -> ModelDescription:
+    """Find the editable down-projection of every block of a causal language model.
+
+    A model whose family is not in the table is run for one block on two tokens, to verify that the
+    down-projection's output is added to the residual unchanged.
+
+    Args:
+        model: a transformers causal language model, hooks attached or not.
+
+    Raises:
+        TypeError: ``model`` is not a module, has no transformers configuration, or is compiled.
+        UnsupportedModelError: no editable down-projection was found, or editing it would not add to
+            the residual (a norm or scale in between), or the model has experts; the message names
+            what was looked for and what was found.
+    """
+    config = _text_config(model)
+    family = FAMILIES.get(config.model_type) or _discover(model, config)
+    blocks = _blocks(model, family)
+    _refuse_experts(model, blocks)
+    _refuse_indirect(model, config, blocks[0])
+    layers = [
+        _editable_layer(model, family, index, config.hidden_size) for index in range(len(blocks))
+    ]
+    _require(model, family.base)
+    _require(model, family.norm)
+    head = _head_path(model)
+    if config.model_type not in FAMILIES:
+        _probe(model, layers[0])
+    parallel = family.parallel
+    return ModelDescription(
+        family=config.model_type,
+        layers=layers,
+        blocks_path=family.blocks,
+        final_norm_path=family.norm,
+        lm_head_path=head,
+        base_model_path=family.base,
+        hidden_size=config.hidden_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        parallel_residual=getattr(config, parallel) if isinstance(parallel, str) else parallel,
+    )
+
+
+def _text_config(model: nn.Module) -> Any:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"describe: model must be a torch module, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "describe: model must be the model itself, got the result of torch.compile; "
+            "pass the model you compiled, and compile after attaching"
+        )
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        raise TypeError(
+            "describe: model must be a transformers model with a config, "
+            f"got {type(model).__name__}"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"describe: model must be decoder-only, got {type(model).__name__} (encoder-decoder)"
+        )
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _blocks(model: nn.Module, family: Family) -> nn.ModuleList:
+    blocks = _require(model, family.blocks)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        raise UnsupportedModelError(
+            f"describe: {family.blocks} must be a list of blocks, got {type(blocks).__name__}"
+        )
+    return blocks
+
+
+def _require(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return get_submodule(model, path)
+    except ValueError as error:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise UnsupportedModelError(
+            f"describe: model must be a causal language model with {path!r}, got "
+            f"{type(model).__name__} with {children}"
+        ) from error
+
+
+def _refuse_experts(model: nn.Module, blocks: nn.ModuleList) -> None:
+    for name, _ in blocks.named_modules():
+        if _EXPERT_NAMES.intersection(name.split(".")):
+            raise UnsupportedModelError(
+                "describe: every block must have one down-projection, got a mixture of experts "
+                f"in {type(model).__name__} (found {name!r} among its blocks); models with experts "
+                "are not supported"
+            )
+
+
+def _refuse_indirect(model: nn.Module, config: Any, block: nn.Module) -> None:
+    found = next((name for name in _POST_MLP_NORMS if name in block._modules), None)
+    if found is not None:
+        found = f"the norm {found!r} between them"
+    elif not getattr(config, "do_layer_norm_before", True):
+        found = "a norm after the addition (config.do_layer_norm_before is False)"
+    elif getattr(config, "residual_multiplier", 1.0) != 1.0:
+        found = f"a scale between them (config.residual_multiplier {config.residual_multiplier})"
+    if found is not None:
+        raise UnsupportedModelError(
+            "describe: the MLP's output must be added to the residual as it is, got "
+            f"{found} in {type(block).__name__} of {type(model).__name__}"
+        )
+
+
+def _editable_layer(model: nn.Module, family: Family, index: int, hidden: int) -> EditableLayer:
+    block_path = f"{family.blocks}.{index}"
+    path = f"{block_path}.{family.down}"
+    module = _require(model, path)
+    if not is_linear_like(module):
+        raise UnsupportedModelError(
+            f"describe: {path} must map the last dimension linearly and say its shape "
+            f"(in_features, out_features), got {type(module).__name__}"
+        )
+    n, m = linear_shape(module)
+    if m != hidden:
+        raise UnsupportedModelError(
+            f"describe: {path} must map to the residual width {hidden}, got {n} -> {m}"
+        )
+    return EditableLayer(index, path, block_path, n, m)
+
+
+def _discover(model: nn.Module, config: Any) -> Family:
+    hidden = config.hidden_size
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == config.num_hidden_layers
+        and len({type(block) for block in module}) == 1
+    ]
+    if len(lists) != 1:
+        found = ", ".join(path for path, _ in lists) or "none"
+        raise UnsupportedModelError(
+            f"describe: {type(model).__name__} must hold one list of {config.num_hidden_layers} "
+            f"blocks of one class (config.num_hidden_layers), got {found}. Known families: "
+            f"{', '.join(FAMILIES)}"
+        )
+    blocks_path, blocks = lists[0]
+    _refuse_experts(model, blocks)
+    _refuse_indirect(model, config, blocks[0])
+    down = _find_down(model, blocks[0], hidden)
+    parent_path = blocks_path.rpartition(".")[0]
+    parent = get_submodule(model, parent_path)
+    norm = next((name for name in _NORM_NAMES if name in parent._modules), None)
+    if norm is None:
+        raise UnsupportedModelError(
+            f"describe: {type(model).__name__} must have a final norm beside its blocks "
+            f"({', '.join(_NORM_NAMES)}), got {', '.join(parent._modules)} in {parent_path!r}"
+        )
+    base = getattr(model, "base_model_prefix", "")
+    return Family(
+        base=base if base in model._modules else parent_path,
+        blocks=blocks_path,
+        down=down,
+        norm=f"{parent_path}.{norm}" if parent_path else norm,
+        parallel=None,
+    )
+
+
+def _head_path(model: nn.Module) -> str:
+    find = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    if path is None:
+        raise UnsupportedModelError(
+            "describe: model must be a causal language model with output embeddings, "
+            f"got {type(model).__name__} without"
+        )
+    return path
+
+
+def _find_down(model: nn.Module, block: nn.Module, hidden: int) -> str:
+    mlp = next((name for name in _MLP_NAMES if name in block._modules), None)
+    # Blocks without an MLP module (OPT's) hold its two linears themselves.
+    inside = block.named_children() if mlp is None else block.named_modules()
+    candidates = {
+        path: linear_shape(module)
+        for path, module in inside
+        if (mlp is None or path.startswith(f"{mlp}.")) and is_linear_like(module)
+    }
+    down = [path for path, (_, m) in candidates.items() if m == hidden]
+    if len(down) > 1:
+        named = [path for path in down if path.rpartition(".")[2] in _DOWN_NAMES]
+        down = named or down
+    if len(down) != 1:
+        found = ", ".join(f"{path} {n}->{m}" for path, (n, m) in candidates.items()) or "none"
+        raise UnsupportedModelError(
+            f"describe: a block must hold one linear layer that maps to the residual width "
+            f"{hidden}, in its {' / '.join(_MLP_NAMES)} or directly, got {found} in "
+            f"{type(block).__name__} of {type(model).__name__}. Known families: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return down[0]
+
+
+class _StopForwardError(Exception):
+    """Ends the probe's forward once the first block has answered."""
+
+
+def _probe(model: nn.Module, layer: EditableLayer) -> None:
+    plain = _first_block_output(model, layer, None)
+    # The vector is as large as the stream, so that rounding cannot hide it nor a norm swallow it.
+    signs = torch.arange(layer.out_features, device=plain.device) % 2 * 2 - 1
+    vector = signs.to(plain.dtype) * plain.abs().mean()
+    moved = _first_block_output(model, layer, vector) - plain - vector
+    if not bool(moved.norm(dim=-1).max() <= _PROBE_TOLERANCE * vector.norm()):
+        raise UnsupportedModelError(
+            "describe: the MLP's output must be added to the residual as it is, but a vector added "
+            f"to the output of {layer.path} does not move the output of {layer.block_path} by that "
+            f"vector ({type(model).__name__})"
+        )
+
+
+def _first_block_output(model: nn.Module, layer: EditableLayer, vector: Tensor | None) -> Tensor:
+    answers: list[Tensor] = []
+
+    def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output if vector is None else output + vector.to(output)
+
+    def stop(_module: nn.Module, _args: object, output: Any) -> None:
+        answers.append(output if isinstance(output, Tensor) else output[0])
+        raise _StopForwardError
+
+    down = get_submodule(model, layer.path).register_forward_hook(add)
+    block = get_submodule(model, layer.block_path).register_forward_hook(stop)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            device = cast(Any, model).get_input_embeddings().weight.device
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    except _StopForwardError:
+        pass
+    finally:
+        down.remove()
+        block.remove()
+    return answers[0].float()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,110 @@
+"""Loading a causal language model and its tokenizer with transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a causal language model for inference, and its tokenizer.
+
+    Args:
+        name_or_path: a folder written by ``save_pretrained``, or a name on the Hugging Face hub.
+        device: where the weights go; ``None`` leaves them on the CPU.
+        dtype: a torch dtype or its name; ``None`` takes the one the checkpoint's config names.
+
+    Returns:
+        ``(model, tokenizer)``: the model in evaluation mode, the tokenizer with a pad token.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or transformers finds no model under that name.
+        ValueError: unknown dtype or device, or a tokenizer without pad and end-of-text token.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = _checked_name(name_or_path)
+    wanted = _checked_dtype(dtype)
+    where = _checked_device(device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, **{_dtype_keyword(): wanted})
+    except OSError as error:
+        raise FileNotFoundError(
+            "load_model: name_or_path must be a folder or hub name that transformers can load, "
+            f"got {name!r}: {error}"
+        ) from error
+    if where is not None:
+        model = model.to(where)
+    return model.eval(), prepare_tokenizer(tokenizer)
+
+
+def prepare_tokenizer(tokenizer: Any) -> Any:
+    """Give a tokenizer a pad token (its end-of-text token) where it has none, and return it.
+
+    Raises:
+        ValueError: it has no end-of-text token either.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                "prepare_tokenizer: tokenizer must have a pad token or an end-of-text token, "
+                f"got {type(tokenizer).__name__} with neither; set tokenizer.pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _checked_name(name_or_path: str | Path) -> str:
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"load_model: name_or_path must be a folder with config.json, got {path}"
+            )
+        return str(path)
+    name = str(name_or_path)
+    # A hub name is "name" or "organisation/name"; everything else was meant as a folder.
+    if isinstance(name_or_path, Path) or name.count("/") > 1 or name.startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"load_model: name_or_path must exist, got the folder {name!r}")
+    return name
+
+
+def _checked_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in _DTYPES.values():
+        raise ValueError(f"load_model: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return resolved
+
+
+def _checked_device(device: str | torch.device | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"load_model: device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+        ) from error
+
+
+def _dtype_keyword() -> str:
+    from packaging.version import Version
+    from transformers import __version__
+
+    return "dtype" if Version(__version__) >= Version("4.56") else "torch_dtype"

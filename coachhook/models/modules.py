@@ -1,0 +1,106 @@
+"""Modules by dotted path, and what a module says of the linear map it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def get_submodule(model: nn.Module, path: str) -> nn.Module:
+    """The submodule of ``model`` at a dotted path such as ``"transformer.h.0.mlp.c_proj"``.
+
+    Raises:
+        ValueError: no module lies at that path; the message names the part that is missing.
+    """
+    module = model
+    walked: list[str] = []
+    for name in path.split(".") if path else []:
+        child = module._modules.get(name)
+        if child is None:
+            where = ".".join(walked) or type(model).__name__
+            raise ValueError(
+                f"get_submodule: path must name a module of {type(model).__name__}, got {path!r}: "
+                f"{where} has no {name!r}"
+            )
+        module = child
+        walked.append(name)
+    return module
+
+
+def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` at a dotted path, on the parent instance that holds that name already.
+
+    Raises:
+        ValueError: the path is empty or no module lies there yet.
+    """
+    if not path:
+        raise ValueError("set_submodule: path must name a module below the model, got ''")
+    get_submodule(model, path)
+    parent, _, name = path.rpartition(".")
+    setattr(get_submodule(model, parent), name, module)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """``(n, m)`` = (input features, output features) of a module that maps the last dimension.
+
+    Understands ``in_features`` / ``out_features`` (``nn.Linear`` and what imitates it, quantised
+    layers included) and the ``nf`` of GPT-2's ``Conv1D``, whose weight is stored as ``[n, m]``.
+
+    Raises:
+        TypeError: the module says neither.
+    """
+    n, m = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(n, int) and isinstance(m, int):
+        return n, m
+    weight, nf = getattr(module, "weight", None), getattr(module, "nf", None)
+    if isinstance(nf, int) and isinstance(weight, Tensor) and weight.dim() == 2:
+        return weight.shape[0], nf
+    raise TypeError(
+        "linear_shape: module must have in_features and out_features (or be a Conv1D), "
+        f"got {type(module).__name__}"
+    )
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether :func:`linear_shape` can tell the shape of ``module``."""
+    try:
+        linear_shape(module)
+    except TypeError:
+        return False
+    return True
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight as ``[m, n]``: a view of the parameter, transposed for ``Conv1D``.
+
+    ``None`` where there is no plain floating-point matrix of that shape, as in quantised modules.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    n, m = linear_shape(module)
+    if isinstance(getattr(module, "nf", None), int):
+        weight = weight.t()
+    return weight if weight.shape == (m, n) else None
+
+
+def check_finite(model: nn.Module) -> None:
+    """Check that no weight is NaN or infinite.
+
+    Raises:
+        ValueError: naming the first such tensors and how many there are.
+    """
+    bad = []
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
+            continue
+        low, high = torch.aminmax(parameter.detach())
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            bad.append(name)
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"check_finite: the weights of {type(model).__name__} must be finite, "
+            f"got NaN or infinity in {', '.join(bad[:3])}{more}. The checkpoint is damaged or was "
+            "loaded in a dtype it overflows; load it again, for instance in bfloat16 or float32"
+        )

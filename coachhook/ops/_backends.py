@@ -1,0 +1,205 @@
+"""Which implementations of an op exist here, why the others do not, and which one runs.
+
+Every op registers its implementations once, at import of its package::
+
+    register("gram_update_", "reference", reference.gram_update_)
+    register("gram_update_", "cpu", cpu.gram_update_)
+    register("gram_update_", "triton", _triton_gram_update, supports=_triton_supports)
+
+and asks at each call ``resolve("gram_update_", backend, gram, x)`` for the function to run.
+Functions registered for ``triton`` and ``cuda`` must import what they need on first call: importing
+the package touches neither triton nor CUDA.
+
+Environment switch, read at call time: ``COACHHOOK_BACKEND`` (see ``docs/environment.md``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.errors import BackendUnavailableError
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# First choice first. The reference runs wherever torch does.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of one op.
+
+    Attributes:
+        function: what ``resolve`` hands out.
+        supports: given the tensors of a call, the reason why it cannot take them, or None.
+    """
+
+    function: Callable[..., Any]
+    supports: Callable[..., str | None] | None = None
+
+
+_IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
+
+
+def register(
+    op: str,
+    backend: str,
+    function: Callable[..., Any],
+    *,
+    supports: Callable[..., str | None] | None = None,
+) -> None:
+    """Add an implementation of an op; ``backend`` is one of :data:`BACKENDS`."""
+    _IMPLEMENTATIONS.setdefault(op, {})[backend] = Implementation(function, supports)
+
+
+@cache
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("coachhook._C"), None
+    except ImportError as error:
+        if importlib.util.find_spec("coachhook._C") is None:
+            return None, (
+                "the CUDA extension coachhook._C is not built; "
+                "install from source with nvcc on PATH and COACHHOOK_BUILD_CUDA=1"
+            )
+        return None, f"the CUDA extension coachhook._C does not load: {error}"
+
+
+def native() -> ModuleType | None:
+    """The CUDA extension module, or None; imported on first use."""
+    return _load_native()[0]
+
+
+def native_error() -> str | None:
+    """Why :func:`native` is None, or None where the extension loads."""
+    return _load_native()[1]
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_not(op: str, backend: str, device: torch.device, tensors: tuple[Any, ...]) -> str | None:
+    """The reason why a backend cannot run on a device, or None where it can."""
+    if backend == "cpu" and device.type != "cpu":
+        return f"it runs on CPU tensors, these are on {device}"
+    if backend in ("triton", "cuda"):
+        if device.type != "cuda":
+            return f"it runs on CUDA tensors, these are on {device}"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+    implementation = _IMPLEMENTATIONS[op].get(backend)
+    if implementation is None:
+        return f"{op} has no {backend} implementation yet"
+    if backend == "triton" and not _has_triton():
+        return "the package triton is not installed"
+    if backend == "cuda" and native() is None:
+        return native_error()
+    if implementation.supports is not None and tensors:
+        return implementation.supports(*tensors)
+    return None
+
+
+def _check_op(op: str) -> None:
+    if op not in _IMPLEMENTATIONS:
+        raise ValueError(f"op must be one of {', '.join(sorted(_IMPLEMENTATIONS))}, got {op!r}")
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available_backends(
+    op: str, device: torch.device | str | None = None
+) -> dict[str, tuple[bool, str | None]]:
+    """What can run an op on a device, and why the rest cannot.
+
+    Args:
+        op: public name of the op, e.g. ``"hooked_linear"``.
+        device: device of the tensors; None asks for each backend on the device it is made for.
+
+    Returns:
+        ``{backend: (available, reason)}``; the reason is None where available.
+    """
+    _check_op(op)
+    report: dict[str, tuple[bool, str | None]] = {}
+    for backend in BACKENDS:
+        home = "cuda" if backend in ("triton", "cuda") else "cpu"
+        reason = _why_not(op, backend, torch.device(home if device is None else device), ())
+        report[backend] = (reason is None, reason)
+    return report
+
+
+def is_supported(op: str, device: torch.device | str | None = None) -> bool:
+    """Whether some implementation of ``op`` runs on tensors of ``device`` (None: this machine's).
+
+    Raises:
+        ValueError: unknown op.
+    """
+    _check_op(op)
+    where = _default_device() if device is None else torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        return False
+    return any(_why_not(op, backend, where, ()) is None for backend in BACKENDS)
+
+
+def ops() -> list[str]:
+    """Names of the registered ops."""
+    return sorted(_IMPLEMENTATIONS)
+
+
+def check_backend(op: str, backend: str) -> None:
+    """Raise ValueError where ``backend`` is not a known name."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"{op}: backend must be one of {', '.join(('auto', *BACKENDS))}, got {backend!r}"
+        )
+
+
+def resolve(op: str, backend: str, *tensors: Tensor) -> Callable[..., Any]:
+    """The function that runs ``op`` on ``tensors``.
+
+    Args:
+        op: public name of the op.
+        backend: a name of :data:`BACKENDS`, or ``"auto"``: the one that ``COACHHOOK_BACKEND`` names,
+            else the fastest that can take these tensors.
+        tensors: the tensors of the call; the first one gives the device.
+
+    Raises:
+        ValueError: unknown backend name, in the argument or in ``COACHHOOK_BACKEND``.
+        BackendUnavailableError: the backend asked for cannot run here; the message says why.
+    """
+    check_backend(op, backend)
+    device = tensors[0].device
+    asked = backend
+    if backend == "auto":
+        asked = os.environ.get("COACHHOOK_BACKEND") or "auto"
+        if asked != "auto" and asked not in BACKENDS:
+            raise ValueError(
+                f"COACHHOOK_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {asked!r}"
+            )
+    table = _IMPLEMENTATIONS[op]
+    if asked != "auto":
+        reason = _why_not(op, asked, device, tensors)
+        if reason is None:
+            return table[asked].function
+        able = [b for b in BACKENDS if _why_not(op, b, device, tensors) is None]
+        raise BackendUnavailableError(
+            f"{op}: backend {asked!r} is not available: {reason}; "
+            f"available for tensors on {device}: {', '.join(able)}"
+        )
+    for candidate in _PREFERENCE.get(device.type, ("reference",)):
+        if candidate in table and _why_not(op, candidate, device, tensors) is None:
+            return table[candidate].function
+    raise BackendUnavailableError(f"{op}: no implementation for tensors on {device}")

@@ -1,0 +1,104 @@
+"""Rank-k update and downdate of a Cholesky factor, in place.
+
+The edited layer's covariance ``C = L L^T`` gains the keys of a batch, ``C' = C + K K^T``, or loses
+them again; the solve that the edit needs, ``C'^-1 K``, comes with the update.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coachhook.ops import _backends
+from coachhook.ops._registry import register_op
+from coachhook.ops.cholesky import cpu, reference
+from coachhook.ops.cholesky._checks import check_arguments
+
+__all__ = ["cholesky_downdate_", "cholesky_update_", "cholesky_update_solve_"]
+
+for _module, _name in ((reference, "reference"), (cpu, "cpu")):
+    _backends.register("cholesky_update_", _name, _module.cholesky_update_)
+    _backends.register("cholesky_downdate_", _name, _module.cholesky_downdate_)
+    _backends.register("cholesky_update_solve_", _name, _module.cholesky_update_solve_)
+
+
+@torch.no_grad()
+def _update_body(factor: Tensor, keys: Tensor, backend: str) -> None:
+    _backends.resolve("cholesky_update_", backend, factor, keys)(factor, keys)
+
+
+@torch.no_grad()
+def _downdate_body(factor: Tensor, keys: Tensor, backend: str) -> None:
+    _backends.resolve("cholesky_downdate_", backend, factor, keys)(factor, keys)
+
+
+@torch.no_grad()
+def _update_solve_body(factor: Tensor, keys: Tensor, backend: str) -> Tensor:
+    solve = _backends.resolve("cholesky_update_solve_", backend, factor, keys)
+    result: Tensor = solve(factor, keys)
+    return result.contiguous()
+
+
+def _mutate_fake(factor: Tensor, keys: Tensor, backend: str) -> None:
+    return None
+
+
+def _update_solve_fake(factor: Tensor, keys: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(keys, memory_format=torch.contiguous_format)
+
+
+_MUTATES = "(Tensor(a!) factor, Tensor keys, str backend) -> "
+_UPDATE = register_op("cholesky_update_", _MUTATES + "()", _update_body, _mutate_fake)
+_DOWNDATE = register_op("cholesky_downdate_", _MUTATES + "()", _downdate_body, _mutate_fake)
+_UPDATE_SOLVE = register_op(
+    "cholesky_update_solve_", _MUTATES + "Tensor", _update_solve_body, _update_solve_fake
+)
+
+
+def cholesky_update_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> None:
+    """In place ``L L^T <- L L^T + K K^T``.
+
+    Args:
+        factor: L [n, n], float32 or float64, the lower triangle of a matrix with positive diagonal.
+            The strict upper triangle is neither read nor written: zeros stay zeros. Any strides
+            without shared elements; slices and transposed views are updated without a copy.
+        keys: K [n, k], dtype and device of ``factor``; any k, 0 included.
+        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device; NaN or Inf in ``keys``.
+        NotPositiveDefiniteError: ``factor`` is not a Cholesky factor, or squares overflow.
+        BackendUnavailableError: the backend asked for cannot run here.
+
+    After any error ``factor`` is bit-identical to before. No gradient is defined. The time is
+    O(n^2 k), the extra memory O(n k). float32 keeps about seven digits of ``L L^T``, so solves with
+    the factor are useful up to condition numbers of about 1e4; see ``docs/kernels/cholesky.md``.
+    """
+    check_arguments("cholesky_update_", factor, keys)
+    _UPDATE(factor, keys, backend)
+
+
+def cholesky_downdate_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> None:
+    """In place ``L L^T <- L L^T - K K^T``; arguments as in :func:`cholesky_update_`.
+
+    The relative error of the result grows like ``eps / gap`` with the gap
+    ``lambda_min(I - K^T (L L^T)^-1 K)``, whatever the method: what a sum has lost to rounding
+    cannot be subtracted out of it.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: as in :func:`cholesky_update_`.
+        NotPositiveDefiniteError: the gap is below ``8 n eps``, for instance because the keys were
+            never added. After any error ``factor`` is bit-identical to before.
+    """
+    check_arguments("cholesky_downdate_", factor, keys)
+    _DOWNDATE(factor, keys, backend)
+
+
+def cholesky_update_solve_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> Tensor:
+    """:func:`cholesky_update_`, returning ``(L L^T + K K^T)^-1 K`` [n, k] in the dtype of L.
+
+    This is the whole linear algebra of one batch of edits: ``Delta += R (C'^-1 K)^T``.
+    """
+    check_arguments("cholesky_update_solve_", factor, keys)
+    result: Tensor = _UPDATE_SOLVE(factor, keys, backend)
+    return result

@@ -1,0 +1,350 @@
+"""A frozen linear layer with a gated hook.
+
+    P = x W0^T + b              what the frozen layer says
+    M_t = ||Delta x_t||_2       how far the hook would move it
+    z_t                         M_t standardised in a scope (or the largest coefficient)
+    y_t = P_t + Delta x_t where z_t >= alpha, else P_t
+
+``Delta [m, n]`` is given dense, or as a pair with ``Delta = Q S``: with Q orthonormal the norm is
+``||S x||`` exactly, and the gate costs ``r n`` instead of ``m n`` per token. Norms and scores are
+formed in float32 (float64 for float64 input) whatever the dtype of the model. Source: the hook
+layer of *Consecutive Batch Model Editing with HooK Layers* (EMNLP 2024), section 3.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coachhook.ops import _backends
+from coachhook.ops._registry import is_plain_eager, register_op
+from coachhook.ops.hooked_linear import cpu, reference
+from coachhook.ops.hooked_linear.checks import (
+    check_base_output,
+    check_gate,
+    check_input,
+    check_weight,
+)
+from coachhook.ops.hooked_linear.reference import Delta
+from coachhook.ops.hooked_linear.scopes import (
+    Membership,
+    Population,
+    Prefix,
+    Scope,
+    Sequence,
+    Ungated,
+)
+
+__all__ = [
+    "Membership",
+    "Population",
+    "Prefix",
+    "Scope",
+    "Sequence",
+    "Ungated",
+    "gate_scores",
+    "hook_output",
+    "hooked_linear",
+]
+
+_backends.register("hooked_linear", "reference", reference.hook_output)
+_backends.register("hooked_linear", "cpu", cpu.hook_output)
+_backends.register("gate_scores", "reference", reference.gate_scores)
+_backends.register("gate_scores", "cpu", reference.gate_scores)
+
+
+def _exact_products(device: torch.device) -> Any:
+    """Context in which autocast does not lower the precision of the gate's products."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _run(
+    base_output: Tensor,
+    x: Tensor,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+    backend: str,
+    owned: bool,
+) -> tuple[Tensor, Tensor]:
+    function = _backends.resolve("hooked_linear", backend, x)
+    with _exact_products(x.device):
+        return function(base_output, x, delta, alpha, mask, cu_seqlens, scope, owned)
+
+
+def _run_scores(
+    x: Tensor,
+    delta: Delta,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+    backend: str,
+) -> Tensor:
+    function = _backends.resolve("gate_scores", backend, x)
+    with _exact_products(x.device):
+        return function(x, delta, mask, cu_seqlens, scope)
+
+
+# The registered forms: scopes travel as a name and their tensors.
+
+_GATE_SCHEMA = (
+    "Tensor projection, Tensor? lift, Tensor? mask, Tensor? cu_seqlens, str scope, "
+    "Tensor? mean, Tensor? std, Tensor? groups, Tensor(a!)? state, str backend"
+)
+
+
+def _pack(
+    x: Tensor,
+    delta: Delta,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+    backend: str,
+) -> tuple[Any, ...]:
+    lift, projection = (None, delta) if isinstance(delta, Tensor) else delta
+    mean = std = groups = state = None
+    if isinstance(scope, (Sequence, Prefix)):
+        kind = "sequence" if isinstance(scope, Sequence) else "prefix"
+        state = scope.state
+    elif isinstance(scope, Population):
+        kind, mean, std = "population", _scalar(scope.mean, x), _scalar(scope.std, x)
+    elif isinstance(scope, Membership):
+        kind, groups = f"membership_{scope.correction}", scope.groups
+    else:
+        kind = "ungated"
+    return projection, lift, mask, cu_seqlens, kind, mean, std, groups, state, backend
+
+
+def _scalar(value: float | Tensor, x: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float64, device=x.device)
+
+
+def _unpack(
+    projection: Tensor,
+    lift: Tensor | None,
+    kind: str,
+    mean: Tensor | None,
+    std: Tensor | None,
+    groups: Tensor | None,
+    state: Tensor | None,
+) -> tuple[Delta, Scope]:
+    delta: Delta = projection if lift is None else (lift, projection)
+    if mean is not None and std is not None:
+        return delta, Population(mean, std)
+    if kind == "sequence":
+        return delta, Sequence(state)
+    if kind == "prefix":
+        return delta, Prefix(state)
+    if kind == "membership_sum":
+        return delta, Membership(groups, "sum")
+    if kind == "membership_own":
+        return delta, Membership(groups, "own")
+    return delta, Ungated()
+
+
+def _hook_output_body(
+    base_output: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    projection: Tensor,
+    lift: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    mean: Tensor | None,
+    std: Tensor | None,
+    groups: Tensor | None,
+    state: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    delta, scope = _unpack(projection, lift, kind, mean, std, groups, state)
+    y, z = _run(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, False)
+    if y is base_output:  # an op must not return its input
+        y = base_output.clone(memory_format=torch.contiguous_format)
+    return y.contiguous(), z
+
+
+def _hook_output_fake(base_output: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    y = base_output.new_empty(base_output.shape)
+    return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _gate_scores_body(
+    x: Tensor,
+    projection: Tensor,
+    lift: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    mean: Tensor | None,
+    std: Tensor | None,
+    groups: Tensor | None,
+    state: Tensor | None,
+    backend: str,
+) -> Tensor:
+    delta, scope = _unpack(projection, lift, kind, mean, std, groups, state)
+    return _run_scores(x, delta, mask, cu_seqlens, scope, backend)
+
+
+def _gate_scores_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+_HOOK_OUTPUT = register_op(
+    "hook_output",
+    f"(Tensor base_output, Tensor x, Tensor alpha, {_GATE_SCHEMA}) -> (Tensor, Tensor)",
+    _hook_output_body,
+    _hook_output_fake,
+)
+_GATE_SCORES = register_op(
+    "gate_scores", f"(Tensor x, {_GATE_SCHEMA}) -> Tensor", _gate_scores_body, _gate_scores_fake
+)
+
+
+def _hook(
+    base_output: Tensor,
+    x: Tensor,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+    backend: str,
+    owned: bool,
+) -> tuple[Tensor, Tensor]:
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    if is_plain_eager(base_output, x, *parts):
+        return _run(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, owned)
+    if reference.differentiates(base_output, x, *parts):
+        with _exact_products(x.device):
+            return reference.hook_output(base_output, x, delta, alpha, mask, cu_seqlens, scope)
+    packed = _pack(x, delta, mask, cu_seqlens, scope, backend)
+    y, z = _HOOK_OUTPUT.registered(base_output, x, _scalar(alpha, x), *packed)
+    return y, z
+
+
+def hooked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor | tuple[Tensor, Tensor],
+    alpha: float | Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scope: Scope | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Frozen linear layer plus a gated hook, ``y_t = W0 x_t + b (+ Delta x_t where z_t >= alpha)``.
+
+    Tokens that do not fire are bit-identical to ``F.linear(x, weight, bias)``. In a compiled graph
+    the frozen product stays visible to the compiler; the gate is the op ``coachhook::hook_output``.
+
+    Args:
+        x: ``[B, T, n]``; ``[T, n]`` is one sequence; ``[N, n]`` with ``cu_seqlens`` is packed.
+            float16, bfloat16, float32 or float64, any strides.
+        weight: ``[m, n]``, dtype of ``x``.
+        bias: ``[m]`` or None.
+        delta: ``[m, n]``; or ``(Q [m, r], S [r, n])`` with Q orthonormal (not checked); or, for
+            :class:`Membership`, ``(V [m, N], A^T [N, n])``. Any floating dtype: products are formed
+            in float32 (float64 for float64 ``x``) and the correction is rounded once.
+        alpha: threshold, a float or a 0-dim tensor.
+        mask: bool, leading shape of ``x``, True for real tokens. The others never fire, have z NaN
+            and enter no statistic. None: all are real.
+        cu_seqlens: int32 ``[B + 1]``, offsets of packed sequences, from 0, non-decreasing; tokens
+            past the last offset belong to no sequence. Values are checked on CPU only.
+        scope: :class:`Sequence` (None), :class:`Prefix`, :class:`Population`, :class:`Membership`
+            or :class:`Ungated`.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
+
+    Returns:
+        y ``[..., m]`` in the dtype of the linear layer's output, and z, float32 in the leading shape
+        of ``x``: NaN where undefined (fewer than two real tokens, a standard deviation of zero or
+        within rounding noise, NaN in x, a token that is not real). NaN never fires.
+
+        y is differentiable in ``x``, ``weight`` and ``bias``, with the decision of the gate held
+        constant.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing was changed.
+        BackendUnavailableError: the backend asked for cannot run here.
+    """
+    op = "hooked_linear"
+    check_input(op, x)
+    check_weight(op, x, weight, bias)
+    delta, scope = check_gate(op, x, delta, alpha, mask, cu_seqlens, scope, weight.shape[0])
+    _backends.check_backend(op, backend)
+    base_output = F.linear(x, weight, bias)
+    return _hook(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, True)
+
+
+def hook_output(
+    base_output: Tensor,
+    x: Tensor,
+    delta: Tensor | tuple[Tensor, Tensor],
+    alpha: float | Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scope: Scope | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The gated hook on top of an output P that some linear module computed from ``x``.
+
+    Args:
+        base_output: ``[..., m]`` in the leading shape of ``x``; never written to.
+        x, delta, alpha, mask, cu_seqlens, scope, backend: as in :func:`hooked_linear`.
+
+    Returns:
+        y and z as in :func:`hooked_linear`, y in the dtype of ``base_output``. In eager mode y may be
+        ``base_output`` itself where nothing fires.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing was changed.
+        BackendUnavailableError: the backend asked for cannot run here.
+    """
+    op = "hook_output"
+    check_input(op, x)
+    check_base_output(op, base_output, x)
+    m = base_output.shape[-1]
+    delta, scope = check_gate(op, x, delta, alpha, mask, cu_seqlens, scope, m)
+    _backends.check_backend(op, backend)
+    return _hook(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, False)
+
+
+def gate_scores(
+    x: Tensor,
+    delta: Tensor | tuple[Tensor, Tensor],
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scope: Scope | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scores z of the gate alone, float32 in the leading shape of ``x``; see :func:`hooked_linear`.
+
+    Updates the state of the scope as :func:`hooked_linear` does. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing was changed.
+        BackendUnavailableError: the backend asked for cannot run here.
+    """
+    op = "gate_scores"
+    check_input(op, x)
+    delta, scope = check_gate(op, x, delta, 0.0, mask, cu_seqlens, scope, None)
+    _backends.check_backend(op, backend)
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    if is_plain_eager(x, *parts):
+        return _run_scores(x, delta, mask, cu_seqlens, scope, backend)
+    z = _GATE_SCORES.registered(x, *_pack(x, delta, mask, cu_seqlens, scope, backend))
+    return z

@@ -1,0 +1,87 @@
+"""The truth: a gated hook in plain torch, differentiable, without data-dependent shapes.
+
+    f = x S^T                    S the projection: Delta itself, S of Delta = Q S, or A^T of Delta = V A^T
+    z = score of ||f|| (or of the largest coefficient of f) in its scope
+    y = P + Q f where z >= alpha, else P
+
+Products are formed in the compute dtype: float64 for float64 input, else float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coachhook.ops.hooked_linear.gate import Tokens, fires, group_sums, scores
+from coachhook.ops.hooked_linear.scopes import Membership, Scope
+
+Delta = Tensor | tuple[Tensor, Tensor]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 input, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def differentiates(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def project(x: Tensor, delta: Delta) -> Tensor:
+    """Features ``[N, f]`` of tokens ``[N, n]`` in the compute dtype: Delta x, S x or A^T x."""
+    dtype = compute_dtype(x)
+    projection = delta if isinstance(delta, Tensor) else delta[1]
+    return F.linear(x.to(dtype), projection.to(dtype))
+
+
+def correction(features: Tensor, delta: Delta, scope: Scope) -> Tensor:
+    """What the hook adds ``[N, m]`` for tokens with these features, in their dtype."""
+    if isinstance(delta, Tensor):
+        return features
+    weights = features
+    if isinstance(scope, Membership) and scope.correction == "own" and features.shape[1]:
+        winner = group_sums(features.detach(), scope.groups).argmax(dim=-1, keepdim=True)
+        groups = scope.groups
+        if groups is None:
+            groups = torch.arange(features.shape[1], device=features.device)
+        own = torch.where(groups == winner, features, 0.0)
+        total = own.sum(dim=-1, keepdim=True)
+        weights = own / torch.where(total == 0, 1.0, total)
+    return F.linear(weights, delta[0].to(features.dtype))
+
+
+def gate_scores(
+    x: Tensor, delta: Delta, mask: Tensor | None, cu_seqlens: Tensor | None, scope: Scope
+) -> Tensor:
+    """Scores z, float32, in the leading shape of ``x``."""
+    with torch.no_grad():
+        z = scores(project(x.reshape(-1, x.shape[-1]), delta), Tokens.of(x, mask, cu_seqlens), scope)
+        return z.to(torch.float32).view(x.shape[:-1])
+
+
+def hook_output(
+    base_output: Tensor,
+    x: Tensor,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+    owned: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gated output y and scores z; differentiable in ``x``, ``base_output`` and ``delta``.
+
+    The decision of the gate is a constant to the gradient. ``owned`` is for implementations that
+    may write into ``base_output``; this one never does.
+    """
+    tokens = Tokens.of(x, mask, cu_seqlens)
+    features = project(x.reshape(-1, x.shape[-1]), delta)
+    with torch.no_grad():
+        z = scores(features, tokens, scope)
+        taken = fires(z, alpha, tokens, scope)
+    added = correction(features, delta, scope).view(base_output.shape)
+    hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
+    y = torch.where(taken.view(x.shape[:-1])[..., None], hooked, base_output)
+    return y, z.to(torch.float32).view(x.shape[:-1])

@@ -1,0 +1,202 @@
+"""Collecting the statistics of a model from text, in one pass for all layers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from coachhook.models import EditableLayer, ModelDescription, describe
+from coachhook.statistics.accumulate import KeySums, frozen
+from coachhook.statistics.batches import TokenStream, make_batches
+from coachhook.statistics.checkpoint import Checkpoint, Position, window_digest
+from coachhook.statistics.container import Statistics
+from coachhook.statistics.texts import TextSource, read_texts
+from coachhook.store import fingerprint
+
+_LOG = logging.getLogger(__name__)
+
+# Sorting eight batches' worth of texts by length leaves a few percent of padding.
+_WINDOW_BATCHES = 8
+
+
+def collect_statistics(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: TextSource,
+    layers: Iterable[int] | None = None,
+    max_tokens: int | None = None,
+    *,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    sample_size: int = 4096,
+    progress: bool = True,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 300.0,
+) -> Statistics:
+    """Measure the second moment of the keys of `model` over `texts`, all layers in one pass.
+
+    A key is the input of a layer's down-projection for one token; of all tokens, special ones
+    included, ``Cov = (1 / N) sum_t k_t k_t^T`` in float64. Every text is a sequence of its own.
+    Texts are read as a stream, sorted by length within a window and batched; the forward ends at
+    the last layer wanted. A float64 model is measured in float64 throughout, any other in float32
+    per batch and float64 across batches. Edits attached to the model are off meanwhile: the
+    statistics are those of the frozen model. The result depends on the texts and the settings
+    alone (and, by rounding, on the device and its number of threads).
+
+    Args:
+        model: a causal language model; left as it was.
+        tokenizer: its tokenizer.
+        texts: a path ("-": standard input) or an iterable, see :func:`read_texts`.
+        layers: indices of the layers wanted; None for all.
+        max_tokens: stop after this many tokens, cutting the last text; None for all the text.
+        batch_tokens: tokens in a forward pass, padding included; bounds the memory needed.
+        max_length: texts are cut to this many tokens. Default: the context window of the model,
+            at most `batch_tokens`. How many were cut is logged and kept in ``.meta``.
+        sample_size: keys kept per layer as a sample of unrelated text; 0 for none.
+        progress: show a progress bar with the time left on standard error.
+        checkpoint_dir: a folder to save the state in every `checkpoint_seconds` and at the end.
+            Delete it when the statistics are saved.
+        resume: go on from `checkpoint_dir` where it holds a state. The result is the same, bit
+            for bit, as that of a run that was never stopped.
+        checkpoint_seconds: time between two states.
+
+    Returns:
+        :class:`Statistics` with the fingerprint of `model`, on the CPU.
+
+    Raises:
+        TypeError: `texts` is not a source of texts, `layers` not a list of int.
+        ValueError: a setting is out of range, a layer does not exist, the texts hold nothing,
+            the tokenizer does not fit, a key is NaN or infinite, `checkpoint_dir` cannot be
+            written or holds the state of another run.
+        FingerprintMismatchError: `checkpoint_dir` holds the state of a run on other weights.
+        FormatError: the state in `checkpoint_dir` is damaged.
+        UnsupportedModelError: the model has no layers that can be edited.
+    """
+    description = describe(model)
+    chosen = _chosen_layers(description, layers)
+    _check_count("batch_tokens", batch_tokens, 1)
+    _check_count("sample_size", sample_size, 0)
+    if max_tokens is not None:
+        _check_count("max_tokens", max_tokens, 1)
+    max_length = _checked_max_length(max_length, description.max_positions, batch_tokens)
+    if resume and checkpoint_dir is None:
+        raise ValueError("collect_statistics: checkpoint_dir must be given to resume, got None")
+    weights = fingerprint(model)
+    settings = {
+        "fingerprint": weights,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "vocabulary": len(tokenizer),
+        "layers": [layer.index for layer in chosen],
+        "max_tokens": max_tokens,
+        "batch_tokens": batch_tokens,
+        "max_length": max_length,
+        "sample_size": sample_size,
+    }
+    checkpoint = Checkpoint(checkpoint_dir, settings, checkpoint_seconds)
+    reader = read_texts(texts)
+    stream = TokenStream(
+        reader,
+        tokenizer,
+        max_length=max_length,
+        max_tokens=max_tokens,
+        window_tokens=_WINDOW_BATCHES * batch_tokens,
+    )
+    sums = KeySums(model, description, chosen, sample_size)
+    resumed = checkpoint.restore(stream, sums) if resume else None
+    bar = tqdm(
+        desc="key statistics",
+        unit="tok",
+        unit_scale=True,
+        initial=sums.tokens,
+        disable=not progress,
+        file=sys.stderr,
+    )
+    with frozen(model), bar:
+        while True:
+            before = Position(dict(stream.counts), stream.digest)
+            window = stream.window()
+            if resumed is not None:
+                checkpoint.check_window(resumed, window)
+            if not window:
+                break
+            bar.total = _expected_tokens(stream.counts["tokens"], reader.fraction, max_tokens)
+            batches = make_batches(window, before.counts["tokens"], batch_tokens)
+            first = resumed.batches if resumed is not None else 0
+            for done, batch in enumerate(batches[first:], start=first + 1):
+                sums.add(batch)
+                bar.update(len(batch.positions))
+                due = checkpoint.is_due()
+                # Looking at the sums waits for the device, so not after every batch.
+                if due or done in (1, len(batches)):
+                    sums.check_finite()
+                if due:
+                    now = Position(before.counts, before.texts, done, window_digest(window))
+                    checkpoint.save(now, sums)
+            resumed = None
+    checkpoint.save(before, sums)
+    if not sums.tokens:
+        raise ValueError("collect_statistics: texts must hold text, got none")
+    counts = stream.counts
+    if counts["truncated"]:
+        _LOG.warning(
+            "%d of %d texts were longer than %d tokens and were cut",
+            counts["truncated"],
+            counts["used"],
+            max_length,
+        )
+    means, samples = sums.finish()
+    meta = {
+        "model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "texts": counts["used"],
+        "truncated": counts["truncated"],
+        **settings,
+    }
+    return Statistics(means, sums.tokens, samples=samples, fingerprint=weights, meta=meta)
+
+
+def _chosen_layers(
+    description: ModelDescription, layers: Iterable[int] | None
+) -> list[EditableLayer]:
+    if layers is None:
+        return description.layers
+    if isinstance(layers, (str, bytes)) or not isinstance(layers, Iterable):
+        raise TypeError(f"collect_statistics: layers must be a list of int, got {layers!r}")
+    chosen = {index: description.layer(index) for index in layers}
+    if not chosen:
+        raise ValueError("collect_statistics: layers must name a layer, got none")
+    return [chosen[index] for index in sorted(chosen)]
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"collect_statistics: {name} must be an int >= {least}, got {value!r}")
+
+
+def _checked_max_length(
+    max_length: int | None, max_positions: int | None, batch_tokens: int
+) -> int:
+    longest = min(batch_tokens, max_positions or batch_tokens)
+    if max_length is None:
+        return longest
+    _check_count("max_length", max_length, 1)
+    if max_length > longest:
+        raise ValueError(
+            f"collect_statistics: max_length must be at most {longest} (batch_tokens "
+            f"{batch_tokens}, context window {max_positions}), got {max_length}"
+        )
+    return max_length
+
+
+def _expected_tokens(tokens: int, fraction: float | None, max_tokens: int | None) -> int | None:
+    """The tokens of the whole run, from how much of the source those so far have taken."""
+    if not fraction:
+        return max_tokens
+    expected = round(tokens / min(fraction, 1.0))
+    return expected if max_tokens is None else min(expected, max_tokens)

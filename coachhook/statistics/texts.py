@@ -1,0 +1,124 @@
+"""Texts from files, folders, standard input, iterables and datasets, read as a stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any, TypeAlias
+
+TextSource: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
+
+
+def read_texts(source: TextSource) -> TextReader:
+    """Return an iterator over the texts of `source`; nothing is read before it is asked for.
+
+    Args:
+        source: a path or an iterable. A ``.jsonl`` file gives the field "text" of each line, any
+            other file each of its lines; a folder all its ``*.txt`` and ``*.jsonl`` files sorted
+            by name; "-" the lines of standard input. An iterable gives strings, or records with
+            a field "text" (as datasets do). Blank texts are passed over.
+
+    Raises:
+        ValueError: the path does not exist, a folder holds no such file; later, while reading: a
+            file is not UTF-8 or a line is not such a record (file and line are named).
+        TypeError: `source` is none of these; later: an item is not a text.
+    """
+    return source if isinstance(source, TextReader) else TextReader(source)
+
+
+class TextReader(Iterator[str]):
+    """The iterator of :func:`read_texts`, which knows how much of its source it has read."""
+
+    def __init__(self, source: TextSource) -> None:
+        self._size: int | None = None
+        self._done = 0
+        self._texts: Iterator[str]
+        if source == "-":
+            self._texts = _parse_lines(sys.stdin, "standard input", is_json=False)
+        elif isinstance(source, (str, os.PathLike)):
+            files = _files(Path(source))
+            self._size = sum(file.stat().st_size for file in files)
+            self._texts = self._from_files(files)
+        elif isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
+            self._size = len(source) if isinstance(source, Sized) else None
+            self._texts = self._from_items(source)
+        else:
+            raise TypeError(
+                "read_texts: source must be a path or an iterable of texts, got "
+                f"{type(source).__name__}"
+            )
+
+    def __next__(self) -> str:
+        return next(self._texts)
+
+    @property
+    def fraction(self) -> float | None:
+        """The share of the source read so far, from 0 to 1; None for a source without a size."""
+        return self._done / self._size if self._size else None
+
+    def _from_files(self, files: list[Path]) -> Iterator[str]:
+        for file in files:
+            yield from _parse_lines(self._lines(file), str(file), is_json=file.suffix == ".jsonl")
+
+    def _lines(self, file: Path) -> Iterator[str]:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                self._done += len(line)
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"read_texts: {file}, line {number}: text must be UTF-8, got {error}"
+                    ) from error
+
+    def _from_items(self, items: Iterable[Any]) -> Iterator[str]:
+        for number, item in enumerate(items):
+            self._done += 1
+            text = item.get("text") if isinstance(item, Mapping) else item
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"read_texts: item {number} must be a string or a record with a string "
+                    f'"text", got {type(text).__name__}'
+                )
+            if text.strip():
+                yield text
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl") and f.is_file())
+        if not files:
+            raise ValueError(f"read_texts: {path} must hold *.txt or *.jsonl files, got none")
+        return files
+    if not path.exists():
+        raise ValueError(
+            f"read_texts: source must be an existing file or folder, got {str(path)[:200]!r}; to "
+            "give a text itself, put it in a list"
+        )
+    return [path]
+
+
+def _parse_lines(lines: Iterable[str], name: str, *, is_json: bool) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if not is_json:
+            yield line.rstrip("\r\n")
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"read_texts: {name}, line {number}: must be JSON, got {error}"
+            ) from error
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(
+                f'read_texts: {name}, line {number}: must be an object with a string "text", got '
+                f"{line.strip()[:80]!r}"
+            )
+        if text.strip():
+            yield text

@@ -1,0 +1,21 @@
+"""What the package writes to disk: folders of safetensors files with a JSON manifest.
+
+A folder is written beside its final place and renamed into it, so that a reader finds the old
+one or the new one, whole. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from coachhook.store.files import check_fields, load_folder, read_manifest, save_folder
+from coachhook.store.fingerprint import fingerprint
+from coachhook.store.folders import check_writable, write_folder_atomically
+
+__all__ = [
+    "check_fields",
+    "check_writable",
+    "fingerprint",
+    "load_folder",
+    "read_manifest",
+    "save_folder",
+    "write_folder_atomically",
+]

@@ -1,0 +1,51 @@
+// Everything the kernels need of the CUDA runtime, in one place. A host compiler that defines
+// COACHHOOK_HOST_SHIM gets the same names from tests/csrc/shim and runs the kernels on the CPU.
+#pragma once
+
+#ifdef COACHHOOK_HOST_SHIM
+#include "cuda_shim.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define COACHHOOK_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#endif
+
+#include <string>
+
+#include "status.h"
+
+namespace coachhook {
+
+inline Status cuda_error(const char* op, const char* what, cudaError_t error) {
+  return {Code::kCudaError, std::string(op) + ": " + what + " failed: " + cudaGetErrorName(error) +
+                                " (" + cudaGetErrorString(error) + ")"};
+}
+
+// Makes `device` current for the life of the object: a launch goes to the current device, whatever
+// device the pointers belong to.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      restore_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (restore_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool restore_ = false;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace coachhook

@@ -1,0 +1,280 @@
+// The part of CUDA that csrc/ uses, on the host. A CUDA thread is a fiber (ucontext) that runs
+// until it waits at a barrier or a shuffle; blocks run one after another. Which of the runnable
+// fibers goes next is a priority list chosen by SHIM_ORDER (0 ascending, 1 descending, else a
+// seeded permutation of warps and of the lanes in them). The first in the list always runs as far
+// as it can, so that a missing barrier lets one warp overtake another. Warps are converged at
+// shuffles only, as on a GPU.
+//
+// Not modelled: several blocks at once, the GPU's memory model, timing.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one at a time; statics have red zones under ASan
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace shim {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = 128 << 10;
+
+enum class Wait { kNothing, kBlock, kWarp };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  dim3 thread;
+  unsigned index = 0;
+  Wait wait = Wait::kNothing;
+  bool done = false;
+  void* fake_stack = nullptr;
+};
+
+struct Warp {
+  uint64_t slot[kWarp];
+  unsigned waiting = 0;
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<unsigned> order;
+  Fiber* current = nullptr;
+  unsigned alive = 0;
+  unsigned waiting = 0;
+  dim3 index, block, grid;
+  std::function<void()> body;
+  void* fake_stack = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+};
+
+inline Block* active = nullptr;
+
+inline void enter(void** save, const void* bottom, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(save, bottom, size);
+#else
+  (void)save, (void)bottom, (void)size;
+#endif
+}
+
+inline void entered(void* saved, const void** bottom, size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(saved, bottom, size);
+#else
+  (void)saved, (void)bottom, (void)size;
+#endif
+}
+
+inline void yield(Wait wait) {
+  Fiber* me = active->current;
+  me->wait = wait;
+  enter(me->done ? nullptr : &me->fake_stack, active->stack_bottom, active->stack_size);
+  swapcontext(&me->context, &active->scheduler);
+  entered(me->fake_stack, nullptr, nullptr);
+}
+
+inline void run_fiber() {
+  entered(nullptr, &active->stack_bottom, &active->stack_size);
+  active->body();
+  active->current->done = true;
+  --active->alive;
+  yield(Wait::kNothing);
+}
+
+inline void sync_block() {
+  ++active->waiting;
+  yield(Wait::kBlock);
+}
+
+inline void sync_warp() {
+  ++active->warps[active->current->index / kWarp].waiting;
+  yield(Wait::kWarp);
+}
+
+// Opens the barriers that every living thread has reached.
+inline void release(Block& block) {
+  if (block.waiting > 0 && block.waiting == block.alive) {
+    block.waiting = 0;
+    for (Fiber& f : block.fibers) {
+      if (f.wait == Wait::kBlock) f.wait = Wait::kNothing;
+    }
+  }
+  for (unsigned w = 0; w < block.warps.size(); ++w) {
+    const unsigned begin = w * kWarp;
+    const unsigned end = std::min<unsigned>(begin + kWarp, block.fibers.size());
+    unsigned alive = 0;
+    for (unsigned i = begin; i < end; ++i) alive += !block.fibers[i].done;
+    if (block.warps[w].waiting == 0 || block.warps[w].waiting != alive) continue;
+    block.warps[w].waiting = 0;
+    for (unsigned i = begin; i < end; ++i) {
+      if (block.fibers[i].wait == Wait::kWarp) block.fibers[i].wait = Wait::kNothing;
+    }
+  }
+}
+
+inline std::vector<unsigned> priorities(unsigned threads, unsigned seed) {
+  const unsigned warps = (threads + kWarp - 1) / kWarp;
+  std::vector<unsigned> warp_order(warps), result;
+  for (unsigned w = 0; w < warps; ++w) warp_order[w] = w;
+  std::mt19937 random(seed);
+  if (seed == 1) std::reverse(warp_order.begin(), warp_order.end());
+  if (seed > 1) std::shuffle(warp_order.begin(), warp_order.end(), random);
+  for (unsigned w : warp_order) {
+    std::vector<unsigned> lanes;
+    for (unsigned i = w * kWarp; i < std::min(threads, (w + 1) * kWarp); ++i) lanes.push_back(i);
+    if (seed == 1) std::reverse(lanes.begin(), lanes.end());
+    if (seed > 1) std::shuffle(lanes.begin(), lanes.end(), random);
+    result.insert(result.end(), lanes.begin(), lanes.end());
+  }
+  return result;
+}
+
+inline void run_block(Block& block) {
+  const unsigned threads = block.block.x * block.block.y * block.block.z;
+  if (block.fibers.size() != threads) block.fibers = std::vector<Fiber>(threads);
+  block.warps.assign((threads + kWarp - 1) / kWarp, Warp());
+  block.alive = threads;
+  block.waiting = 0;
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& f = block.fibers[i];
+    f.index = i;
+    f.thread = dim3(i % block.block.x, i / block.block.x % block.block.y,
+                    i / (block.block.x * block.block.y));
+    f.wait = Wait::kNothing;
+    f.done = false;
+    f.fake_stack = nullptr;
+    if (!f.stack) f.stack.reset(new char[kStack]);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, run_fiber, 0);
+  }
+  while (block.alive > 0) {
+    Fiber* next = nullptr;
+    for (unsigned i : block.order) {
+      Fiber& f = block.fibers[i];
+      if (!f.done && f.wait == Wait::kNothing) {
+        next = &f;
+        break;
+      }
+    }
+    if (next == nullptr) {
+      std::fprintf(stderr, "shim: deadlock, a barrier was not reached by every thread\n");
+      std::abort();
+    }
+    block.current = next;
+    enter(&block.fake_stack, next->stack.get(), kStack);
+    swapcontext(&block.scheduler, &next->context);
+    entered(block.fake_stack, nullptr, nullptr);
+    release(block);
+  }
+}
+
+template <typename Kernel>
+void launch(dim3 grid, dim3 threads, Kernel kernel) {
+  const char* seed = std::getenv("SHIM_ORDER");
+  Block block;
+  block.grid = grid;
+  block.block = threads;
+  block.body = kernel;
+  block.order =
+      priorities(threads.x * threads.y * threads.z, seed ? std::strtoul(seed, nullptr, 10) : 0);
+  active = &block;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        block.index = dim3(x, y, z);
+        run_block(block);
+      }
+    }
+  }
+  active = nullptr;
+}
+
+}  // namespace shim
+
+#define threadIdx (shim::active->current->thread)
+#define blockIdx (shim::active->index)
+#define blockDim (shim::active->block)
+#define gridDim (shim::active->grid)
+#define COACHHOOK_LAUNCH(kernel, grid, block, stream, ...) \
+  ((void)(stream), shim::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
+
+inline void __syncthreads() { shim::sync_block(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
+  if (mask != 0xffffffffu) std::abort();
+  const unsigned lane = shim::active->current->index % shim::kWarp;
+  shim::Warp& warp = shim::active->warps[shim::active->current->index / shim::kWarp];
+  std::memcpy(&warp.slot[lane], &value, sizeof(T));
+  shim::sync_warp();
+  T result;
+  std::memcpy(&result, &warp.slot[lane ^ lane_mask], sizeof(T));
+  shim::sync_warp();
+  return result;
+}
+
+// 16-bit floats: exact to float, round to nearest even from it.
+struct __half {
+  _Float16 value;
+};
+inline float __half2float(__half v) { return static_cast<float>(v.value); }
+inline __half __float2half_rn(float v) { return {static_cast<_Float16>(v)}; }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  if (v != v) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// Runtime calls of the host code: one device, no errors.
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0 };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
