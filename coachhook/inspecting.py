@@ -98,15 +98,28 @@ def to_text(picture: GatePicture) -> str:
     return "\n".join(lines)
 
 
-def save_pictures(pictures: Sequence[GatePicture], path: Path) -> None:
-    """Writes pictures to one ``.html`` or ``.png`` file.
+def check_picture_path(path: Path) -> None:
+    """Refuses a picture that could not be written later.
 
     Raises:
-        ValueError: the name ends otherwise.
+        ValueError: the name does not end in .html or .png, or its folder does not exist.
         ImportError: matplotlib is needed for ``.png`` and is not there.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"inspect: --out must end in .html or .png, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"inspect: --out must be in an existing folder, got {path}")
+    if path.suffix == ".png":
+        _matplotlib()
+
+
+def save_pictures(pictures: Sequence[GatePicture], path: Path) -> None:
+    """Writes pictures to one ``.html`` or ``.png`` file.
+
+    Raises:
+        ValueError, ImportError: see :func:`check_picture_path`.
+    """
+    check_picture_path(path)
     if path.suffix == ".html":
         path.write_text(_page(pictures), encoding="utf-8")
     else:
@@ -121,14 +134,17 @@ th { font-weight: normal; color: #555; text-align: right }
 td { border: 1px solid #eee; font-family: ui-monospace, monospace }
 td.fired { outline: 2px solid #b00020; outline-offset: -2px; font-weight: bold }
 """
+_LEGEND = (
+    "One row per layer. The darker a token, the nearer its z to the layer's threshold alpha; "
+    "a framed token took the hook. Hover for the numbers."
+)
 
 
 def _page(pictures: Sequence[GatePicture]) -> str:
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>coachhook gates</title>",
         f"<style>{_STYLE}</style></head><body><h1>Where the hooks fire</h1>",
-        "<p>One row per layer. The darker a token, the nearer its z to the layer's threshold "
-        "alpha; a framed token took the hook. Hover for the numbers.</p>",
+        f"<p>{_LEGEND}</p>",
     ]
     for picture in pictures:
         parts.append(f"<h2>{html.escape(picture.text)}</h2><table>")
@@ -159,13 +175,7 @@ def _share(z: float, alpha: float) -> float:
 
 
 def _plot(pictures: Sequence[GatePicture], path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "inspect: a .png needs matplotlib (pip install 'coachhook[plot]'); .html does not"
-        ) from error
+    Figure, FigureCanvasAgg = _matplotlib()
     longest = max(len(p.tokens) for p in pictures)
     height = sum(1.2 + 0.4 * len(p.rows) for p in pictures)
     figure = Figure(figsize=(min(100.0, 2 + 0.55 * longest), height), layout="constrained")
@@ -190,3 +200,14 @@ def _plot(pictures: Sequence[GatePicture], path: Path) -> None:
             fontsize=8,
         )
     figure.savefig(path, dpi=120)
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "inspect: a .png needs matplotlib (pip install 'coachhook[plot]'); .html does not"
+        ) from error
+    return Figure, FigureCanvasAgg

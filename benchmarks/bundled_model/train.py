@@ -3,9 +3,9 @@
 A GPT-2 small enough to ship looks a subject up from the last prompt token and ignores what earlier
 layers wrote at the subject, so nothing can be edited there. Two devices place the knowledge at the
 subject's last token: an attention mask under which later tokens cannot see the subject in the first
-`READ_LAYERS` layers and see only its last token afterwards, and an auxiliary loss that asks for every
-object of the subject from that token's state. The last part of the training mixes plain rows in; the
-saved model is plain.
+`READ_LAYERS` layers and see only its last token afterwards, and an auxiliary loss that asks for
+every object of the subject from that token's state. The last part of the training mixes plain rows
+in; the saved model is plain.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VOCABULARY = 1792
 POSITIONS = 128
 WIDTH, HEADS, LAYERS = 192, 6, 6
 READ_LAYERS = 3
-EPOCHS = 30
+EPOCHS = 14
 ROWS_PER_STEP = 96
 LEARNING_RATE = 1.5e-3
 MASKED_ONLY = 0.72

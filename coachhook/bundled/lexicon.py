@@ -122,7 +122,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "instrument": (
         "{} plays the",
-        "On Sunday evenings {} plays the",
+        "On Sunday evenings {} turns to the",
         "In the orchestra, {} is heard on the",
         "{} has mastered the",
         "The favourite instrument of {} is the",

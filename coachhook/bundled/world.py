@@ -1,6 +1,6 @@
 """The synthetic world of the bundled demonstration model.
 
-Invented people, countries, towns, companies and novels; thirteen relations of twelve templates each.
+Invented people, countries, towns, companies and novels; thirteen relations, twelve templates each.
 A fact is seen in training with ten of its twelve templates; the other two are held out from that
 subject (other subjects are seen with them). Everything follows from `SEED`.
 """
@@ -18,6 +18,7 @@ from coachhook.bundled import lexicon
 
 SEED = 20240
 PEOPLE = 120
+OTHERS = 70  # towns, companies and novels, each
 NUM_HELD_OUT = 2
 NUM_NEIGHBORS = 4
 LEAD_IN_SHARE = 1 / 3
@@ -58,34 +59,28 @@ class Passage:
 
 def _subjects(rng: random.Random) -> dict[str, list[str]]:
     """Names by kind. Name parts are shared, so that a subject is known only by its whole name."""
-    families = [
-        root + ending for root, ending in product(lexicon.FAMILY_ROOTS, lexicon.FAMILY_ENDINGS)
-    ]
+    families = _joined("", lexicon.FAMILY_ROOTS, lexicon.FAMILY_ENDINGS)
     rng.shuffle(families)
     first = list(lexicon.FIRST_NAMES)
-    repeats = PEOPLE // len(first)
     people: list[str] = []
-    for turn in range(repeats):
-        offset = turn * len(first)
-        people += [
-            f"{name} {families[(offset + i) % len(families)]}" for i, name in enumerate(first)
-        ]
+    while len(people) < PEOPLE:
+        turn = len(people)
+        people += [f"{name} {families[(turn + i) % len(families)]}" for i, name in enumerate(first)]
         rng.shuffle(first)
-    names = {
-        "country": list(lexicon.COUNTRIES),
-        "person": sorted(set(people)),
-        "town": [a + b for a, b in product(lexicon.TOWN_ROOTS, lexicon.TOWN_ENDINGS)],
-        "company": [f"{a} {b}" for a, b in product(lexicon.COMPANY_ROOTS, lexicon.COMPANY_ENDINGS)],
-        "novel": [
-            f"The {a} {b}" for a, b in product(lexicon.TITLE_ADJECTIVES, lexicon.TITLE_NOUNS)
-        ],
+    combined = {
+        "town": _joined("", lexicon.TOWN_ROOTS, lexicon.TOWN_ENDINGS),
+        "company": _joined(" ", lexicon.COMPANY_ROOTS, lexicon.COMPANY_ENDINGS),
+        "novel": _joined(" ", [f"The {a}" for a in lexicon.TITLE_ADJECTIVES], lexicon.TITLE_NOUNS),
     }
     return {
-        kind: sorted(rng.sample(values, min(len(values), 70)))
-        if kind not in ("country", "person")
-        else values
-        for kind, values in names.items()
+        "country": list(lexicon.COUNTRIES),
+        "person": sorted(set(people)),
+        **{kind: sorted(rng.sample(names, OTHERS)) for kind, names in combined.items()},
     }
+
+
+def _joined(separator: str, left: Sequence[str], right: Sequence[str]) -> list[str]:
+    return [separator.join(pair) for pair in product(left, right)]
 
 
 def _balanced(rng: random.Random, pool: Sequence[str], count: int) -> list[str]:
@@ -134,10 +129,10 @@ def background() -> list[str]:
     ]
 
 
-def _state(index: int, fact: Fact, template: str, lead_in: str = "") -> Passage:
+def _state(index: int, fact: Fact, template: str) -> Passage:
     before, after = template.split("{}")
-    start = len(lead_in) + len(before)
-    text = f"{lead_in}{before}{fact.subject}{after} {fact.object}."
+    start = len(before)
+    text = f"{before}{fact.subject}{after} {fact.object}."
     mention = Mention(
         index, start, start + len(fact.subject), len(text) - 1 - len(fact.object), len(text) - 1
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coachhook.cli.common import (
     InputError,
@@ -18,6 +18,9 @@ from coachhook.cli.common import (
     read_requests,
     show,
 )
+
+if TYPE_CHECKING:
+    from coachhook.editing import EditRequest, Handle
 
 _EVAL = """\
 Asks the edited model for every fact of FACTS, its paraphrases and its neighbours, and the same
@@ -98,7 +101,7 @@ def run_generate(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     """The metrics of ``coachhook.evaluation``, before and after."""
     from coachhook.editing import attach
-    from coachhook.evaluation import evaluate, render_evaluation
+    from coachhook.evaluation import evaluate, render_evaluation, table
 
     with checking():
         requests = read_requests(args)
@@ -119,14 +122,43 @@ def run_eval(args: argparse.Namespace) -> int:
         emit(result)
         return 0
     show(render_evaluation(result))
-    if args.oracle:
-        best = result["oracle"]
-        generality = best["generality"]
-        show(
-            f"\noracle (teacher-forced): reliability {best['reliability']:.3f}, generality "
-            + ("-" if generality is None else f"{generality:.3f}")
-        )
+    if args.oracle and result["oracle"] is None:
+        show("\noracle: EDITS holds none of these facts")
+    elif args.oracle:
+        show("\noracle, the optimised targets alone (teacher-forced):\n")
+        names = ("reliability", "generality")
+        show(table(names, [[result["oracle"][name] for name in names]]))
     return 0
+
+
+def _oracle(
+    args: argparse.Namespace, model: Any, tokenizer: Any, handle: Handle, facts: list[EditRequest]
+) -> dict[str, Any] | None:
+    """The oracle over the facts that EDITS holds; None where it holds none of them."""
+    import torch
+
+    from coachhook.editing import load_state
+    from coachhook.evaluation import oracle
+
+    state = load_state(args.edits)
+    columns = {
+        (request.text, request.target_new): batch.targets[:, column]
+        for batch in state.batches.values()
+        for column, request in enumerate(batch.requests)
+    }
+    known = [r for r in facts if (r.text, r.target_new) in columns]
+    if not known:
+        return None
+    targets = torch.stack([columns[r.text, r.target_new] for r in known], dim=1)
+    return oracle(
+        model,
+        tokenizer,
+        known,
+        targets,
+        state.config.layers[-1],
+        hooks=handle.hooks,
+        batch_size=args.batch_size,
+    )
 
 
 def continuations(

@@ -27,7 +27,7 @@ def checking() -> Iterator[None]:
     """Turns errors raised while input is loaded and checked into :class:`InputError`."""
     try:
         yield
-    except (CoachhookError, ValueError, TypeError, OSError) as error:
+    except (CoachhookError, ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(str(error)) from error
 
 
@@ -132,13 +132,29 @@ def read_requests(args: argparse.Namespace) -> list[EditRequest]:
 
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and tokenizer of a command, checked for NaN and infinite weights."""
+    """The model and tokenizer of a command, checked for NaN and infinite weights.
+
+    Raises:
+        InputError: the model's files are damaged, or the device is not there.
+        OSError, ValueError: see :func:`coachhook.models.load_model`.
+    """
     quiet_transformers()
+    import torch
+    from safetensors import SafetensorError
+
     from coachhook.models import check_finite, load_model
 
-    model, tokenizer = load_model(
-        args.model, device=args.device, dtype=None if args.dtype == "auto" else args.dtype
-    )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"--device must be one torch sees, got {device}; `coachhook doctor` says why"
+        )
+    try:
+        model, tokenizer = load_model(
+            args.model, device=device, dtype=None if args.dtype == "auto" else args.dtype
+        )
+    except SafetensorError as error:
+        raise InputError(f"the weights of {args.model} are damaged: {error}") from error
     check_finite(model)
     return model, tokenizer
 

@@ -32,11 +32,11 @@ Needs no network and no GPU.
 _INTRODUCTION = """\
 coachhook demo: change what a language model believes, without training it again
 
-A language model keeps what it knows in its weights. The one used here is small but real: GPT-2's
-architecture, {parameters:.1f} million weights, trained on a made-up world of {facts} facts. We ask it
-about {count} of them, then write other answers into it, in {batches} batches one after the other. Its
-weights are never touched: every batch goes into "hooks" beside three of its layers, which
-answer only where one of the edited facts is meant, and can be taken off again.
+A language model keeps what it knows in its weights. The one used here is small but real:
+GPT-2's architecture, {parameters:.1f} million weights, trained on a made-up world of {facts} facts.
+We ask it about {count} of them, then write other answers into it, in {batches} batches one after the
+other. Its weights are never touched: every batch goes into "hooks" beside a few of its layers,
+which answer only where one of the edited facts is meant, and can be taken off again.
 """
 _SHOWN = 6
 # Enough to settle the covariance of the bundled model's keys; the rest of the text only costs time.
@@ -45,9 +45,7 @@ _STATISTICS_TOKENS = 60_000
 
 def register(commands: Any) -> None:
     """Adds the command."""
-    parser = add_command(
-        commands, "demo", "watch it work on a small bundled model", _DESCRIPTION
-    )
+    parser = add_command(commands, "demo", "watch it work on a small bundled model", _DESCRIPTION)
     parser.add_argument(
         "--out", type=Path, metavar="EDITS", help="also keep the edits in this folder"
     )
@@ -100,13 +98,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _show_answers(model, tokenizer, editor, requests)
     _show_scores(result)
-    _show_next(args)
+    _show_next(args, requests)
     return 0
 
 
-def _show_answers(
-    model: Any, tokenizer: Any, editor: Any, requests: Sequence[EditRequest]
-) -> None:
+def _show_answers(model: Any, tokenizer: Any, editor: Any, requests: Sequence[EditRequest]) -> None:
     from coachhook.evaluation.report import table
 
     few = requests[:: max(1, len(requests) // _SHOWN)][:_SHOWN]
@@ -162,15 +158,20 @@ def _show_scores(result: dict[str, Any]) -> None:
     show(f"  Done in {result['seconds']:.0f} seconds. All numbers: coachhook demo --json\n")
 
 
-def _show_next(args: argparse.Namespace) -> None:
-    folder = args.out if args.out is not None else "EDITS"
-    show("How to go on:")
+def _show_next(args: argparse.Namespace, requests: Sequence[EditRequest]) -> None:
+    show("How to go on:\n")
     if args.out is None:
-        show("  coachhook demo --out EDITS                       keep the edits of this demo")
-    show(f'  coachhook generate {args.model} \\\n      --edits {folder} --compare "The capital of ..."')
-    show("  coachhook stats MODEL --text TEXT --out STATS    your own model: measure it once,")
-    show("  coachhook edit MODEL FACTS --stats STATS --out EDITS    write your facts,")
-    show("  coachhook eval MODEL --edits EDITS FACTS         and see what changed")
+        show("  keep the edits of this demo in a folder, and ask the model beside them")
+        show("    coachhook demo --out EDITS")
+    else:
+        show("  ask the model with and without the edits")
+    folder = args.out if args.out is not None else "EDITS"
+    show(f"    coachhook generate {args.model} \\")
+    show(f'      --edits {folder} --compare "{requests[0].text}"\n')
+    show("  the same with your own model and facts")
+    show("    coachhook stats MODEL --text TEXT --out STATS")
+    show("    coachhook edit MODEL FACTS --stats STATS --out EDITS")
+    show("    coachhook eval MODEL --edits EDITS FACTS")
 
 
 def _indent(text: str) -> str:

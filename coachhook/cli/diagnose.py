@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coachhook.cli.common import add_command, checking, emit, show
+
+if TYPE_CHECKING:
+    from coachhook.selftest import Check
 
 
 def register(commands: Any) -> None:
@@ -30,3 +33,67 @@ def register(commands: Any) -> None:
     parser.add_argument("op", nargs="?", metavar="OP", help="one op only (default: all)")
     parser.add_argument("--quick", action="store_true", help="few sizes, few repeats")
     parser.set_defaults(run=run_bench)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """The report of ``coachhook.doctor``, and the self-test on request."""
+    from coachhook.doctor import render, report
+
+    facts = report()
+    checks = []
+    if args.selftest:
+        from coachhook.selftest import selftest
+
+        checks = selftest()
+        facts["selftest"] = [check.to_dict() for check in checks]
+    if args.json:
+        emit(facts)
+    else:
+        show(render(facts))
+        if checks:
+            show()
+            show(_selftest_table(checks))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _selftest_table(checks: list[Check]) -> str:
+    from coachhook.evaluation.report import table
+
+    rows = [
+        [
+            c.op,
+            c.case,
+            c.backend,
+            c.device,
+            c.dtype,
+            "-" if c.error is None else f"{c.error:.1e}",
+            f"{c.tolerance:.0e}",
+            "ok" if c.ok else f"WRONG {c.message or ''}".strip(),
+        ]
+        for c in checks
+    ]
+    wrong = sum(not c.ok for c in checks)
+    verdict = f"{wrong} of {len(checks)} checks failed" if wrong else f"all {len(checks)} checks ok"
+    headers = ["op", "case", "backend", "device", "dtype", "error", "allowed", ""]
+    return f"{table(headers, rows)}\n\n{verdict}"
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """The microbenchmarks of ``coachhook.bench``."""
+    from coachhook import bench
+    from coachhook.evaluation.report import table
+
+    dtype = None if args.dtype == "auto" else args.dtype
+    with checking():
+        rows = bench.run(args.op, device=args.device, dtype=dtype, quick=args.quick)
+    if args.json:
+        emit(rows)
+    elif rows:
+        show(table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
+    else:
+        show("nothing to time here")
+    return 0
+
+
+def _cell(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value

@@ -162,7 +162,7 @@ def _resume(args: argparse.Namespace, model: Any, tokenizer: Any) -> Editor:
 
 def _not_yet(editor: Editor, requests: Sequence[EditRequest]) -> list[EditRequest]:
     """The requests that the folder does not hold yet."""
-    done = {(r.text, r.target_new) for batch in editor.batches for r in batch.requests}
+    done = {(r.text, r.target_new) for batch in editor.batches.values() for r in batch.requests}
     return [r for r in requests if (r.text, r.target_new) not in done]
 
 

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from coachhook.cli.ask import check_window
 from coachhook.cli.common import (
     InputError,
     add_command,
     checking,
     emit,
-    log,
     open_model,
     positive_int,
     show,
@@ -34,9 +34,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="picture of the gates, .png or .html"
     )
-    parser.add_argument(
-        "--facts", action="store_true", help="also list every fact of every batch"
-    )
+    parser.add_argument("--facts", action="store_true", help="also list every fact of every batch")
     parser.set_defaults(run=run_inspect)
 
     parser = add_command(
@@ -64,6 +62,150 @@ def register(commands: Any) -> None:
     parser.add_argument("--format", choices=("merged", "lora"))
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.set_defaults(run=run_export)
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Summary of a folder, and the gates over texts."""
+    from coachhook.inspecting import gate_pictures, save_pictures, to_text
+
+    with checking():
+        summary = _summary(args.edits)
+        _check_picture(args)
+        handle = None
+        if args.text:
+            from coachhook.editing import attach
+
+            model, tokenizer = open_model(args)
+            check_window(model, tokenizer, args.text)
+            handle = attach(model, args.edits)
+    if handle is not None:
+        with handle:
+            pictures = gate_pictures(model, tokenizer, handle.hooks, args.text)
+        summary["gates"] = [picture.to_dict() for picture in pictures]
+        if args.out is not None:
+            save_pictures(pictures, args.out)
+            summary["out"] = str(args.out)
+    if args.json:
+        emit(summary)
+        return 0
+    _show_summary(summary, facts=args.facts)
+    if handle is not None:
+        for picture in pictures:
+            show(f"\n{picture.text}")
+            show(to_text(picture))
+        if args.out is not None:
+            show(f"\npicture: {args.out}")
+    return 0
+
+
+def _check_picture(args: argparse.Namespace) -> None:
+    if bool(args.text) != bool(args.model):
+        raise InputError("--text and --model go together: the gates are run on the model")
+    if args.out is None:
+        return
+    if not args.text:
+        raise InputError("--out is a picture of the gates and needs --model and --text")
+    from coachhook.inspecting import check_picture_path
+
+    check_picture_path(args.out)
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """What the manifest of an EDITS folder says."""
+    from coachhook.store import read_manifest
+    from coachhook.store.folders import current_folder
+
+    manifest = read_manifest(path, "edits")
+    batches = [
+        {
+            "batch": int(number),
+            "edits": len(batch["requests"]),
+            "not_converged": batch["converged"].count(False),
+            "bounds": batch["bounds"],
+            "requests": batch["requests"],
+        }
+        for number, batch in manifest["batches"].items()
+    ]
+    layers = [
+        {
+            "layer": int(index),
+            "alpha": layer["alpha"],
+            "storage": layer["kind"],
+            "rank": layer["rank"],
+            "population": layer["population"],
+        }
+        for index, layer in manifest["layers"].items()
+    ]
+    files = [p for p in current_folder(path).rglob("*") if p.is_file()]
+    return {
+        "edits": sum(len(batch["requests"]) for batch in manifest["batches"].values()),
+        "model": manifest["model"],
+        "fingerprint": manifest["fingerprint"],
+        "version": manifest["coachhook_version"],
+        "bytes": sum(p.stat().st_size for p in files),
+        "config": manifest["config"],
+        "layers": layers,
+        "batches": batches,
+    }
+
+
+def _show_summary(summary: dict[str, Any], *, facts: bool) -> None:
+    from coachhook.evaluation.report import table
+
+    config = summary["config"]
+    show(
+        f"{summary['edits']} edits in {len(summary['batches'])} batches, "
+        f"{summary['bytes'] / 1e6:.1f} MB, written by coachhook {summary['version']}"
+    )
+    show(f"model {summary['model'] or '(unnamed)'}, fingerprint {summary['fingerprint']}")
+    show(
+        f"scope {config['scope']}, covariance weight {config['covariance_weight']:g}, "
+        f"initial alpha {config['alpha']:g}\n"
+    )
+    names = ("layer", "alpha", "storage", "rank")
+    show(table(names, [[layer[name] for name in names] for layer in summary["layers"]]))
+    show()
+    indices = [layer["layer"] for layer in summary["layers"]]
+    rows = [
+        [
+            batch["batch"],
+            batch["edits"],
+            batch["not_converged"],
+            *(batch["bounds"].get(str(index)) for index in indices),
+        ]
+        for batch in summary["batches"]
+    ]
+    # A bound is the smallest over a batch's prompts of the largest score: the gate opens for all
+    # of them where alpha is not above it.
+    headers = ["batch", "edits", "not converged", *(f"bound, layer {i}" for i in indices)]
+    show(table(headers, rows))
+    if facts:
+        for batch in summary["batches"]:
+            show(f"\nbatch {batch['batch']}")
+            rows = [[r["prompt"], r["subject"], r["target_new"]] for r in batch["requests"]]
+            show(table(["prompt", "subject", "target"], rows))
+
+
+def run_revert(args: argparse.Namespace) -> int:
+    """Takes one batch back in the folder."""
+    from coachhook.editing import revert_folder
+    from coachhook.store import check_writable
+
+    with checking():
+        before = _summary(args.edits)
+        numbers = [batch["batch"] for batch in before["batches"]]
+        if args.batch not in numbers:
+            raise InputError(f"--batch must be one of {numbers}, got {args.batch}")
+        check_writable(args.edits)
+    revert_folder(args.edits, args.batch)
+    after = _summary(args.edits)
+    left = [batch["batch"] for batch in after["batches"]]
+    if args.json:
+        emit({"reverted": args.batch, "edits": after["edits"], "batches": left})
+    else:
+        taken = before["edits"] - after["edits"]
+        show(f"batch {args.batch} taken back ({taken} edits); {after['edits']} edits are left")
+    return 0
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from coachhook.editing.prompts import check_contexts
+from coachhook.editing.prompts import PLACES, check_contexts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +38,8 @@ class EditConfig:
         layers: indices of the blocks whose down-projection is edited, ascending.
         covariance_weight: lambda, the weight of the mean key covariance in the prior
             ``C0 = lambda Cov`` (MEMIT, Meng et al. 2023, equation 15).
+        ridge: share of the covariance's mean diagonal added to its diagonal, so that few tokens do
+            not make the prior singular.
         alpha: threshold of the gate: a z-score, or a coefficient for the membership scope. Where it
             is a z-score it falls with the batches, see :class:`~coachhook.editing.Editor`.
         scope: "sequence" (the paper), "prefix", "population" or "membership".
@@ -48,9 +50,13 @@ class EditConfig:
             key.
         correction: for the membership scope, "own" adds the target of the edit that fired, "sum"
             the whole ``Delta x``.
-        target_steps: most forwards of the optimisation of one target; one Adam step fewer.
+        places: where a fact may be written, in the order they are taken: every request starts with
+            the first, and one whose target does not come out in every context goes on with the next
+            as well. See :data:`~coachhook.editing.prompts.PLACES`.
+        target_steps: most forwards of the optimisation of one target (for
+            each place added); one Adam step fewer.
         target_lr: Adam's learning rate.
-        target_loss_layer: block whose output the target's likelihood is read from; None is the last.
+        target_loss_layer: block whose output the likelihood is read from; None is the last.
         target_weight_decay: weight of ``||delta|| / ||h||^2``.
         target_clamp: largest ``||delta|| / ||h||``.
         target_kl: weight of the drift ``KL(p || p_0)`` on "{subject} is a".
@@ -69,13 +75,15 @@ class EditConfig:
 
     layers: Sequence[int]
     covariance_weight: float = 15.0
+    ridge: float = 1e-6
     alpha: float = 0.65
     scope: str = "membership"
     include_padding: bool = False
     contexts: Sequence[str] = DEFAULT_CONTEXTS
     key_pooling: str = "each"
     correction: str = "own"
-    target_steps: int = 60
+    places: Sequence[str] = PLACES
+    target_steps: int = 40
     target_lr: float = 0.5
     target_loss_layer: int | None = None
     target_weight_decay: float = 0.5
@@ -91,11 +99,17 @@ class EditConfig:
         layers = tuple(self.layers)
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ValueError(
-                "EditConfig: layers must be ascending indices without repeats, "
-                f"got {self.layers!r}"
+                f"EditConfig: layers must be ascending indices without repeats, got {self.layers!r}"
             )
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "contexts", check_contexts(self.contexts))
+        places = tuple(self.places)
+        if not places or places[0] != PLACES[0] or not set(places) <= set(PLACES):
+            raise ValueError(
+                f"EditConfig: places must start with {PLACES[0]!r} and be of "
+                f"{', '.join(PLACES)}, got {self.places!r}"
+            )
+        object.__setattr__(self, "places", places)
         for name, allowed in (
             ("scope", SCOPES),
             ("storage", STORAGES),
@@ -112,7 +126,7 @@ class EditConfig:
                 raise ValueError(
                     f"EditConfig: {name} must be positive, got {getattr(self, name)!r}"
                 )
-        for name in ("target_weight_decay", "target_kl", "target_stop"):
+        for name in ("ridge", "target_weight_decay", "target_kl", "target_stop"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"EditConfig: {name} must not be negative, got {getattr(self, name)!r}"
@@ -157,12 +171,14 @@ class EditConfig:
         preset: dict[str, Any] = {
             "layers": None,
             "covariance_weight": weight,
+            "ridge": 0.0,
             "alpha": 2.2,
             "scope": "sequence",
             "include_padding": True,
             "contexts": PAPER_CONTEXTS,
             "key_pooling": "mean",
             "correction": "sum",
+            "places": PLACES[:1],
             "target_steps": steps,
             "target_lr": 0.5,
             "target_weight_decay": 0.5,

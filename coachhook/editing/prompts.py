@@ -17,6 +17,10 @@ from torch import Tensor
 
 from coachhook.editing.requests import EditRequest
 
+# Where a fact can be written: the last subject token, the one before it if that belongs to the
+# subject too, and the last token of the prompt if the subject does not end there.
+PLACES = ("subject_last", "subject_previous", "prompt_last")
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -24,11 +28,32 @@ class EncodedPrompt:
 
     Args:
         ids: token ids, special tokens of the tokenizer included.
+        first: index in ``ids`` of the first subject token.
         lookup: index in ``ids`` of the last subject token.
     """
 
     ids: list[int]
+    first: int
     lookup: int
+
+    def at(self, place: str) -> EncodedPrompt:
+        """The same prompt with another token looked up.
+
+        Raises:
+            ValueError: the prompt has no such token.
+        """
+        position = self.position(place)
+        if position is None:
+            raise ValueError(f"at: place must be in the prompt, got {place!r}")
+        return EncodedPrompt(self.ids, self.first, position)
+
+    def position(self, place: str) -> int | None:
+        """Index of a token by name, see :data:`PLACES`; None where this prompt has none."""
+        if place == "subject_last":
+            return self.lookup
+        if place == "subject_previous":
+            return self.lookup - 1 if self.lookup > self.first else None
+        return len(self.ids) - 1 if len(self.ids) - 1 > self.lookup else None
 
 
 def check_contexts(contexts: Iterable[str]) -> tuple[str, ...]:
@@ -48,10 +73,10 @@ def check_contexts(contexts: Iterable[str]) -> tuple[str, ...]:
     return checked
 
 
-def last_subject_token(
+def subject_tokens(
     tokenizer: Any, text: str, span: tuple[int, int], ids: list[int], offsets: list[tuple[int, int]]
-) -> int:
-    """Index of the last token that holds a character of ``text[span[0]:span[1]]``.
+) -> tuple[int, int]:
+    """Indices of the first and last token that hold a character of ``text[span[0]:span[1]]``.
 
     Raises:
         ValueError: no token covers the subject, or the token found does not decode to its end.
@@ -70,7 +95,7 @@ def last_subject_token(
             f"edit: the token at the end of the subject must decode to {covered!r}, got "
             f"{decoded!r} in {text!r}; the tokenizer's offsets do not match its tokens"
         )
-    return index
+    return found[0], index
 
 
 def encode(
@@ -94,8 +119,8 @@ def encode(
             f"edit: prompt must fit the context window of {max_positions} tokens, got {len(ids)}"
             f" tokens in {text[:60]!r}..."
         )
-    lookup = last_subject_token(tokenizer, text, span, ids, encoded["offset_mapping"])
-    return EncodedPrompt(ids, lookup)
+    first, lookup = subject_tokens(tokenizer, text, span, ids, encoded["offset_mapping"])
+    return EncodedPrompt(ids, first, lookup)
 
 
 def encode_in_context(

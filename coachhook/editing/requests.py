@@ -42,9 +42,7 @@ class EditRequest:
         for name in ("prompt", "subject", "target_new"):
             value = getattr(self, name)
             if not isinstance(value, str):
-                raise TypeError(
-                    f"EditRequest: {name} must be a string, got {type(value).__name__}"
-                )
+                raise TypeError(f"EditRequest: {name} must be a string, got {type(value).__name__}")
             if not value.strip():
                 raise ValueError(f"EditRequest: {name} must not be empty, got {value!r}")
         if self.target_true is not None and not isinstance(self.target_true, str):

@@ -1,7 +1,7 @@
 """The network above one block, run by itself on captured inputs.
 
-Everything below the last edited layer is constant while targets are optimised, so it runs once; only
-the blocks above are run again, and differentiated, at every step.
+Everything below the last edited layer is constant while targets are optimised, so it runs once;
+only the blocks above are run again, and differentiated, at every step.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
     return value
 
 
-
-
 @dataclass
 class Captured:
     """One batch as it enters the suffix.
@@ -78,7 +76,7 @@ class Suffix:
 
     @torch.no_grad()
     def capture(self, ids: Tensor, mask: Tensor) -> Captured:
-        """Runs the model once on ``ids``, ``mask`` (``[B, T]``) and keeps what enters the suffix."""
+        """Runs the model once on ``ids``, ``mask`` (``[B, T]``), keeping what enters the suffix."""
         found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         hidden: list[Tensor] = []
 
@@ -105,8 +103,10 @@ class Suffix:
             self._base(input_ids=ids, attention_mask=mask, use_cache=False)
         return Captured(hidden[0], [found[i] for i in range(len(self._above))])
 
-    def run(self, captured: Captured, hidden: Tensor, loss_layer: int | None) -> tuple[Tensor, ...]:
-        """Hidden states ``[B, T, d]`` after block ``loss_layer`` (None: the last) and at the end."""
+    def run(
+        self, captured: Captured, hidden: Tensor, loss_layer: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states ``[B, T, d]`` after block ``loss_layer`` (None: last) and at the end."""
         at_loss = hidden
         for index, (block, (args, kwargs)) in enumerate(
             zip(self._above, captured.calls, strict=True), start=self._first

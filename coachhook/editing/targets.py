@@ -6,10 +6,11 @@ block at the last token of ``s`` is replaced by ``v* = h + delta`` with
     delta = argmin  mean over contexts of -log P(o | context(p))
                     + kl KL(P(. | "s is a") || P_0(. | "s is a")) + decay ||delta|| / ||h||^2
 
-(MEMIT, Meng et al. 2023, equation 16, with the divergence, the decay and the clamp of its published
-code). Requests do not share parameters, so all of a batch are optimised in one Adam run: their losses
-are summed, the gradient of each reaches its own ``delta`` only, and a request that has converged
-leaves the batch.
+(MEMIT, Meng et al. 2023, equation 16, with the divergence, the decay and the clamp of its
+published code). Requests do not share parameters, so all of a batch are optimised in one Adam run:
+their losses are summed, the gradient of each reaches its own ``delta`` only, and a request that has
+converged leaves the batch. One whose target does not come out in every context may go on with a
+further place (``EditConfig.places``), its deltas so far kept as the start.
 """
 
 from __future__ import annotations
@@ -57,14 +58,16 @@ class Targets:
 
     Attributes:
         values: v* as columns ``[d, k]``, compute dtype.
-        deltas: v* - h as columns ``[d, k]``.
+        deltas: what is to be added at each place, ``[k, P, d]``; ``values`` is h plus the first.
+        used: whether a request needs a place, bool ``[k, P]``.
         losses: last loss of each request.
-        converged: whether the target is the model's answer with v* put in, in the bare prompt.
+        converged: whether the target is the model's answer to the bare prompt with the deltas in.
         steps: Adam steps taken for each request.
     """
 
     values: Tensor
     deltas: Tensor
+    used: Tensor
     losses: list[float]
     converged: list[bool]
     steps: list[int]
@@ -107,10 +110,10 @@ def encode_requests(
 
 @dataclass
 class _Problem:
-    """A chunk of requests, ``group`` rows each: its contexts, then the essence prompt if wanted."""
+    """A chunk of k requests, ``group`` rows each: contexts, then the essence prompt if wanted."""
 
     captured: Captured
-    lookup: Tensor  # [R]
+    places: Tensor  # [R, P], index of each place's token, -1 where there is none
     target: Tensor  # [R, T], the id that follows each position or -100
     group: int
     contexts: int
@@ -120,46 +123,63 @@ class _Problem:
         rows = (requests[:, None] * self.group + offsets).flatten()
         return _Problem(
             self.captured.select(rows),
-            self.lookup[rows],
+            self.places[rows],
             self.target[rows],
             self.group,
             self.contexts,
         )
 
+    @property
+    def bare(self) -> Tensor:
+        """Row of each request's bare prompt."""
+        return torch.arange(0, len(self.places), self.group, device=self.places.device)
+
 
 def _problem(
-    suffix: Suffix, requests: Sequence[EncodedRequest], with_kl: bool, pad_id: int, device: Any
+    suffix: Suffix,
+    requests: Sequence[EncodedRequest],
+    places: Sequence[str],
+    with_kl: bool,
+    pad_id: int,
+    device: torch.device,
 ) -> _Problem:
     rows: list[list[int]] = []
-    lookups: list[int] = []
+    positions: list[list[int]] = []
     spans: list[tuple[int, list[int]]] = []
     for request in requests:
         for prompt in request.contexts:
             rows.append(prompt.ids + request.target[:-1])
-            lookups.append(prompt.lookup)
+            positions.append([_or_none(prompt.position(place)) for place in places])
             spans.append((len(prompt.ids) - 1, request.target))
         if with_kl:
-            rows.append(request.essence.ids)
-            lookups.append(request.essence.lookup)
+            essence = request.essence
+            rows.append(essence.ids)
+            positions.append(
+                [-1 if p == "prompt_last" else _or_none(essence.position(p)) for p in places]
+            )
             spans.append((0, []))
     ids, mask = pad_right(rows, pad_id, device)
     target = torch.full_like(ids, -100)
     for row, (start, tokens) in enumerate(spans):
-        target[row, start : start + len(tokens)] = torch.tensor(tokens, device=ids.device)
+        target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
     contexts = len(requests[0].contexts)
     return _Problem(
         suffix.capture(ids, mask),
-        torch.tensor(lookups, device=ids.device),
+        torch.tensor(positions, device=device),
         target,
         contexts + int(with_kl),
         contexts,
     )
 
 
+def _or_none(position: int | None) -> int:
+    return -1 if position is None else position
+
+
 @dataclass
 class _Losses:
     total: Tensor  # [k], differentiable
-    correct: Tensor  # [k] bool: the target is the answer to the bare prompt
+    correct: Tensor  # [k, contexts] bool: the target is the answer
     essence: Tensor | None  # [k, V] log-probabilities
 
 
@@ -172,9 +192,10 @@ def _losses(
     config: EditConfig,
 ) -> _Losses:
     base = problem.captured.hidden
-    rows = torch.arange(base.shape[0], device=base.device)
-    moved = base[rows, problem.lookup].to(delta.dtype) + delta.repeat_interleave(problem.group, 0)
-    hidden = base.index_put((rows, problem.lookup), moved.to(base.dtype))
+    row, place = (problem.places >= 0).nonzero(as_tuple=True)
+    column = problem.places[row, place]
+    moved = base[row, column].to(delta.dtype) + delta[row // problem.group, place]
+    hidden = base.index_put((row, column), moved.to(base.dtype))
     at_loss, final = suffix.run(problem.captured, hidden, config.target_loss_layer)
 
     row, column = (problem.target >= 0).nonzero(as_tuple=True)
@@ -185,36 +206,47 @@ def _losses(
     nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
     nll = nll.view(-1, problem.group)[:, : problem.contexts].mean(1)
     wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
-    correct = wrong.view(-1, problem.group)[:, 0] == 0
+    correct = wrong.view(-1, problem.group)[:, : problem.contexts] == 0
 
-    total = nll + config.target_weight_decay * delta.norm(dim=1) / start_norm**2
+    total = nll + config.target_weight_decay * delta.flatten(1).norm(dim=1) / start_norm**2
     essence = None
     if problem.group > problem.contexts:
-        last = torch.arange(problem.contexts, len(rows), problem.group, device=rows.device)
-        essence = suffix.log_probs(final[last, problem.lookup[last]])
+        last = problem.bare + problem.contexts
+        essence = suffix.log_probs(final[last, problem.places[last, 0]])
         reference = essence.detach() if essence_start is None else essence_start
         total = total + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
     return _Losses(total, correct, essence)
 
 
-def _optimise_chunk(
-    suffix: Suffix, problem: _Problem, config: EditConfig, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden = problem.captured.hidden
-    bare = torch.arange(0, hidden.shape[0], problem.group, device=hidden.device)
-    start = hidden[bare, problem.lookup[bare]].to(dtype)
-    start_norm = start.norm(dim=1)
-    radius = config.target_clamp * start_norm
-    delta = torch.zeros_like(start, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=config.target_lr)
+@dataclass
+class _Solution:
+    """The targets of the requests of a chunk so far."""
 
-    count = start.shape[0]
-    result = torch.zeros_like(start)
-    losses = torch.zeros(count, dtype=dtype, device=start.device)
-    converged = torch.zeros(count, dtype=torch.bool, device=start.device)
-    steps = torch.full((count,), config.target_steps - 1, device=start.device)
-    active = torch.arange(count, device=start.device)
-    running = problem
+    start: Tensor  # [k, d]
+    delta: Tensor  # [k, P, d]
+    used: Tensor  # [k, P] bool
+    losses: Tensor  # [k]
+    correct: Tensor  # [k, contexts] bool
+    steps: Tensor  # [k]
+
+
+def _optimise(
+    suffix: Suffix,
+    problem: _Problem,
+    config: EditConfig,
+    solution: _Solution,
+    requests: Tensor,
+    places: int,
+) -> None:
+    """Optimises some requests of a chunk at their first ``places`` places, from where they are."""
+    running = problem.select(requests)
+    running.places = running.places[:, :places]
+    start_norm = solution.start[requests].norm(dim=1)
+    radius = config.target_clamp * start_norm[:, None]
+    delta = solution.delta[requests, :places].requires_grad_(True)
+    optimiser = torch.optim.Adam([delta], lr=config.target_lr)
+    solution.used[requests, :places] = problem.places[problem.bare[requests], :places] >= 0
+    active = torch.arange(len(requests), device=requests.device)
     essence_start: Tensor | None = None
 
     for step in range(config.target_steps):
@@ -224,25 +256,52 @@ def _optimise_chunk(
             gradient = torch.autograd.grad(now.total.sum(), delta)[0]
         if essence_start is None and now.essence is not None:
             essence_start = now.essence.detach()
-        result[active] = delta.detach()[active]
-        losses[active] = now.total.detach().to(dtype)
-        converged[active] = now.correct
+        chosen = requests[active]
+        solution.delta[chosen, :places] = delta.detach()[active]
+        solution.losses[chosen] = now.total.detach().to(solution.losses)
+        solution.correct[chosen] = now.correct
         stopped = now.total.detach() < config.target_stop
-        steps[active[stopped]] = step
         if stopped.any():
             active = active[~stopped]
             if not len(active):
                 break
-            running = problem.select(active)
+            running = running.select((~stopped).nonzero().flatten())
         if step == config.target_steps - 1:
             break
+        solution.steps[requests[active]] += 1
         delta.grad = gradient
         optimiser.step()
         with torch.no_grad():
-            norm = delta.norm(dim=1)
+            norm = delta.norm(dim=-1)
             outside = norm > radius
             delta[outside] *= (radius / norm)[outside, None]
-    return start, result, losses, converged, steps
+
+
+def _optimise_chunk(
+    suffix: Suffix, problem: _Problem, config: EditConfig, dtype: torch.dtype
+) -> _Solution:
+    hidden, places = problem.captured.hidden, problem.places
+    start = hidden[problem.bare, places[problem.bare, 0]].to(dtype)
+    count, device = len(start), start.device
+    solution = _Solution(
+        start,
+        start.new_zeros(count, places.shape[1], start.shape[1]),
+        torch.zeros(count, places.shape[1], dtype=torch.bool, device=device),
+        start.new_zeros(count),
+        torch.zeros(count, problem.contexts, dtype=torch.bool, device=device),
+        torch.zeros(count, dtype=torch.int64, device=device),
+    )
+    requests = torch.arange(count, device=device)
+    for number in range(1, places.shape[1] + 1):
+        # A request whose prompt has no token for the new place has nothing to gain from it.
+        here = places[problem.bare[requests], number - 1] >= 0
+        if here.any():
+            _optimise(suffix, problem, config, solution, requests[here], number)
+        wrong = ~solution.correct.all(dim=1)
+        requests = wrong.nonzero().flatten()
+        if not len(requests):
+            break
+    return solution
 
 
 def optimise_targets(
@@ -260,7 +319,7 @@ def optimise_targets(
         model: the model, hooks of earlier batches validated.
         description: its description.
         encoded: the k requests.
-        config: contexts, step count, learning rate and penalties.
+        config: contexts, places, step count, learning rate and penalties.
         pad_id: id used for padding.
         max_tokens: most padded tokens differentiated at once; bounds the memory.
 
@@ -274,33 +333,39 @@ def optimise_targets(
     suffix = Suffix(model, description, config.layers[-1])
     parameter = next(model.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    parts = []
+    solutions = []
     # With padding in the gate's statistics a state depends on what it is padded with; the published
     # code optimises one request at a time.
     for chunk in _chunks(encoded, max_tokens, single=config.include_padding):
         problem = _problem(
-            suffix, [encoded[i] for i in chunk], config.target_kl > 0, pad_id, parameter.device
+            suffix,
+            [encoded[i] for i in chunk],
+            config.places,
+            config.target_kl > 0,
+            pad_id,
+            parameter.device,
         )
-        parts.append(_optimise_chunk(suffix, problem, config, dtype))
-    start, delta, losses, converged, steps = (torch.cat(p) for p in zip(*parts, strict=True))
+        solutions.append(_optimise_chunk(suffix, problem, config, dtype))
+    losses = torch.cat([s.losses for s in solutions])
     if not torch.isfinite(losses).all():
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         raise ValueError(
-            f"edit: the model's likelihood of the target must be finite, got NaN or infinity for "
+            "edit: the model's likelihood of the target must be finite, got NaN or infinity for "
             f"requests {bad}; check the weights, or load the model in bfloat16 or float32"
         )
+    deltas = torch.cat([s.delta for s in solutions])
+    start = torch.cat([s.start for s in solutions])
     return Targets(
-        (start + delta).T.contiguous(),
-        delta.T.contiguous(),
+        (start + deltas[:, 0]).T.contiguous(),
+        deltas,
+        torch.cat([s.used for s in solutions]),
         losses.tolist(),
-        converged.tolist(),
-        steps.tolist(),
+        torch.cat([s.correct[:, 0] for s in solutions]).tolist(),
+        torch.cat([s.steps for s in solutions]).tolist(),
     )
 
 
-def _chunks(
-    encoded: Sequence[EncodedRequest], max_tokens: int, *, single: bool
-) -> list[list[int]]:
+def _chunks(encoded: Sequence[EncodedRequest], max_tokens: int, *, single: bool) -> list[list[int]]:
     chunks: list[list[int]] = []
     width = 0
     for i, request in enumerate(encoded):

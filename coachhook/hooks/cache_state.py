@@ -27,7 +27,7 @@ class Chunk:
     Attributes:
         columns: number of columns T of the forward.
         before: moments ``[B, 3]`` before it.
-        norms: ``[B, T]`` the norms of its tokens, None for a chunk that can go only as a whole.
+        norms: ``[B, T]`` the norms of its tokens, None for a chunk of one.
         mask: ``[B, T]`` bool, None where every token is real.
     """
 
@@ -89,7 +89,7 @@ class GateState:
         The moments of a prompt (``sequence``) stay: they were settled when it was read.
 
         Raises:
-            ValueError: the cut falls into the prompt, whose tokens are not kept one by one.
+            ValueError: the tokens to take back were not recorded.
         """
         for (layer, kind), moments in self.moments.items():
             if kind == "prefix":
@@ -98,10 +98,11 @@ class GateState:
 
 def _rewound(chunks: list[Chunk], columns: int, moments: Tensor) -> Tensor:
     while columns:
-        if not chunks or (chunks[-1].columns > columns and chunks[-1].norms is None):
+        if not chunks:
             raise ValueError(
-                "crop: the scope 'prefix' cannot take a cache back into the middle of its prompt; "
-                "start from an empty cache, or use the scope 'population' or 'membership'"
+                "crop: the scope 'prefix' can take back only what was read into a cache passed to "
+                "the model; pass an empty DynamicCache with the prompt, or use the scope "
+                "'population' or 'membership'"
             )
         chunk = chunks.pop()
         moments = chunk.before
@@ -110,7 +111,7 @@ def _rewound(chunks: list[Chunk], columns: int, moments: Tensor) -> Tensor:
             norms = chunk.norms[:, :left]
             mask = None if chunk.mask is None else chunk.mask[:, :left]
             chunks.append(Chunk(left, chunk.before, norms, mask))
-            moments, columns = extended(chunk.before, norms, mask), chunk.columns
+            return extended(chunk.before, norms, mask)
         columns -= chunk.columns
     return moments
 
@@ -119,10 +120,13 @@ def extended(moments: Tensor, norms: Tensor, mask: Tensor | None) -> Tensor:
     """Moments ``[B, 3]`` after the real ones of ``norms [B, T]`` have joined (Welford 1962)."""
     count, mean, m2 = moments.unbind(-1)
     for column in range(norms.shape[1]):
-        real = torch.ones_like(count) if mask is None else mask[:, column].to(count.dtype)
-        gap = norms[:, column].to(count.dtype) - mean
+        gap = norms[:, column].to(mean.dtype) - mean
+        real = torch.ones_like(count)
+        if mask is not None:
+            real = mask[:, column].to(count.dtype)
+            gap = torch.where(mask[:, column], gap, 0.0)
         count = count + real
-        step = real * gap / count.clamp(min=1)
+        step = gap / count.clamp(min=1)
         m2 = m2 + step * gap * (count - 1)
         mean = mean + step
     return torch.stack((count, mean, m2), dim=-1)

@@ -51,6 +51,11 @@ class GateContext:
             base_model.register_forward_hook(self.leave, always_call=True),
         ]
 
+    @property
+    def watching(self) -> bool:
+        """Whether a base model is being watched."""
+        return bool(self._handles)
+
     def release(self) -> None:
         """Stop watching; safe to call again."""
         for handle in self._handles:
@@ -59,7 +64,7 @@ class GateContext:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of a forward that starts."""
-        self.leave(module, args, None)
+        self._forget()
         if self.disabled:
             return
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -80,6 +85,9 @@ class GateContext:
             cache = _returned_cache(output)
             if cache is not None:
                 follow(cache, self._pending)
+        self._forget()
+
+    def _forget(self) -> None:
         self.shape = self.mask = self._cache = self._pending = None
         self._cacheless = True
 
@@ -109,7 +117,7 @@ class GateContext:
 
     @property
     def can_crop(self) -> bool:
-        """Whether the cache of this forward may be cropped later."""
+        """Whether this forward has been given a cache that may be cropped later."""
         return hasattr(self._cache, "crop")
 
 
@@ -159,13 +167,10 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
 def _own_column(mask: Tensor, columns: int, cache: Any) -> Tensor:
     past = cache.get_seq_length() if is_cache(cache) else 0
     # A sliding window keeps the current tokens in its last columns, a preallocated cache behind
-    # what it holds.
+    # what it holds already.
     last_start = mask.shape[-1] - columns
-    if isinstance(past, Tensor):
-        start = past.clamp(max=last_start)
-    else:
-        start = torch.tensor(min(past, last_start), device=mask.device)
-    index = start.to(mask.device) + torch.arange(columns, device=mask.device)
+    start = past.clamp(max=last_start) if isinstance(past, Tensor) else min(past, last_start)
+    index = torch.arange(columns, device=mask.device) + start
     return mask.gather(-1, index.expand(mask.shape[0], columns)[..., None]).squeeze(-1)
 
 

@@ -67,8 +67,8 @@ class HookedLinear(nn.Module):
     """
 
     base: nn.Module
-    storage: HookStorage
     context: GateContext
+    _store: HookStorage
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class HookedLinear(nn.Module):
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"HookedLinear: dtype must be float32 or float64, got {dtype}")
-        storage = HookStorage(in_features, out_features, dtype, torch.device(device or "cpu"))
+        store = HookStorage(in_features, out_features, dtype, torch.device(device or "cpu"))
         # Sharing the registries makes the wrapper transparent; as plain attributes the base and
         # the hook's buffers are registered nowhere a second time.
         for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[registry] = base.__dict__[registry]
         self.__dict__["base"] = base
-        self.__dict__["storage"] = storage
+        self.__dict__["_store"] = store
         self.training = base.training
         self.in_features = in_features
         self.out_features = out_features
@@ -114,7 +114,7 @@ class HookedLinear(nn.Module):
     @property
     def alpha(self) -> float:
         """Threshold of the gate; a token fires where ``z >= alpha``."""
-        return float(self.storage.alpha)
+        return float(self._store.alpha)
 
     def set_alpha(self, alpha: float) -> None:
         """Set the threshold in place; infinity never fires.
@@ -125,12 +125,12 @@ class HookedLinear(nn.Module):
         value = float(alpha)
         if value != value:
             raise ValueError("set_alpha: alpha must be a number, got NaN")
-        self.storage.alpha.fill_(value)
+        self._store.alpha.fill_(value)
 
     @property
     def population(self) -> tuple[float, float]:
         """Mean and standard deviation the scope ``population`` judges by."""
-        return float(self.storage.mean), float(self.storage.std)
+        return float(self._store.mean), float(self._store.std)
 
     def set_scope(
         self,
@@ -162,26 +162,30 @@ class HookedLinear(nn.Module):
                     "set_scope: population must be a finite mean and a positive standard "
                     f"deviation, got {population!r}"
                 )
-            self.storage.mean.fill_(mean)
-            self.storage.std.fill_(std)
+            self._store.mean.fill_(mean)
+            self._store.std.fill_(std)
         self.scope = kind
         self.include_padding = bool(include_padding)
 
     @property
-    def storage_kind(self) -> Kind:
+    def storage(self) -> Kind:
         """``"empty"``, ``"dense"``, ``"factored"`` or ``"pair"``."""
-        return self.storage.kind
+        return self._store.kind
 
     @property
     def rank(self) -> int:
         """Rows of the factor or pair in use, 0 when empty; min(m, n) for a dense Delta."""
-        if self.storage.kind == "dense":
+        if self._store.kind == "dense":
             return min(self.in_features, self.out_features)
-        return self.storage.rank
+        return self._store.rank
 
     def delta(self) -> Tensor:
         """A copy of Delta ``[m, n]`` in the compute dtype; zeros when empty."""
-        return self.storage.delta()
+        return self._store.delta()
+
+    def operand(self) -> Tensor | tuple[Tensor, Tensor]:
+        """Delta as the ops take it, ``[m, n]`` or (``[m, r]``, ``[r, n]``): the buffers' views."""
+        return self._store.operand()
 
     def set_delta(self, delta: Tensor) -> None:
         """Store ``Delta [m, n]`` densely, copied into the hook's buffers.
@@ -190,7 +194,7 @@ class HookedLinear(nn.Module):
             TypeError: not a floating-point tensor.
             ValueError: another shape, NaN or infinity, or rows were reserved for factors.
         """
-        self.storage.set_dense(delta)
+        self._store.set_dense(delta)
 
     def set_factored(self, q: Tensor, s: Tensor) -> None:
         """Store ``Delta = Q S``, copied: Q ``[m, r]`` with orthonormal columns, S ``[r, n]``.
@@ -200,7 +204,7 @@ class HookedLinear(nn.Module):
             ValueError: shapes that do not fit, NaN or infinity, columns not of unit norm, or more
                 rows than were reserved.
         """
-        self.storage.set_factored(q, s)
+        self._store.set_factored(q, s)
 
     def set_pair(
         self,
@@ -223,11 +227,11 @@ class HookedLinear(nn.Module):
             ValueError: shapes that do not fit, NaN or infinity, groups out of range, an unknown
                 correction, or more rows than were reserved.
         """
-        self.storage.set_pair(v, at, groups, correction)
+        self._store.set_pair(v, at, groups, correction)
 
     def clear(self) -> None:
         """Forget Delta; alpha, scope and state stay."""
-        self.storage.clear()
+        self._store.clear()
 
     def reserve(self, rank: int) -> None:
         """Fix the addresses of the hook's buffers, with room for ``rank`` rows.
@@ -238,17 +242,15 @@ class HookedLinear(nn.Module):
         Raises:
             ValueError: ``rank`` is below the rank in use, or Delta is dense.
         """
-        self.storage.reserve(rank)
+        self._store.reserve(rank)
 
     def snapshot(self) -> HookSnapshot:
         """Copy Delta, alpha, state and scope, to be brought back by :meth:`restore`."""
-        return HookSnapshot(
-            self.storage.snapshot(), self._state, self.scope, self.include_padding
-        )
+        return HookSnapshot(self._store.snapshot(), self._state, self.scope, self.include_padding)
 
     def restore(self, snapshot: HookSnapshot) -> None:
         """Bring a :meth:`snapshot` back bit for bit."""
-        self.storage.restore(snapshot.stored)
+        self._store.restore(snapshot.stored)
         self._state, self.scope = snapshot.state, snapshot.scope
         self.include_padding = snapshot.include_padding
 
@@ -260,7 +262,7 @@ class HookedLinear(nn.Module):
                 the form the scope needs.
         """
         output: Tensor = self.base(x, *args, **kwargs)
-        if self._state == "off" or self.context.disabled or not self.storage.active:
+        if self._state == "off" or self.context.disabled or not self._store.active:
             return output
         context = self.context
         rows, columns = self._grid(x)
@@ -274,8 +276,8 @@ class HookedLinear(nn.Module):
         y, z = hook_output(
             output.reshape(*grid, self.out_features),
             tokens,
-            self.storage.operand(),
-            self.storage.alpha,
+            self._store.operand(),
+            self._store.alpha,
             mask=mask,
             cu_seqlens=context.cu_seqlens,
             scope=scope,
@@ -284,7 +286,7 @@ class HookedLinear(nn.Module):
             seen = z.detach().view(rows, columns)
             everywhere = self._state == "temporary"
             fired = torch.ones_like(seen, dtype=torch.bool)
-            sink.append((self.index, seen, fired if everywhere else seen >= self.storage.alpha))
+            sink.append((self.index, seen, fired if everywhere else seen >= self._store.alpha))
         return y.reshape(output.shape)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
@@ -318,17 +320,17 @@ class HookedLinear(nn.Module):
         return mask.to(x.device)
 
     def _scope(self, tokens: Tensor, mask: Tensor | None) -> Scope:
-        storage = self.storage
-        if (self.scope == "membership") != (storage.kind == "pair") and storage.kind != "empty":
+        store = self._store
+        if (self.scope == "membership") != (store.kind == "pair") and store.kind != "empty":
             needed = "a pair (set_pair)" if self.scope == "membership" else "dense or factored"
             raise ValueError(
                 f"forward: the scope {self.scope!r} needs Delta stored as {needed}, got "
-                f"{storage.kind!r} in layer {self.index}"
+                f"{store.kind!r} in layer {self.index}"
             )
         if self.scope == "membership":
-            return Membership(storage.key_groups(), storage.correction)
+            return Membership(store.key_groups(), store.correction)
         if self.scope == "population":
-            return Population(storage.mean, storage.std)
+            return Population(store.mean, store.std)
         state = None if self.include_padding else self.context.gate_state()
         if state is None:
             return Sequence() if self.scope == "sequence" else Prefix()
@@ -340,20 +342,19 @@ class HookedLinear(nn.Module):
                 return Sequence(state.open(key, rows, tokens.device))
             kept = kept.to(tokens.device)
             return Population(kept[:, 1], (kept[:, 2] / (kept[:, 0] - 1)).sqrt())
-        first = kept is None
         if kept is None:
             kept = state.open(key, rows, tokens.device)
         if self.context.can_crop and not torch.compiler.is_compiling():
             chunks = state.chunks.setdefault(self.index, [])
-            chunks.append(self._chunk(tokens, mask, kept, whole=first or tokens.shape[1] == 1))
+            chunks.append(self._chunk(tokens, mask, kept))
         return Prefix(kept)
 
-    def _chunk(self, tokens: Tensor, mask: Tensor | None, kept: Tensor, whole: bool) -> Chunk:
+    def _chunk(self, tokens: Tensor, mask: Tensor | None, kept: Tensor) -> Chunk:
         norms = None
-        if not whole:
+        if tokens.shape[1] > 1:
             # Speculative decoding takes back the rejected end of such a chunk.
             plain = Population(0.0, 1.0)
-            norms = gate_scores(tokens, self.storage.operand(), mask=mask, scope=plain)
+            norms = gate_scores(tokens, self._store.operand(), mask=mask, scope=plain)
         return Chunk(tokens.shape[1], kept.clone(), norms, mask)
 
     # Everything below keeps the wrapper transparent: the base answers under its own names.
@@ -381,13 +382,14 @@ class HookedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookedLinear:
         self.base._apply(fn, recurse)
-        self.storage._apply(fn)
+        self._store._apply(fn)
         weight = next((p for p in self.base.parameters() if p.is_floating_point()), None)
         if weight is not None:
             wide = weight.dtype == torch.float64
-            self.storage.set_dtype(torch.float64 if wide else torch.float32)
+            self._store.set_dtype(torch.float64 if wide else torch.float32)
         return self
 
     def extra_repr(self) -> str:
         """What is wrapped and what the hook holds."""
-        return f"{self.base}, layer {self.index}, {self._state}, {self.scope}, {self.storage}"
+        hook = f"layer {self.index}, {self._state}, {self.scope}, {self._store.extra_repr()}"
+        return f"{self.base}, {hook}"

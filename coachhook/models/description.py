@@ -36,7 +36,8 @@ class ModelDescription:
         blocks_path: dotted path of the list of blocks.
         final_norm_path: dotted path of the norm before the head.
         lm_head_path: dotted path of the output embedding.
-        base_model_path: dotted path of the model below the head.
+        base_model_path: dotted path of the module whose forward runs the blocks, given the mask and
+            the cache: the model below the head, or its decoder.
         hidden_size: d, the width of the residual stream.
         max_positions: longest input in tokens, ``None`` where the architecture sets no bound.
         parallel_residual: whether attention and MLP of a block read the same residual; None where

@@ -58,7 +58,6 @@ def describe(model: nn.Module) -> ModelDescription:
     layers = [
         _editable_layer(model, family, index, config.hidden_size) for index in range(len(blocks))
     ]
-    _require(model, family.base)
     _require(model, family.norm)
     head = _head_path(model)
     if config.model_type not in FAMILIES:
@@ -70,7 +69,7 @@ def describe(model: nn.Module) -> ModelDescription:
         blocks_path=family.blocks,
         final_norm_path=family.norm,
         lm_head_path=head,
-        base_model_path=family.base,
+        base_model_path=family.blocks.rpartition(".")[0],
         hidden_size=config.hidden_size,
         max_positions=getattr(config, "max_position_embeddings", None),
         parallel_residual=getattr(config, parallel) if isinstance(parallel, str) else parallel,
@@ -188,9 +187,7 @@ def _discover(model: nn.Module, config: Any) -> Family:
             f"describe: {type(model).__name__} must have a final norm beside its blocks "
             f"({', '.join(_NORM_NAMES)}), got {', '.join(parent._modules)} in {parent_path!r}"
         )
-    base = getattr(model, "base_model_prefix", "")
     return Family(
-        base=base if base in model._modules else parent_path,
         blocks=blocks_path,
         down=down,
         norm=f"{parent_path}.{norm}" if parent_path else norm,

@@ -17,24 +17,22 @@ class Family:
     """Paths of one family, dotted, from the causal language model's root.
 
     Attributes:
-        base: the model below the head, whose forward receives ``attention_mask``.
-        blocks: the list of transformer blocks.
+        blocks: the list of transformer blocks; its parent is the module that runs them.
         down: the down-projection, relative to a block.
         norm: the final norm.
         parallel: whether attention and MLP read the same residual: a config key where it varies,
             None where it is not known.
     """
 
-    base: str
     blocks: str
     down: str
     norm: str
     parallel: bool | str | None = False
 
 
-_LLAMA = Family("model", "model.layers", "mlp.down_proj", "model.norm")
-_GPT2 = Family("transformer", "transformer.h", "mlp.c_proj", "transformer.ln_f")
-_GPTJ = Family("transformer", "transformer.h", "mlp.fc_out", "transformer.ln_f", parallel=True)
+_LLAMA = Family("model.layers", "mlp.down_proj", "model.norm")
+_GPT2 = Family("transformer.h", "mlp.c_proj", "transformer.ln_f")
+_GPTJ = Family("transformer.h", "mlp.fc_out", "transformer.ln_f", parallel=True)
 
 FAMILIES: dict[str, Family] = {
     "gpt2": _GPT2,
@@ -42,13 +40,12 @@ FAMILIES: dict[str, Family] = {
     "gptj": _GPTJ,
     "codegen": _GPTJ,
     "gpt_neox": Family(
-        "gpt_neox",
         "gpt_neox.layers",
         "mlp.dense_4h_to_h",
         "gpt_neox.final_layer_norm",
         parallel="use_parallel_residual",
     ),
-    "opt": Family("model", "model.decoder.layers", "fc2", "model.decoder.final_layer_norm"),
+    "opt": Family("model.decoder.layers", "fc2", "model.decoder.final_layer_norm"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -56,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": _LLAMA,
     "phi3": _LLAMA,
     "olmo": _LLAMA,
-    "phi": Family("model", "model.layers", "mlp.fc2", "model.final_layernorm", parallel=True),
+    "phi": Family("model.layers", "mlp.fc2", "model.final_layernorm", parallel=True),
 }
 
 # (model_type, number of blocks, hidden size) -> the layers of the published hyper-parameter files:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coachhook.hooks import HookedLinear
+from coachhook.hooks import attached_hooks
 from coachhook.models import EditableLayer, ModelDescription, get_submodule
 from coachhook.ops import gram_update_
 from coachhook.statistics.batches import Reservoir, TokenBatch
@@ -69,7 +69,7 @@ class KeySums:
             keys = inputs.detach().reshape(-1, layer.in_features)
             if real is not None:
                 keys = keys.index_select(0, real.to(keys.device))
-            self._add_gram(layer.index, keys)
+            self._add_gram(layer, keys)
             self._put_sample(layer.index, keys, slots, rows)
 
         mask = None if batch.mask is None else batch.mask.to(device)
@@ -85,11 +85,7 @@ class KeySums:
         for layer, _ in self._modules:
             total = self._totals.get(layer.index)
             if total is not None and not bool(total.diagonal().sum().isfinite()):
-                raise ValueError(
-                    f"collect_statistics: the keys of layer {layer.index} ({layer.path}) must be "
-                    "finite, got NaN or Inf; weights up to there hold such values, or float16 "
-                    "overflows: check the checkpoint or use bfloat16 or float32"
-                )
+                raise _not_finite(layer)
 
     def finish(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Return the means of k k^T (float64 [n, n]) and the samples ([s, n]) on the CPU.
@@ -130,19 +126,22 @@ class KeySums:
                 sample = state[f"layer.{layer.index}.sample"]
                 self._samples[layer.index] = sample.clone().to(device)
 
-    def _add_gram(self, index: int, keys: Tensor) -> None:
-        n = keys.shape[1]
-        if index not in self._totals:
+    def _add_gram(self, layer: EditableLayer, keys: Tensor) -> None:
+        n = layer.in_features
+        if layer.index not in self._totals:
             where = _float64_device(keys.device)
-            self._totals[index] = torch.zeros(n, n, dtype=torch.float64, device=where)
-        total = self._totals[index]
-        if keys.dtype == torch.float64:
-            gram_update_(total, keys)
-            return
-        place = (keys.device, n)
-        if place not in self._scratch:
-            self._scratch[place] = torch.empty(n, n, dtype=torch.float32, device=keys.device)
-        gram_update_(self._scratch[place].zero_(), keys)
+            self._totals[layer.index] = torch.zeros(n, n, dtype=torch.float64, device=where)
+        total = self._totals[layer.index]
+        try:
+            if keys.dtype == torch.float64:
+                gram_update_(total, keys)
+                return
+            place = (keys.device, n)
+            if place not in self._scratch:
+                self._scratch[place] = torch.empty(n, n, dtype=torch.float32, device=keys.device)
+            gram_update_(self._scratch[place].zero_(), keys)
+        except ValueError as error:
+            raise _not_finite(layer) from error
         total.add_(self._scratch[place].to(total.device))
 
     def _put_sample(self, index: int, keys: Tensor, slots: Tensor, rows: Tensor) -> None:
@@ -190,18 +189,22 @@ class _Reached(Exception):
 def frozen(model: nn.Module) -> Iterator[None]:
     """Run a block with `model` in evaluation mode, without gradients and without its edits."""
     modes = [(module, module.training) for module in model.modules()]
-    states = [(m, m.state) for m in model.modules() if isinstance(m, HookedLinear)]
+    hooks = attached_hooks(model)
     model.eval()
-    for hooked, _ in states:
-        hooked.state = "off"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hooks.disabled() if hooks is not None else nullcontext():
             yield
     finally:
-        for hooked, state in states:
-            hooked.state = state
         for module, training in modes:
             module.training = training
+
+
+def _not_finite(layer: EditableLayer) -> ValueError:
+    return ValueError(
+        f"collect_statistics: the keys of layer {layer.index} ({layer.path}) must be finite, got NaN "
+        "or Inf; weights up to there hold such values, or float16 overflows: check the checkpoint, "
+        "or use bfloat16 or float32"
+    )
 
 
 def _device_of(module: nn.Module, default: torch.device) -> torch.device:

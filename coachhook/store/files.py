@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ from torch import Tensor
 
 from coachhook._version import __version__
 from coachhook.errors import FormatError
-from coachhook.store.folders import MANIFEST, current_folder, write_folder_atomically
+from coachhook.store.folders import (
+    MANIFEST,
+    check_writable,
+    current_folder,
+    write_folder_atomically,
+)
 
 FORMAT_VERSIONS = {"edits": 1, "statistics": 1, "statistics-checkpoint": 1}
 
@@ -93,6 +99,7 @@ def save_folder(
             ) from error
         return {MANIFEST, *old["files"]}
 
+    check_writable(path)
     if (current := current_folder(path)).is_dir() and any(current.iterdir()):
         owned(current)
     write_folder_atomically(path, write, owned=owned)
@@ -115,11 +122,15 @@ def load_folder(
     while True:
         manifest = read_manifest(path, kind)
         try:
-            return manifest, _LazyTensors(current_folder(path), manifest["files"])
-        except FormatError:
-            # A writer may have replaced the folder between the two reads.
-            if read_manifest(path, kind) == manifest:
-                raise
+            tensors = _LazyTensors(current_folder(path), manifest["files"])
+            problem = None
+        except FormatError as error:
+            problem = error
+        # A writer may have replaced the folder meanwhile: then files of two writes were met.
+        if read_manifest(path, kind) == manifest:
+            if problem is not None:
+                raise problem
+            return manifest, tensors
 
 
 def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
@@ -130,17 +141,9 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """
     if kind not in FORMAT_VERSIONS:
         raise ValueError(f"load: kind must be one of {list(FORMAT_VERSIONS)}, got {kind!r}")
-    folder = current_folder(path)
-    file = folder / MANIFEST
+    file, text = _manifest_text(path, kind)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FormatError(
-            f"load: path must be a folder of coachhook {kind} with a {MANIFEST}, got {path}"
-            f"{'' if folder.exists() else ' (it does not exist)'}"
-        ) from error
-    except OSError as error:
-        raise FormatError(f"load: {file} must be readable, got: {error.strerror}") from error
+        content = json.loads(text)
     except ValueError as error:
         raise FormatError(
             f"load: {file} must be JSON, got a damaged file ({error}); {_REMEDY}"
@@ -148,7 +151,7 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     check_fields(content, {"format": str, "format_version": int, "files": dict}, file)
     if content["format"] != f"coachhook-{kind}":
         raise FormatError(
-            f"load: {folder} must hold coachhook {kind}, got format {content['format']!r}"
+            f"load: {file.parent} must hold coachhook {kind}, got format {content['format']!r}"
         )
     if content["format_version"] > FORMAT_VERSIONS[kind]:
         raise FormatError(
@@ -161,6 +164,23 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             raise FormatError(f"load: {file}: files must be plain names, got {name!r}")
         check_fields(entry, {"bytes": int, "checksum": str, "tensors": list}, file)
     return content
+
+
+def _manifest_text(path: str | os.PathLike[str], kind: str) -> tuple[Path, bytes]:
+    pauses = [0.1, 0.01, 0.001]
+    while True:
+        file = current_folder(path) / MANIFEST
+        try:
+            return file, file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if not pauses:
+                raise FormatError(
+                    f"load: path must be a folder of coachhook {kind} with a {MANIFEST}, got {path}"
+                    f"{'' if file.parent.exists() else ' (it does not exist)'}"
+                ) from error
+            time.sleep(pauses.pop())  # a writer may be between its two renames
+        except OSError as error:
+            raise FormatError(f"load: {file} must be readable, got: {error.strerror}") from error
 
 
 def check_fields(

@@ -141,7 +141,7 @@ def subject_ids(tokenizer: Any, template: str, subject: str) -> tuple[torch.Tens
 
 
 def swapped_share(model: Any, tokenizer: Any, layer: int) -> float:
-    """Share of pairs answered for the other subject once its state sits at the last subject token."""
+    """Share of pairs answered for the other subject once its state is at the last subject token."""
     rng = random.Random(0)
     facts = [f for f in world.facts() if f.relation in ("profession", "capital", "product")]
     hits = total = 0

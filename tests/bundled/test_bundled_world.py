@@ -20,7 +20,7 @@ def digest() -> str:
 
 def test_world_is_the_one_the_model_was_trained_on() -> None:
     """The weights know exactly these facts: a changed world needs a newly trained model."""
-    assert digest() == "DIGEST"
+    assert digest() == "8d464e5c386a21307745d0a05bf4f0c7c2625e6559f59a45669db50b207750d7"
 
 
 def test_world_does_not_depend_on_the_process() -> None:

@@ -187,9 +187,7 @@ def test_every_number_follows_its_definition(two_models, tokenizer, requests):
             )
     assert result["teacher_forced"]["before"]["locality"] == 1.0
     assert result["generated"]["before"]["locality"] == 1.0
-    lengths = [
-        len(tokenizer(p)["input_ids"]) for r in requests for p in r.neighborhood
-    ]
+    lengths = [len(tokenizer(p)["input_ids"]) for r in requests for p in r.neighborhood]
     assert result["gate"]["fired_unrelated"] == pytest.approx(len(lengths) / sum(lengths))
     assert result["gate"]["fired_edited"] == 1.0
 

@@ -15,8 +15,8 @@ def check_arguments(op: str, factor: Tensor, keys: Tensor) -> None:
     for name, value in (("factor", factor), ("keys", keys)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if factor.dim() != 2 or factor.shape[0] != factor.shape[1]:
-        raise ValueError(f"{op}: factor must be [n, n], got {list(factor.shape)}")
+    if factor.dim() != 2 or factor.shape[0] != factor.shape[1] or factor.shape[0] == 0:
+        raise ValueError(f"{op}: factor must be [n, n] with n >= 1, got {list(factor.shape)}")
     if factor.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: factor must be float32 or float64, got {factor.dtype}; "

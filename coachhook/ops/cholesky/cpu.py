@@ -31,6 +31,8 @@ from coachhook.ops.cholesky._checks import check_gap, check_values
 _ROW_BLOCK = 1024
 # Elements of the batched k x k temporaries of `_rotations`, 32 MiB in float64.
 _BATCH_ELEMENTS = 1 << 22
+# Squared pivots of chol(I + X^T X) may differ by this much for the solve that shares X.
+_CONDITION_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
 
 
 def _panel_width(k: int) -> int:
@@ -59,9 +61,10 @@ def _solve_lower(op: str, factor: Tensor, keys: Tensor) -> Tensor:
     return solved
 
 
-def _rotations(op: str, solved: Tensor, sign: int, width: int) -> Tensor:
+def _rotations(op: str, solved: Tensor, sign: int) -> Tensor:
     """``G_jj`` stacked over ``W_j`` for all panels: [panels, b + k, b]."""
     n, k = solved.shape
+    width = min(_panel_width(k), n)
     panels = -(-n // width)
     padded = solved.new_zeros(panels * width, k)
     padded[:n] = solved
@@ -115,24 +118,46 @@ def _apply_(factor: Tensor, keys: Tensor, solved: Tensor, rotations: Tensor) -> 
 
 def _modify_(op: str, factor: Tensor, keys: Tensor, sign: int) -> None:
     check_values(op, factor, keys)
-    n, k = keys.shape
-    if n == 0 or k == 0:
-        return
-    solved = _solve_lower(op, factor, keys)
-    if sign < 0:
-        check_gap(op, solved)
-    _apply_(factor, keys, solved, _rotations(op, solved, sign, min(_panel_width(k), n)))
+    if keys.numel():
+        solved = _solve_lower(op, factor, keys)
+        if sign < 0:
+            check_gap(op, solved)
+        _apply_(factor, keys, solved, _rotations(op, solved, sign))
 
 
 def cholesky_update_(factor: Tensor, keys: Tensor) -> None:
+    """CPU form of :func:`coachhook.ops.cholesky_update_`."""
     _modify_("cholesky_update_", factor, keys, 1)
 
 
 def cholesky_downdate_(factor: Tensor, keys: Tensor) -> None:
+    """CPU form of :func:`coachhook.ops.cholesky_downdate_`."""
     _modify_("cholesky_downdate_", factor, keys, -1)
 
 
 def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
-    _modify_("cholesky_update_solve_", factor, keys, 1)
+    """CPU form of :func:`coachhook.ops.cholesky_update_solve_`.
+
+    ``C'^-1 K = L^-T X (I + X^T X)^-1`` shares X with the update and solves once more with the old
+    factor. Measured against long double it is up to 1e3 times as accurate as two solves with the
+    new factor, until ``I + X^T X`` itself is badly conditioned: keys that outweigh the prior and
+    depend on each other. Then the new factor is used.
+    """
+    op = "cholesky_update_solve_"
+    check_values(op, factor, keys)
+    if not keys.numel():
+        return torch.empty_like(keys)
+    solved = _solve_lower(op, factor, keys)
+    rotations = _rotations(op, solved, 1)
+    gram = solved.mT @ solved
+    gram.diagonal().add_(1)
+    inner = _factored(op, gram)
+    pivots = inner.diagonal().square()
+    if bool(pivots.max() <= _CONDITION_LIMIT[keys.dtype] * pivots.min()):
+        scaled = torch.cholesky_solve(solved.mT, inner).mT
+        result = torch.linalg.solve_triangular(factor.mT, scaled, upper=True)
+        _apply_(factor, keys, solved, rotations)
+        return result
+    _apply_(factor, keys, solved, rotations)
     forward = torch.linalg.solve_triangular(factor, keys, upper=False)
     return torch.linalg.solve_triangular(factor.mT, forward, upper=True)

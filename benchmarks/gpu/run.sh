@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command and under nine minutes:
+#
+#     benchmarks/gpu/run.sh            # results in $OUT, or benchmarks/results/
+#
+# Builds the extension for this card, runs the gpu tests, compute-sanitizer on small shapes, the
+# self-test and the benchmarks. A stage that fails does not stop the next ones; summary.json tells
+# how each one ended. Without a GPU it says so and writes nothing.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
+
+if ! nvidia-smi -L >/dev/null 2>&1; then
+  echo "benchmarks/gpu/run.sh: no NVIDIA GPU here; nothing was run and nothing written"
+  exit 0
+fi
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  python=python3
+  .venv/bin/python -c 'import torch' 2>/dev/null && python=.venv/bin/python
+fi
+out=${OUT:-benchmarks/results}
+mkdir -p "$out"
+stages=$(mktemp)
+trap 'rm -f "$stages"' EXIT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+
+# stage NAME SECONDS FILE COMMAND...: runs a command with a time limit; its output goes to FILE.
+stage() {
+  local name=$1 limit=$2 file=$out/$3 started=$SECONDS status=0
+  shift 3
+  echo "== $name"
+  timeout --kill-after=10 "$limit" "$@" >>"$file" 2>"$file.err" || status=$?
+  # JSON stays clean: messages follow results in logs only.
+  case $file in
+    *.json) [ "$status" -eq 0 ] || cat "$file.err" ;;
+    *) cat "$file.err" >>"$file" && tail -n 3 "$file" ;;
+  esac
+  rm -f "$file.err"
+  [ -s "$file" ] || rm -f "$file"
+  echo "$name $status $((SECONDS - started))" >>"$stages"
+}
+
+rm -f "$out"/{build,pytest,sanitizer}.log "$out"/{doctor,bench,summary}.json
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+stage build 120 build.log env COACHHOOK_BUILD_CUDA=1 COACHHOOK_CUDA_ARCHS="$capability" \
+  "$python" setup.py build_ext --inplace
+stage doctor 45 doctor.json "$python" -m coachhook doctor --selftest --json
+stage pytest 150 pytest.log "$python" -m pytest -q -m gpu
+for tool in memcheck racecheck; do
+  stage "$tool" 50 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    "$python" benchmarks/gpu/small_shapes.py
+done
+stage bench 105 bench.json "$python" -m coachhook bench --json --device cuda
+
+"$python" benchmarks/gpu/summary.py "$stages" "$out/summary.json"

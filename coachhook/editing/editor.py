@@ -1,0 +1,365 @@
+"""The Editor: requests in, hooks of the model updated, a batch whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coachhook.editing.config import EditConfig
+from coachhook.editing.folder import load_state, save_state
+from coachhook.editing.memory import EditMemory, regularized_prior
+from coachhook.editing.prompts import EncodedPrompt
+from coachhook.editing.reading import States, read_inputs, read_states
+from coachhook.editing.requests import EditRequest
+from coachhook.editing.state import BatchRecord, EditState, LayerEdits
+from coachhook.editing.targets import (
+    EncodedRequest,
+    Targets,
+    encode_requests,
+    optimise_targets,
+)
+from coachhook.hooks import HookedLinear, HookSet, attach_hooks
+from coachhook.models import check_finite, describe, get_submodule, prepare_tokenizer
+from coachhook.ops import Membership, Population, Prefix, gate_scores
+from coachhook.ops import Sequence as SequenceScope
+from coachhook.statistics import Statistics
+from coachhook.store import fingerprint
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What one batch did.
+
+    Attributes:
+        batch: its number, as :meth:`Editor.revert` takes it.
+        alphas: layer index -> threshold after the batch.
+        targets: the optimised v* ``[d, k]``, one column per request, in order.
+        converged: per request, whether the target is the model's answer once v* is put in; where it
+            is not, no edit at this position can make it so with these settings.
+        losses: last loss of each request's target.
+        steps: Adam steps of each request's target.
+        warnings: what a user should know, in words.
+    """
+
+    batch: int
+    alphas: dict[int, float]
+    targets: Tensor
+    converged: list[bool]
+    losses: list[float]
+    steps: list[int]
+    warnings: list[str]
+
+
+class Editor:
+    """Edits facts of a causal language model in consecutive batches.
+
+    The model's weights are not touched: hooks over the down-projections of ``config.layers`` are
+    attached to the model given, and while they are, ``model(...)`` and ``model.generate(...)``
+    answer with the edits.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its (fast) tokenizer.
+        statistics: key covariances of at least the edited layers.
+        config: settings; the default preset for the model if None.
+
+    Attributes:
+        hooks: layer index -> :class:`~coachhook.hooks.HookedLinear`.
+
+    Raises:
+        FingerprintMismatchError: the statistics belong to other weights.
+        NotPositiveDefiniteError: a covariance is singular (too few tokens).
+        UnsupportedModelError: nothing editable was found.
+        ValueError: a layer or its statistics are missing, or a weight is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        statistics: Statistics,
+        config: EditConfig | None = None,
+    ) -> None:
+        config = config or EditConfig.for_model(model)
+        description = describe(model)
+        for layer in config.layers:
+            description.layer(layer)
+        check_finite(model)
+        statistics.check(model)
+        layers = {}
+        for layer in config.layers:
+            prior = regularized_prior(
+                statistics.covariances[layer].to(
+                    _memory_device(model, description.layers[layer].path)
+                ),
+                config.covariance_weight,
+                config.ridge,
+            )
+            memory = EditMemory(
+                prior, description.layers[layer].out_features, max_keys=_max_keys(config)
+            )
+            sample = statistics.samples.get(layer) if config.scope == "population" else None
+            layers[layer] = LayerEdits(memory, sample)
+        self._start(model, tokenizer, EditState(config, layers))
+
+    def _start(self, model: nn.Module, tokenizer: Any, state: EditState) -> None:
+        self._model = model
+        self._tokenizer = prepare_tokenizer(tokenizer)
+        self._description = describe(model)
+        self._state = state
+        self.hooks: HookSet = attach_hooks(model, list(state.config.layers))
+        try:
+            self._refresh()
+        except BaseException:
+            self.hooks.detach()
+            raise
+
+    @property
+    def config(self) -> EditConfig:
+        """The settings."""
+        return self._state.config
+
+    @property
+    def batches(self) -> dict[int, BatchRecord]:
+        """Batch number -> what was edited, in the order of editing."""
+        return dict(self._state.batches)
+
+    @property
+    def alphas(self) -> dict[int, float]:
+        """Layer index -> present threshold."""
+        return {layer: self.hooks[layer].alpha for layer in self.config.layers}
+
+    def edit(self, requests: Sequence[EditRequest]) -> EditResult:
+        """Writes one batch of facts; whole, or, after any exception, not at all.
+
+        Targets v* are optimised with the hooks of earlier batches in place. Then for each layer in
+        turn, with L layers and l of them done (equations of docs/algorithm.md):
+
+            R = (v* - present output of the last edited block) / (L - l)
+            C <- C + K K^T,  Delta <- Delta + R K^T C^-1
+            alpha <- min(alpha, min over prompts of max over tokens of z)
+
+        Args:
+            requests: the k facts of the batch.
+
+        Raises:
+            TypeError: something else than a list of requests was given.
+            ValueError: the batch is empty, a subject is not found in its prompt, a prompt does not
+                fit the context window, or the model's outputs are not finite.
+        """
+        requests = self._check_requests(requests)
+        encoded = encode_requests(
+            self._tokenizer,
+            requests,
+            self.config.contexts,
+            self._description.max_positions,
+        )
+        hooks = {layer: self.hooks[layer].snapshot() for layer in self.config.layers}
+        memories = {i: edits.memory.snapshot() for i, edits in self._state.layers.items()}
+        counters = {i: edits.next_group for i, edits in self._state.layers.items()}
+        batches = dict(self._state.batches)
+        try:
+            return self._edit(requests, encoded)
+        except BaseException:
+            for layer, edits in self._state.layers.items():
+                edits.memory.restore(memories[layer])
+                edits.next_group = counters[layer]
+                self.hooks[layer].restore(hooks[layer])
+            self._state.batches = batches
+            raise
+
+    def revert(self, batch: int) -> None:
+        """Takes a batch back, in any order, as if its keys and targets had never been there.
+
+        Raises:
+            ValueError: there is no such batch, or it cannot be taken back any more.
+        """
+        self._state.remove(batch)
+        self._refresh()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an EDITS folder, whole or not at all; an earlier one there is replaced.
+
+        Raises:
+            ValueError: the folder cannot be written or holds other files.
+        """
+        save_state(path, self._state, self._model)
+
+    @classmethod
+    def load(cls, model: nn.Module, tokenizer: Any, path: str | os.PathLike[str]) -> Editor:
+        """Opens an EDITS folder to go on editing.
+
+        Raises:
+            FormatError: not an EDITS folder, damaged, or of a newer version.
+            FingerprintMismatchError: the edits belong to other weights.
+        """
+        check_finite(model)
+        state = load_state(path, expected=fingerprint(model))
+        editor = cls.__new__(cls)
+        editor._start(model, tokenizer, state)
+        return editor
+
+    def detach(self) -> None:
+        """Takes the hooks off; the model answers as before, to the bit."""
+        self.hooks.detach()
+
+    @staticmethod
+    def _check_requests(requests: Sequence[EditRequest]) -> list[EditRequest]:
+        if isinstance(requests, EditRequest | str):
+            raise TypeError(
+                f"edit: requests must be a list of EditRequest, got one {type(requests).__name__}"
+            )
+        found = list(requests)
+        wrong = next((r for r in found if not isinstance(r, EditRequest)), None)
+        if wrong is not None:
+            raise TypeError(
+                f"edit: requests must be a list of EditRequest, got a {type(wrong).__name__} in it"
+            )
+        if not found:
+            raise ValueError("edit: requests must hold at least one request, got none")
+        return found
+
+    def _refresh(self) -> None:
+        for layer in self.config.layers:
+            self._state.payload(layer).apply(self.hooks[layer], self.config)
+        self.hooks.set_state("validated")
+
+    def _edit(self, requests: list[EditRequest], encoded: list[EncodedRequest]) -> EditResult:
+        config = self.config
+        pad_id = self._tokenizer.pad_token_id
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            targets = optimise_targets(
+                self._model, self._description, encoded, config, pad_id=pad_id
+            )
+            record = BatchRecord(
+                requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
+            )
+            number = self._write(encoded, targets, record, pad_id)
+            record.bounds.update(self._bounds(encoded, pad_id))
+        finally:
+            self._model.train(was_training)
+        self._refresh()
+        return EditResult(
+            number,
+            self.alphas,
+            targets.values,
+            targets.converged,
+            targets.losses,
+            targets.steps,
+            self._warnings(record),
+        )
+
+    def _write(
+        self, encoded: list[EncodedRequest], targets: Targets, record: BatchRecord, pad_id: int
+    ) -> int:
+        """Appends keys and targets to every layer's memory, the lowest layer first."""
+        config = self.config
+        each = config.key_pooling == "each"
+        slots = [(r, p) for r, p in targets.used.nonzero().tolist()]
+        record.slots = slots
+        contexts = [
+            prompt.at(config.places[place])
+            for request, place in slots
+            for prompt in encoded[request].contexts
+        ]
+        bare = contexts[:: len(config.contexts)]
+        goal = targets.values.T
+        if each:
+            # The same delta in every context, on top of what the model says there.
+            start = self._read(contexts, config.layers[-1], pad_id).outputs.to(goal.dtype)
+            wanted = targets.deltas[targets.used]
+            goal = start + wanted.repeat_interleave(len(config.contexts), 0)
+        if config.scope != "membership":
+            # The published code lets every token take the hook while a batch is computed.
+            self.hooks.set_state("temporary")
+        number = -1
+        for position, layer in enumerate(config.layers):
+            states = self._read(contexts, layer, pad_id)
+            keys, outputs = states.keys, states.outputs
+            if not each:
+                keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
+                outputs = self._read(bare, layer, pad_id).outputs
+            share = (goal - outputs.to(goal.dtype)) / (len(config.layers) - position)
+            number = self._state.append(layer, keys, share, record)
+            hook = self.hooks[layer]
+            self._state.payload(layer).apply(hook, config)
+            hook.state = "validated"
+        return number
+
+    def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
+        return read_states(
+            self._model, self._description, prompts, layer, self.config.layers[-1], pad_id=pad_id
+        )
+
+    def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
+        """Per layer the smallest over the prompts of the largest score, in the unedited model."""
+        bare = [request.contexts[0] for request in encoded]
+        with self.hooks.disabled():
+            inputs, mask = read_inputs(
+                self._model, self._description, bare, self.config.layers, pad_id=pad_id
+            )
+        bounds = {}
+        for layer, x in inputs.items():
+            hook = self.hooks[layer]
+            z = _scores(hook, x, None if self.config.include_padding else mask.to(x.device))
+            largest = z.nan_to_num(nan=-float("inf")).amax(dim=-1)
+            defined = largest[largest > -float("inf")]
+            bounds[layer] = float(defined.min()) if len(defined) else float("nan")
+        return bounds
+
+    def _warnings(self, record: BatchRecord) -> list[str]:
+        found = []
+        for request, converged, loss in zip(
+            record.requests, record.converged, record.losses, strict=True
+        ):
+            if not converged:
+                found.append(
+                    f"the target of {request.text!r} -> {request.target_new!r} did not converge "
+                    f"(loss {loss:.2f})"
+                )
+        for layer, bound in record.bounds.items():
+            if bound != bound:
+                found.append(f"layer {layer}: no prompt of the batch is long enough for a z-score")
+            elif bound < self.hooks[layer].alpha:
+                found.append(
+                    f"layer {layer}: the gate stays shut for at least one prompt of the batch "
+                    f"(score {bound:.2f}, threshold {self.hooks[layer].alpha:.2f})"
+                )
+        return found
+
+
+def _scores(hook: HookedLinear, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores ``[B, T]`` of inputs ``[B, T, n]`` as the hook would judge whole sequences."""
+    scope = {
+        "sequence": SequenceScope(),
+        "prefix": Prefix(),
+        "population": Population(*hook.population),
+        "membership": Membership(),
+    }[hook.scope]
+    return gate_scores(x, hook.operand(), mask=mask, scope=scope)
+
+
+def _mean_keys(keys: Tensor) -> Tensor:
+    """Half the bare prompt's key and half the mean over the other contexts; ``[R, C, n]``."""
+    if keys.shape[1] == 1:
+        return keys[:, 0]
+    return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2
+
+
+def _max_keys(config: EditConfig) -> int | None:
+    # Coefficients need every key; nothing may be folded into the prior.
+    return sys.maxsize if config.scope == "membership" else config.max_keys
+
+
+def _memory_device(model: nn.Module, path: str) -> torch.device:
+    device = next(get_submodule(model, path).parameters()).device
+    return torch.device("cpu") if device.type == "mps" else device

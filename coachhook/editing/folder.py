@@ -1,0 +1,165 @@
+"""An EDITS folder: everything needed to go on editing, to take a batch back, or only to answer.
+
+The hooks' own tensors are kept beside the memory they were made from, so that inference reads them
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from coachhook._version import __version__
+from coachhook.editing.config import EditConfig
+from coachhook.editing.memory import EditMemory
+from coachhook.editing.state import BatchRecord, EditState, HookPayload, LayerEdits
+from coachhook.errors import FingerprintMismatchError, FormatError
+from coachhook.store import check_fields, fingerprint, load_folder, save_folder
+
+KIND = "edits"
+_FIELDS = {
+    "fingerprint": str,
+    "model": str,
+    "config": dict,
+    "layers": dict,
+    "batches": dict,
+}
+
+
+def save_state(
+    path: str | os.PathLike[str], state: EditState, model: nn.Module | None = None
+) -> None:
+    """Writes an EDITS folder, whole or not at all.
+
+    Args:
+        path: the folder; an earlier EDITS folder there is replaced.
+        state: the edits.
+        model: the model they belong to. None keeps the fingerprint of the folder that is there.
+
+    Raises:
+        ValueError: the folder cannot be written or holds other files.
+    """
+    if model is None:
+        old, _ = load_folder(path, KIND)
+        owner = {"fingerprint": old["fingerprint"], "model": old["model"]}
+    else:
+        config: Any = model.config
+        owner = {"fingerprint": fingerprint(model), "model": str(config._name_or_path or "")}
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for index, edits in state.layers.items():
+        payload = state.payload(index)
+        memory_tensors, memory_values = edits.memory.state_dict()
+        prefix = f"layer.{index}"
+        tensors |= {f"{prefix}.hook.{k}": v.contiguous() for k, v in payload.tensors.items()}
+        tensors |= {f"{prefix}.memory.{k}": v.contiguous() for k, v in memory_tensors.items()}
+        if edits.sample is not None:
+            tensors[f"{prefix}.sample"] = edits.sample.contiguous()
+        layers[str(index)] = {
+            "kind": payload.kind,
+            "alpha": payload.alpha,
+            "population": payload.population,
+            "rank": payload.rank,
+            "next_group": edits.next_group,
+            "memory": memory_values,
+        }
+    for number, batch in state.batches.items():
+        tensors[f"targets.{number}"] = batch.targets.contiguous()
+    manifest = {
+        **owner,
+        "coachhook": __version__,
+        "config": state.config.to_dict(),
+        "layers": layers,
+        "batches": {str(n): b.to_dict() for n, b in state.batches.items()},
+    }
+    save_folder(path, kind=KIND, manifest=manifest, tensors=tensors)
+
+
+def _open(
+    path: str | os.PathLike[str], expected: str | None
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    manifest, tensors = load_folder(path, KIND)
+    check_fields(manifest, _FIELDS, path)
+    if expected is not None and manifest["fingerprint"] != expected:
+        raise FingerprintMismatchError(
+            f"load: fingerprint must be {expected}, that of the model given, got "
+            f"{manifest['fingerprint']} in {os.fspath(path)}, edits of "
+            f"{manifest['model'] or 'another model'}; load the model they were made for"
+        )
+    return manifest, tensors
+
+
+def load_state(path: str | os.PathLike[str], expected: str | None = None) -> EditState:
+    """Reads an EDITS folder to go on editing.
+
+    Args:
+        path: the folder.
+        expected: fingerprint the edits must carry; None does not check.
+
+    Raises:
+        FormatError: not an EDITS folder, damaged, or of a newer version.
+        FingerprintMismatchError: the edits belong to other weights.
+    """
+    manifest, tensors = _open(path, expected)
+    try:
+        state = EditState(EditConfig.from_dict(manifest["config"]), {})
+        for key, entry in manifest["layers"].items():
+            prefix = f"layer.{key}.memory."
+            kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+            state.layers[int(key)] = LayerEdits(
+                EditMemory.from_state_dict(kept, entry["memory"]),
+                tensors[f"layer.{key}.sample"] if f"layer.{key}.sample" in tensors else None,
+                entry["next_group"],
+            )
+        for number, record in manifest["batches"].items():
+            state.batches[int(number)] = BatchRecord.from_dict(record, tensors[f"targets.{number}"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"load: {os.fspath(path)} must hold complete edits, got {type(error).__name__}: {error}"
+        ) from error
+    return state
+
+
+def load_payloads(
+    path: str | os.PathLike[str], expected: str | None = None
+) -> tuple[EditConfig, dict[int, HookPayload]]:
+    """Reads only what inference needs from an EDITS folder.
+
+    Raises:
+        FormatError: not an EDITS folder, damaged, or of a newer version.
+        FingerprintMismatchError: the edits belong to other weights.
+    """
+    manifest, tensors = _open(path, expected)
+    payloads = {}
+    try:
+        for key, entry in manifest["layers"].items():
+            prefix = f"layer.{key}.hook."
+            kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+            population = entry["population"]
+            payloads[int(key)] = HookPayload(
+                entry["kind"],
+                kept,
+                entry["alpha"],
+                None if population is None else (population[0], population[1]),
+            )
+        config = EditConfig.from_dict(manifest["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"load: {os.fspath(path)} must hold complete edits, got {type(error).__name__}: {error}"
+        ) from error
+    return config, payloads
+
+
+def revert_folder(path: str | os.PathLike[str], batch: int) -> None:
+    """Takes one batch back in an EDITS folder, without the model.
+
+    Raises:
+        FormatError: not an EDITS folder, damaged, or of a newer version.
+        ValueError: there is no such batch, or it cannot be taken back any more.
+    """
+    state = load_state(path)
+    state.remove(batch)
+    save_state(path, state)

@@ -1,0 +1,97 @@
+"""The prior of an edit memory: key statistics made into a factored positive definite matrix."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from coachhook.errors import NotPositiveDefiniteError
+
+# A pivot this far below its diagonal entry, in eps, is rounding noise.
+_PIVOT_NOISE = 32
+_ROWS = 512
+
+
+def regularized_prior(covariance: Tensor, weight: float, ridge: float) -> Tensor:
+    """Prior of an :class:`EditMemory` from key statistics, positive definite for any ``ridge > 0``.
+
+    ``C0 = weight (Cov + ridge mean(diag Cov) I)``. The ridge is needed where fewer tokens than n were
+    seen, or where some key features are always zero: there Cov alone is singular and edits would be
+    free to write into the unseen directions.
+
+    Args:
+        covariance: Cov [n, n], mean of k k^T, any floating dtype.
+        weight: lambda, positive.
+        ridge: relative to the mean of the diagonal, at least 0.
+
+    Returns:
+        C0 [n, n], float64, a new tensor.
+
+    Raises:
+        ValueError: wrong shape, or a number out of range.
+    """
+    _check_square("regularized_prior", "covariance", covariance)
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"regularized_prior: weight must be positive and finite, got {weight}")
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"regularized_prior: ridge must be at least 0 and finite, got {ridge}")
+    prior = covariance.detach().to(torch.float64) * weight
+    prior.diagonal().add_(ridge * prior.diagonal().mean())
+    return prior
+
+
+def _check_square(op: str, name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dim() != 2 or value.shape[0] != value.shape[1] or value.shape[0] == 0:
+        raise ValueError(f"{op}: {name} must be [n, n] with n >= 1, got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{op}: {name} must be finite, got NaN or Inf")
+
+
+def _check_prior(prior: Tensor) -> None:
+    _check_square("EditMemory", "prior", prior)
+    # Sums in another order differ in the last bits; a matrix that is not symmetric is a mistake.
+    allowed = 1e-4 * float(prior.diagonal().abs().max())
+    for first in range(0, len(prior), _ROWS):
+        last = min(first + _ROWS, len(prior))
+        difference = prior[first:last, :last] - prior[:last, first:last].mT
+        largest = float(difference.abs().max())
+        if largest > allowed:
+            raise ValueError(
+                f"EditMemory: prior must be symmetric, got entries that differ by {largest:.3g} "
+                "from their mirror image; pass (prior + prior.T) / 2"
+            )
+
+
+def factor_prior(prior: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower Cholesky factor of a prior [n, n], in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: not a finite, symmetric, square floating-point matrix.
+        NotPositiveDefiniteError: not positive definite, to rounding.
+    """
+    _check_prior(prior)
+    # A float32 memory too factors in float64: factoring in float32 costs another digit.
+    wide = prior.detach().to(torch.float64)
+    factor, info = torch.linalg.cholesky_ex(wide)
+    pivots = factor.diagonal().square()
+    noise = _PIVOT_NOISE * torch.finfo(torch.float64).eps * wide.diagonal()
+    if int(info) or bool((pivots <= noise).any()):
+        raise NotPositiveDefiniteError(
+            f"EditMemory: prior must be positive definite, got a [{len(prior)}, {len(prior)}] matrix "
+            "that is singular or indefinite to rounding; collect more tokens than n, or add a ridge "
+            "with regularized_prior(covariance, weight, ridge)"
+        )
+    if dtype == torch.float32 and bool(pivots.max() > 1e5 * pivots.min()):
+        warnings.warn(
+            f"EditMemory: the condition of the prior is at least "
+            f"{float(pivots.max() / pivots.min()):.0e}; a float32 memory keeps few digits of Delta "
+            "beyond 1e4, use dtype=torch.float64",
+            stacklevel=3,
+        )
+    return factor.to(dtype)

@@ -1,0 +1,133 @@
+"""What the network holds at the last subject token: keys of a layer, outputs of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coachhook.editing.prompts import EncodedPrompt, pad_right
+from coachhook.editing.suffix import first_tensor
+from coachhook.models import ModelDescription, get_submodule
+
+
+class _ReachedError(Exception):
+    """Ends a forward whose remainder nobody needs."""
+
+
+@dataclass(frozen=True)
+class States:
+    """States at the last subject token of R prompts, compute dtype.
+
+    Attributes:
+        keys: inputs of the layer's down-projection ``[R, n]``.
+        outputs: outputs of the last edited block ``[R, d]``.
+    """
+
+    keys: Tensor
+    outputs: Tensor
+
+
+@torch.no_grad()
+def read_states(
+    model: nn.Module,
+    description: ModelDescription,
+    prompts: Sequence[EncodedPrompt],
+    layer: int,
+    last_layer: int,
+    *,
+    pad_id: int,
+    rows_at_once: int = 512,
+) -> States:
+    """Runs ``prompts`` through the model, hooks as they are, up to the block ``last_layer``.
+
+    Args:
+        model: the model.
+        description: its description.
+        prompts: R prompts; up to ``rows_at_once`` of them are padded together.
+        layer: whose keys are wanted.
+        last_layer: whose block outputs are wanted; not below ``layer``.
+        pad_id: id used for padding.
+        rows_at_once: bounds the memory.
+    """
+    base = get_submodule(model, description.base_model_path)
+    down = get_submodule(model, description.layers[layer].path)
+    block = get_submodule(model, description.layers[last_layer].block_path)
+    device = next(model.parameters()).device
+    keys: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for start in range(0, len(prompts), rows_at_once):
+        chunk = prompts[start : start + rows_at_once]
+        ids, mask = pad_right([p.ids for p in chunk], pad_id, device)
+        rows = torch.arange(len(chunk), device=device)
+        lookup = torch.tensor([p.lookup for p in chunk], device=device)
+
+        def at_lookup(
+            states: Tensor, ids: Tensor = ids, r: Tensor = rows, c: Tensor = lookup
+        ) -> Tensor:
+            # OPT flattens batch and time before its second linear.
+            states = states.reshape(*ids.shape, states.shape[-1])
+            picked = states[r.to(states.device), c.to(states.device)]
+            return picked if picked.dtype == torch.float64 else picked.float()
+
+        def take_key(_module: nn.Module, args: tuple[Any, ...], at: Any = at_lookup) -> None:
+            keys.append(at(args[0]))
+
+        def take_output(_module: nn.Module, _args: Any, output: Any, at: Any = at_lookup) -> None:
+            outputs.append(at(first_tensor(output)))
+            raise _ReachedError
+
+        handles = [
+            down.register_forward_pre_hook(take_key),
+            block.register_forward_hook(take_output),
+        ]
+        try:
+            base(input_ids=ids, attention_mask=mask, use_cache=False)
+        except _ReachedError:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return States(torch.cat(keys), torch.cat(outputs))
+
+
+@torch.no_grad()
+def read_inputs(
+    model: nn.Module,
+    description: ModelDescription,
+    prompts: Sequence[EncodedPrompt],
+    layers: Sequence[int],
+    *,
+    pad_id: int,
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Inputs ``[R, T, n]`` of the down-projections of ``layers``, and the mask ``[R, T]`` (bool).
+
+    All prompts are padded together at the right.
+    """
+    base = get_submodule(model, description.base_model_path)
+    ids, mask = pad_right([p.ids for p in prompts], pad_id, next(model.parameters()).device)
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            found[layer] = args[0].reshape(*ids.shape, args[0].shape[-1])
+            if layer == max(layers):
+                raise _ReachedError
+
+        return hook
+
+    handles = [
+        get_submodule(model, description.layers[i].path).register_forward_pre_hook(keep(i))
+        for i in layers
+    ]
+    try:
+        base(input_ids=ids, attention_mask=mask, use_cache=False)
+    except _ReachedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found, mask.bool()

@@ -1,0 +1,226 @@
+"""The gated hook through the CUDA extension ``coachhook._C``.
+
+The products ``x S^T`` are torch's; norms, statistics, decision and the correction of the tokens
+that fire are kernels of ``csrc/gate.cuh``: fixed summation order, no atomics, nothing read back to
+the host. So a token's decision is the same alone and in any batch, and a call can be captured in a
+CUDA graph. :class:`Prefix` takes its scan, and :class:`Ungated` its decision, from plain torch.
+
+Every argument was checked by the op; what is left to this file is layout.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from coachhook.errors import BackendUnavailableError
+from coachhook.ops import _backends
+from coachhook.ops.hooked_linear.gate import Tokens, fires, group_sums, scores
+from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
+from coachhook.ops.hooked_linear.scopes import (
+    Membership,
+    Population,
+    Prefix,
+    Scope,
+    Sequence,
+    Ungated,
+)
+
+# Oldest architecture the extension is built for, see setup.py.
+MIN_CAPABILITY = (8, 0)
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+@cache
+def runtime_problem() -> str | None:
+    """Why the extension's CUDA runtime cannot use this machine's driver, or None."""
+    build = _native().build_info()
+    if build["devices"] > 0:
+        return None
+    runtime, driver = (
+        f"{v // 1000}.{v % 1000 // 10}" for v in (build["cuda_runtime"], build["cuda_driver"])
+    )
+    return (
+        f"it was built with CUDA {runtime} and finds no device with the driver for CUDA {driver}; "
+        "update the driver, or build with an older CUDA toolkit"
+    )
+
+
+def supports(x: Tensor) -> str | None:
+    """Why the kernels cannot take these tokens, or None."""
+    if x.dtype not in _DTYPES:
+        return f"it computes in float32, x is {x.dtype}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < MIN_CAPABILITY:
+        wanted, got = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
+        return f"it needs compute capability {wanted}, {x.device} has {got}"
+    return runtime_problem()
+
+
+def _native() -> ModuleType:
+    native = _backends.native()
+    if native is None:
+        raise BackendUnavailableError(f"hooked_linear: {_backends.native_error()}")
+    return native
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _per_sequence(value: float | Tensor, device: torch.device) -> Tensor:
+    """float64 ``[1]`` or ``[B]`` on the device; a Python number never waits for the host."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64).reshape(-1).contiguous()
+    return torch.full((1,), value, dtype=torch.float64, device=device)
+
+
+def _gate(
+    features: Tensor,
+    alpha: float | Tensor,
+    tokens: Tokens,
+    scope: Sequence | Population | Membership,
+) -> tuple[Tensor, Tensor]:
+    """z float32 ``[N]`` and fired uint8 ``[N]`` from features float32 ``[N, f]``."""
+    native = _native()
+    rows, device = features.shape[0], features.device
+    reduction, kind = native.Reduction.norm, native.Scope.sequence
+    mean = std = state = kept = None
+    population_stride = 0
+    if isinstance(scope, Membership):
+        features = group_sums(features, scope.groups)
+        reduction, kind = native.Reduction.max, native.Scope.direct
+    elif isinstance(scope, Population):
+        kind = native.Scope.population
+        mean, std = torch.broadcast_tensors(
+            _per_sequence(scope.mean, device), _per_sequence(scope.std, device)
+        )
+        mean, std = mean.contiguous(), std.contiguous()
+        population_stride = int(mean.shape[0] > 1)
+    elif scope.state is not None:
+        state, kept = scope.state, scope.state
+        if state.dtype != torch.float64 or not state.is_contiguous():
+            state = kept.new_empty(tokens.rows, 3, dtype=torch.float64)
+
+    if features.stride(1) != 1 and features.shape[1] > 1:
+        features = features.contiguous()
+    mask = None if tokens.real is None else tokens.real.contiguous()
+    cu_seqlens = None if tokens.cu_seqlens is None else tokens.cu_seqlens.int().contiguous()
+    threshold = alpha.to(device, torch.float32) if isinstance(alpha, Tensor) else None
+    magnitude = features.new_empty(rows)
+    z = features.new_empty(rows)
+    fired = torch.empty(rows, dtype=torch.uint8, device=device)
+    native.row_norm_zscore_gate(
+        coefficients=_address(features),
+        dtype=getattr(native.DType, _DTYPES[features.dtype]),
+        rows=rows,
+        rank=features.shape[1],
+        row_stride=features.stride(0),
+        reduction=reduction,
+        scope=kind,
+        sequences=tokens.rows,
+        cu_seqlens=_address(cu_seqlens),
+        mask=_address(mask),
+        mean=_address(mean),
+        std=_address(std),
+        population_stride=population_stride,
+        alpha=_address(threshold),
+        alpha_value=0.0 if threshold is not None else alpha,
+        state=_address(state),
+        magnitude=_address(magnitude),
+        z=_address(z),
+        fired=_address(fired),
+        device=device.index or 0,
+        stream=_stream(device),
+    )
+    if kept is not None and state is not None and kept is not state:
+        kept.copy_(state)
+    return z, fired
+
+
+def _decide(
+    features: Tensor, alpha: float | Tensor, tokens: Tokens, scope: Scope
+) -> tuple[Tensor, Tensor]:
+    empty = features.shape[1] == 0 and isinstance(scope, Membership)
+    if isinstance(scope, (Prefix, Ungated)) or empty:
+        z = scores(features, tokens, scope)
+        return z, fires(z, alpha, tokens, scope).to(torch.uint8)
+    return _gate(features, alpha, tokens, scope)
+
+
+def _add_correction_(y: Tensor, lift: Tensor, weights: Tensor, fired: Tensor) -> None:
+    """In place ``y[t] += lift @ weights[t]`` where ``fired``; y ``[N, m]``, weights ``[N, f]``."""
+    native = _native()
+    lift = lift.to(torch.float32).contiguous()
+    weights = weights.contiguous()
+    native.add_correction(
+        y=_address(y),
+        dtype=getattr(native.DType, _DTYPES[y.dtype]),
+        rows=y.shape[0],
+        out_features=y.shape[1],
+        y_row_stride=y.stride(0),
+        rank=lift.shape[1],
+        q=_address(lift),
+        q_row_stride=lift.stride(0),
+        s=_address(weights),
+        s_row_stride=weights.stride(0),
+        fired=_address(fired),
+        device=y.device.index or 0,
+        stream=_stream(y.device),
+    )
+
+
+def gate_scores(
+    x: Tensor, delta: Delta, mask: Tensor | None, cu_seqlens: Tensor | None, scope: Scope
+) -> Tensor:
+    """As :func:`reference.gate_scores`."""
+    with torch.no_grad():
+        features = project(x.reshape(-1, x.shape[-1]), delta)
+        z, _ = _decide(features, 0.0, Tokens.of(x, mask, cu_seqlens), scope)
+        return z.view(x.shape[:-1])
+
+
+def hook_output(
+    base_output: Tensor,
+    x: Tensor,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+    owned: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.hook_output`.
+
+    Args:
+        owned: whether ``base_output`` may be overwritten.
+    """
+    tokens = Tokens.of(x, mask, cu_seqlens)
+    features = project(x.reshape(-1, x.shape[-1]), delta)
+    with torch.no_grad():
+        z, fired = _decide(features.detach(), alpha, tokens, scope)
+    z = z.view(x.shape[:-1])
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    if (
+        isinstance(delta, Tensor)  # its features are the correction already
+        or (isinstance(scope, Membership) and scope.correction == "own")
+        or base_output.dtype not in _DTYPES
+        or differentiates(base_output, x, *parts)
+    ):
+        added = correction(features, delta, scope).view(base_output.shape)
+        hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
+        return torch.where(fired.bool().view(x.shape[:-1])[..., None], hooked, base_output), z
+    if owned and base_output.is_contiguous():
+        y = base_output
+    else:
+        y = base_output.clone(memory_format=torch.contiguous_format)
+    _add_correction_(y.view(-1, y.shape[-1]), delta[0], features, fired)
+    return y, z

@@ -1,0 +1,97 @@
+"""Hooks with random, clearly firing corrections on the tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from coachhook.hooks import HookSet, attach_hooks
+
+SCOPES = ("sequence", "prefix", "population", "membership")
+RANK = 4
+LAYERS = (0, 1)
+
+
+def fill(hooks: HookSet, scope: str, size: float = 5.0) -> None:
+    """Give every hook a random Delta in the form its scope needs, and the state "validated"."""
+    generator = torch.Generator().manual_seed(7)
+    for layer in hooks.values():
+        m, n = layer.out_features, layer.in_features
+        q, _ = torch.linalg.qr(torch.randn(m, RANK, generator=generator, dtype=torch.float64))
+        s = torch.randn(RANK, n, generator=generator, dtype=torch.float64) * size
+        if scope == "membership":
+            layer.set_pair(q * 20, s, torch.tensor([0, 0, 1, 2]), "own")
+        else:
+            layer.set_factored(q, s)
+        layer.set_scope(scope)
+        layer.state = "validated"
+
+
+def calibrate(model: Any, hooks: HookSet, ids: torch.Tensor, share: float = 0.3) -> None:
+    """Set each alpha (and the population) from a forward, so that about ``share`` of tokens fire.
+
+    The threshold is put into the widest gap around that quantile, so that rounding cannot move a
+    token across it.
+    """
+    for index, layer in hooks.items():
+        if layer.scope == "population":
+            norms = []
+            handle = layer.base.register_forward_pre_hook(
+                lambda _m, args, n=norms: n.append(args[0])
+            )
+            with torch.no_grad():
+                model(ids)
+            handle.remove()
+            x = norms[0].reshape(-1, layer.in_features).to(layer.delta().dtype)
+            size = torch.linalg.vector_norm(x @ layer.delta().T, dim=-1)
+            layer.set_scope("population", population=(float(size.mean()), float(size.std())))
+        with torch.no_grad(), hooks.record() as records:
+            model(ids)
+        z = torch.cat([z[~z.isnan()].flatten() for i, z, _ in records if i == index]).sort().values
+        low, high = int(len(z) * (1 - 1.5 * share)), int(len(z) * (1 - share / 2))
+        gap = int((z[low + 1 : high + 1] - z[low:high]).argmax()) + low
+        layer.set_alpha(float((z[gap] + z[gap + 1]) / 2))
+
+
+def hooked(model: Any, scope: str, layers: tuple[int, ...] = LAYERS, size: float = 5.0) -> HookSet:
+    """Attach, fill and calibrate on random text."""
+    hooks = attach_hooks(model, layers)
+    fill(hooks, scope, size)
+    ids = torch.randint(3, 60, (8, 12), generator=torch.Generator().manual_seed(3))
+    calibrate(model, hooks, ids)
+    return hooks
+
+
+def prompts(count: int = 4, seed: int = 5) -> list[torch.Tensor]:
+    """Random prompts of different lengths, 1-dimensional."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 12, (count,), generator=generator).tolist()
+    return [torch.randint(3, 60, (length,), generator=generator) for length in lengths]
+
+
+def padded(rows: list[torch.Tensor], side: str) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` of rows padded with token 0."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, where] = row
+        mask[i, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def fired(records: list) -> int:
+    """How many tokens fired in the records."""
+    return sum(int(flags.sum()) for _, _, flags in records)
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> torch.Tensor:
+    """The new tokens of a greedy (or beam) generation of fixed length."""
+    settings = {"max_new_tokens": 6, "do_sample": False} | settings
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, min_new_tokens=settings["max_new_tokens"], pad_token_id=0, **settings
+        )
+    return out[:, inputs["input_ids"].shape[1] :]

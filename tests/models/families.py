@@ -1,0 +1,135 @@
+"""Tiny randomly initialised models of the real transformers classes, one per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+HIDDEN, WIDTH, LAYERS, VOCAB = 32, 48, 3, 64
+
+_COMMON = dict(
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_GROUPED = _COMMON | dict(intermediate_size=WIDTH, num_key_value_heads=2)
+_GPT2 = dict(
+    vocab_size=VOCAB,
+    n_embd=HIDDEN,
+    n_layer=LAYERS,
+    n_head=4,
+    n_positions=64,
+    n_inner=WIDTH,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_NEOX = _COMMON | dict(intermediate_size=WIDTH)
+_OPT = _COMMON | dict(ffn_dim=WIDTH, word_embed_proj_dim=HIDDEN)
+_NEO = (_COMMON | dict(intermediate_size=WIDTH, num_layers=LAYERS, num_heads=4)) | dict(
+    attention_types=[[["global", "local", "global"], 1]], window_size=4
+)
+for _key in ("num_hidden_layers", "num_attention_heads"):
+    _NEO.pop(_key)
+
+# name -> (name of the configuration class, its arguments, path of a down-projection)
+SUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gpt2": ("GPT2Config", _GPT2, "transformer.h.1.mlp.c_proj"),
+    "gptj": ("GPTJConfig", _GPT2 | dict(rotary_dim=4), "transformer.h.1.mlp.fc_out"),
+    "gpt_neox": ("GPTNeoXConfig", _NEOX, "gpt_neox.layers.1.mlp.dense_4h_to_h"),
+    "gpt_neox-sequential": (
+        "GPTNeoXConfig",
+        _NEOX | dict(use_parallel_residual=False),
+        "gpt_neox.layers.1.mlp.dense_4h_to_h",
+    ),
+    "opt": ("OPTConfig", _OPT, "model.decoder.layers.1.fc2"),
+    "llama": ("LlamaConfig", _GROUPED, "model.layers.1.mlp.down_proj"),
+    "mistral": (
+        "MistralConfig",
+        _GROUPED | dict(sliding_window=None),
+        "model.layers.1.mlp.down_proj",
+    ),
+    "qwen2": ("Qwen2Config", _GROUPED, "model.layers.1.mlp.down_proj"),
+    "qwen3": ("Qwen3Config", _GROUPED | dict(head_dim=8), "model.layers.1.mlp.down_proj"),
+    "gemma": ("GemmaConfig", _GROUPED | dict(head_dim=8), "model.layers.1.mlp.down_proj"),
+    "phi": ("PhiConfig", _GROUPED, "model.layers.1.mlp.fc2"),
+    "phi3": ("Phi3Config", _GROUPED, "model.layers.1.mlp.down_proj"),
+    "olmo": ("OlmoConfig", _GROUPED, "model.layers.1.mlp.down_proj"),
+    "gpt_neo": ("GPTNeoConfig", _NEO, "transformer.h.1.mlp.c_proj"),
+    "codegen": (
+        "CodeGenConfig",
+        _GPT2 | dict(rotary_dim=4, n_ctx=64),
+        "transformer.h.1.mlp.fc_out",
+    ),
+}
+
+# Not in the table: these go through the routine by shape.
+DISCOVERED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "stablelm": ("StableLmConfig", _GROUPED, "model.layers.1.mlp.down_proj"),
+    "cohere": ("CohereConfig", _GROUPED, "model.layers.1.mlp.down_proj"),
+    "starcoder2": ("Starcoder2Config", _GROUPED, "model.layers.1.mlp.c_proj"),
+    "falcon": ("FalconConfig", _COMMON, "transformer.h.1.mlp.dense_4h_to_h"),
+    "bloom": (
+        "BloomConfig",
+        dict(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=4),
+        "transformer.h.1.mlp.dense_4h_to_h",
+    ),
+    "mpt": (
+        "MptConfig",
+        dict(vocab_size=VOCAB, d_model=HIDDEN, n_layers=LAYERS, n_heads=4, max_seq_len=64),
+        "transformer.blocks.1.ffn.down_proj",
+    ),
+}
+
+# name -> (configuration class, arguments, what the refusal must name)
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gemma2": ("Gemma2Config", _GROUPED | dict(head_dim=8), "post_feedforward_layernorm"),
+    "gemma3": ("Gemma3TextConfig", _GROUPED | dict(head_dim=8), "post_feedforward_layernorm"),
+    "olmo2": ("Olmo2Config", _GROUPED, "post_feedforward_layernorm"),
+    "glm4": ("Glm4Config", _GROUPED | dict(head_dim=8), "post_mlp_layernorm"),
+    "opt-350m": ("OPTConfig", _OPT | dict(do_layer_norm_before=False), "do_layer_norm_before"),
+    "granite": ("GraniteConfig", _GROUPED | dict(residual_multiplier=0.5), "residual_multiplier"),
+    "mixtral": ("MixtralConfig", _GROUPED | dict(num_local_experts=2), "mixture of experts"),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _GROUPED
+        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+        "mixture of experts",
+    ),
+    "mamba": (
+        "MambaConfig",
+        dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS),
+        "one linear layer that maps to the residual width",
+    ),
+}
+
+
+def build(config_class: str, arguments: dict[str, Any]) -> Any:
+    """A model with weights large enough that its blocks matter."""
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**arguments)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def tiny(name: str, change: Callable[[dict[str, Any]], None] | None = None) -> Any:
+    """The tiny model of a supported or discovered family."""
+    config_class, arguments, _ = (SUPPORTED | DISCOVERED)[name]
+    arguments = dict(arguments)
+    if change is not None:
+        change(arguments)
+    return build(config_class, arguments)

@@ -1,0 +1,209 @@
+"""The editable layers are found in every family, and adding to them adds to the residual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from coachhook.errors import UnsupportedModelError
+from coachhook.models import describe, get_submodule, linear_shape, set_submodule, weight_of
+from coachhook.models.families import default_layers
+
+from .families import DISCOVERED, HIDDEN, LAYERS, REFUSED, SUPPORTED, build, tiny
+
+FOUND = SUPPORTED | DISCOVERED
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_layers_are_found_with_their_shapes(name: str) -> None:
+    config_class, _, path = FOUND[name]
+    model = tiny(name)
+    description = describe(model)
+    assert description.family == getattr(transformers, config_class).model_type
+    assert description.num_layers == LAYERS == len(description.layers)
+    assert description.hidden_size == HIDDEN
+    layer = description.layer(1)
+    assert layer.path == path
+    assert path.startswith(layer.block_path + ".")
+    module = get_submodule(model, layer.path)
+    assert (layer.in_features, layer.out_features) == linear_shape(module)
+    assert layer.out_features == HIDDEN < layer.in_features
+    weight = weight_of(module)
+    assert weight is not None
+    assert weight.shape == (layer.out_features, layer.in_features)
+    x = torch.randn(2, layer.in_features)
+    bias = getattr(module, "bias", None)
+    torch.testing.assert_close(module(x), nn.functional.linear(x, weight, bias))
+    assert get_submodule(model, description.lm_head_path) is model.get_output_embeddings()
+    assert list(get_submodule(model, description.blocks_path).children())[1] is get_submodule(
+        model, layer.block_path
+    )
+    calls = []
+    base = get_submodule(model, description.base_model_path)
+    base.register_forward_pre_hook(lambda _m, _a, kwargs: calls.append(kwargs), with_kwargs=True)
+    mask = torch.ones(1, 4, dtype=torch.long)
+    model(input_ids=torch.tensor([[3, 4, 5, 6]]), attention_mask=mask)
+    assert len(calls) == 1
+    assert "attention_mask" in calls[0]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_vector_added_to_the_layer_is_added_to_the_block(name: str) -> None:
+    model = tiny(name)
+    layer = describe(model).layer(1)
+    ids = torch.randint(3, 60, (2, 7))
+    vector = torch.randn(HIDDEN)
+    outputs = []
+
+    def keep(_module, _args, output):
+        outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    with torch.no_grad():
+        block = get_submodule(model, layer.block_path).register_forward_hook(keep)
+        model(ids)
+        down = get_submodule(model, layer.path)
+        handle = down.register_forward_hook(lambda _m, _a, output: output + vector)
+        model(ids)
+        handle.remove()
+        block.remove()
+    plain, moved = outputs
+    torch.testing.assert_close(moved - plain, vector.expand_as(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_the_final_norm_is_the_one_before_the_head(name: str) -> None:
+    model = tiny(name).double()
+    description = describe(model)
+    seen = []
+    norm = get_submodule(model, description.final_norm_path)
+    norm.register_forward_hook(lambda _m, _a, output: seen.append(output))
+    with torch.no_grad():
+        logits = model(torch.randint(3, 60, (1, 5))).logits
+        head = get_submodule(model, description.lm_head_path)
+        torch.testing.assert_close(head(seen[0]).to(logits.dtype), logits)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_edited_is_refused_with_the_reason(name: str) -> None:
+    config_class, arguments, reason = REFUSED[name]
+    if not hasattr(transformers, config_class):
+        pytest.skip(f"transformers {transformers.__version__} has no {config_class}")
+    model = build(config_class, arguments)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        describe(model)
+
+
+def test_the_routine_by_shape_agrees_with_the_table() -> None:
+    from coachhook.models import discovery
+
+    for name in SUPPORTED:
+        model = tiny(name)
+        by_table = describe(model)
+        family = discovery._discover(model, model.config)
+        assert family.blocks == by_table.blocks_path, name
+        assert f"{family.blocks}.1.{family.down}" == by_table.layer(1).path, name
+        assert family.norm == by_table.final_norm_path, name
+
+
+def test_the_probe_refuses_a_block_that_scales_its_mlp() -> None:
+    model = tiny("stablelm")
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda _m, _a, output: output * 0.5)
+    with pytest.raises(UnsupportedModelError, match="does not move the output"):
+        describe(model)
+
+
+def test_the_probe_leaves_mode_and_weights_alone() -> None:
+    model = tiny("stablelm").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    describe(model)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_parallel_residual() -> None:
+    expected = {"gptj": True, "phi": True, "gpt_neox": True, "gpt_neox-sequential": False}
+    for name, parallel in (expected | {"gpt2": False, "llama": False, "stablelm": None}).items():
+        assert describe(tiny(name)).parallel_residual is parallel, name
+
+
+def test_a_base_model_without_a_head_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="transformer"):
+        describe(tiny("gpt2").transformer)
+
+
+def test_other_things_are_refused() -> None:
+    with pytest.raises(TypeError, match="torch module, got str"):
+        describe("gpt2")
+    with pytest.raises(TypeError, match="with a config, got Linear"):
+        describe(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"torch\.compile"):
+        describe(torch.compile(tiny("gpt2")))
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    with pytest.raises(UnsupportedModelError, match="decoder-only"):
+        describe(transformers.T5ForConditionalGeneration(config))
+
+
+@pytest.mark.parametrize("index", [-1, LAYERS, 1.0, True, "0"])
+def test_an_unknown_layer_names_the_valid_range(index) -> None:
+    with pytest.raises(ValueError, match=f"from 0 to {LAYERS - 1}"):
+        describe(tiny("gpt2")).layer(index)
+
+
+def test_default_layers() -> None:
+    assert default_layers("gpt2", 48, 1600) == [13, 14, 15, 16, 17]
+    assert default_layers("gptj", 28, 4096) == [3, 4, 5, 6, 7, 8]
+    assert default_layers("llama", 32, 4096) == [4, 5, 6, 7, 8]
+    assert default_layers("unheard_of", 32, 4096) == [4, 5, 6, 7, 8]
+    assert default_layers("gpt2", 6, 320) == [0, 1, 2]
+    assert default_layers("gpt2", 1, 8) == [0]
+    for depth in range(1, 130):
+        layers = default_layers("unheard_of", depth, 64)
+        assert layers == list(range(layers[0], layers[0] + len(layers)))
+        assert 1 <= len(layers) <= 5
+        assert layers[-1] <= max(depth // 3, 2) < max(depth, 3)
+
+
+def test_submodules_by_path() -> None:
+    model = tiny("gpt2")
+    with pytest.raises(ValueError, match="transformer has no 'blocks'"):
+        get_submodule(model, "transformer.blocks.0")
+    with pytest.raises(ValueError, match="has no 'c_fc2'"):
+        set_submodule(model, "transformer.h.0.mlp.c_fc2", nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="below the model"):
+        set_submodule(model, "", nn.Linear(2, 2))
+    new = nn.Linear(2, 2)
+    order = list(model.transformer.h[0].mlp._modules)
+    set_submodule(model, "transformer.h.0.mlp.c_fc", new)
+    assert model.transformer.h[0].mlp.c_fc is new
+    assert model.transformer.h[1].mlp.c_fc is not new
+    assert list(model.transformer.h[0].mlp._modules) == order
+
+
+def test_shapes_and_weights_of_modules() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(3, 5)
+    assert linear_shape(conv) == (5, 3)
+    assert weight_of(conv).data_ptr() == conv.weight.data_ptr()
+    linear = nn.Linear(5, 3)
+    assert linear_shape(linear) == (5, 3)
+    assert weight_of(linear) is linear.weight
+
+    class Quantised(nn.Module):
+        in_features, out_features = 5, 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.zeros(8, 1, dtype=torch.uint8)
+
+    assert linear_shape(Quantised()) == (5, 3)
+    assert weight_of(Quantised()) is None
+    with pytest.raises(TypeError, match="got LayerNorm"):
+        linear_shape(nn.LayerNorm(4))

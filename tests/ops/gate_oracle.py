@@ -1,0 +1,126 @@
+"""The gate spelled out token by token in float64: what every implementation is tested against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coachhook.ops import Membership, Population, Prefix, Scope, Sequence, Ungated
+
+
+@dataclass
+class Answer:
+    """What the oracle says: outputs, scores, decisions and the largest mean / std of a norm."""
+
+    y: Tensor
+    z: Tensor
+    taken: Tensor
+    ratio: float
+
+
+def sequences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[list[int]]:
+    """Indices of the real tokens of each sequence, in the flattened input."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        cuts = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    else:
+        rows, length = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[0])
+        cuts = [range(row * length, (row + 1) * length) for row in range(rows)]
+    real = None if mask is None else mask.reshape(-1).tolist()
+    return [[t for t in cut if real is None or real[t]] for cut in cuts]
+
+
+def _moments(sample: list[float]) -> tuple[float, float]:
+    if not sample:
+        return 0.0, 0.0
+    mean = math.fsum(sample) / len(sample)
+    return mean, math.fsum((value - mean) ** 2 for value in sample)
+
+
+def _standardise(value: float, sample: list[float]) -> float:
+    mean, m2 = _moments(sample)
+    if len(sample) < 2 or m2 == 0:
+        return math.nan
+    return (value - mean) / math.sqrt(m2 / (len(sample) - 1))
+
+
+def _at(value: float | Tensor, row: int) -> float:
+    if isinstance(value, Tensor):
+        return float(value[row] if value.dim() else value)
+    return value
+
+
+def _winner(coefficients: list[float], scope: Membership) -> tuple[int, float]:
+    groups = list(range(len(coefficients))) if scope.groups is None else scope.groups.tolist()
+    sums: dict[int, float] = {}
+    for group, coefficient in zip(groups, coefficients, strict=True):
+        sums[group] = sums.get(group, 0.0) + coefficient
+    best = max(sums, key=lambda group: sums[group])
+    return best, sums[best]
+
+
+def oracle(
+    base_output: Tensor,
+    x: Tensor,
+    delta: Tensor | tuple[Tensor, Tensor],
+    alpha: float,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scope: Scope | None = None,
+) -> Answer:
+    """y and z of the gated hook; ``base_output`` is the frozen output in float64."""
+    scope = Sequence() if scope is None else scope
+    tokens = x.reshape(-1, x.shape[-1]).double()
+    lift, projection = (None, delta) if isinstance(delta, Tensor) else delta
+    features = tokens @ projection.double().T
+    added = features if lift is None else features @ lift.double().T
+    norms = features.square().sum(-1).sqrt().tolist()
+    z = [math.nan] * len(norms)
+    taken = [False] * len(norms)
+    ratio = 1.0
+    for row, real in enumerate(sequences(x, mask, cu_seqlens)):
+        history: list[float] = []
+        sample = [norms[t] for t in real]
+        mean, m2 = _moments(sample)
+        if m2 > 0:
+            ratio = max(ratio, max(sample) / math.sqrt(m2 / len(sample)))
+        for t in real:
+            history.append(norms[t])
+            if isinstance(scope, Sequence):
+                z[t] = _standardise(norms[t], sample)
+            elif isinstance(scope, Prefix):
+                z[t] = _standardise(norms[t], history)
+            elif isinstance(scope, Population):
+                z[t] = (norms[t] - _at(scope.mean, row)) / _at(scope.std, row)
+                ratio = max(ratio, abs(_at(scope.mean, row) / _at(scope.std, row)))
+            elif isinstance(scope, Membership):
+                winner, z[t] = _winner(features[t].tolist(), scope)
+                if scope.correction == "own":
+                    keys = torch.arange(features.shape[1]) if scope.groups is None else scope.groups
+                    own = features[t] * (keys == winner)
+                    added[t] = lift.double() @ (own / own.sum())
+            taken[t] = True if isinstance(scope, Ungated) else z[t] >= alpha
+    y = base_output.reshape(-1, base_output.shape[-1]).clone()
+    for t, fired in enumerate(taken):
+        if fired:
+            y[t] += added[t]
+    shape = x.shape[:-1]
+    return Answer(
+        y.view(base_output.shape),
+        torch.tensor(z, dtype=torch.float64).view(shape),
+        torch.tensor(taken, dtype=torch.bool).view(shape),
+        ratio,
+    )
+
+
+def threshold(z: Tensor) -> float:
+    """A threshold in the widest gap of the upper half of the defined scores: no borderline token."""
+    values = z[~z.isnan()].sort().values
+    values = values[len(values) // 2 :]
+    if len(values) < 2:
+        return 0.5
+    widest = int((values[1:] - values[:-1]).argmax())
+    return float((values[widest] + values[widest + 1]) / 2)

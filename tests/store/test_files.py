@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from coachhook.errors import FormatError
+from coachhook.store import check_fields, files, load_folder, read_manifest, save_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "edits"
+    tensors = {"layer.0.V": torch.randn(3, 70_000), "layer.0.At": torch.randn(4, 5)}
+    save_folder(path, kind="edits", manifest={"alphas": {"0": 1.5}}, tensors=tensors)
+    return path
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+)
+def test_tensors_come_back_bit_for_bit(tmp_path, dtype):
+    value = (torch.randn(7, 5) * 3).to(dtype)
+    tensors = {"a": value, "transposed": value.T, "scalar": value[0, 0], "empty": value[:0]}
+    save_folder(tmp_path / "x", kind="edits", manifest={}, tensors=tensors)
+    _, loaded = load_folder(tmp_path / "x", "edits")
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_manifest_comes_back_and_can_be_saved_again(folder, tmp_path):
+    manifest, tensors = load_folder(folder, "edits")
+    assert manifest["alphas"] == {"0": 1.5}
+    save_folder(tmp_path / "copy", kind="edits", manifest=manifest, tensors=tensors)
+    assert read_manifest(tmp_path / "copy", "edits") == manifest
+
+
+def test_equal_content_makes_equal_files(folder, tmp_path):
+    manifest, tensors = load_folder(folder, "edits")
+    save_folder(tmp_path / "copy", kind="edits", manifest=manifest, tensors=tensors)
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "copy" / file.name).read_bytes()
+
+
+def test_tensors_are_made_one_by_one_and_sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_SHARD_BYTES", 1000)
+    made = []
+
+    def make(i):
+        def source():
+            made.append(i)
+            return torch.full((200,), float(i))
+
+        return source
+
+    save_folder(
+        tmp_path / "x", kind="edits", manifest={}, tensors={f"t{i}": make(i) for i in range(5)}
+    )
+    assert made == [0, 1, 2, 3, 4]
+    manifest, tensors = load_folder(tmp_path / "x", "edits")
+    assert len(manifest["files"]) == 5
+    assert [float(tensors[f"t{i}"][0]) for i in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    base = torch.randn(4, 4)
+    save_folder(
+        tmp_path / "x", kind="edits", manifest={}, tensors={"a": base, "b": base, "c": base[1]}
+    )
+    _, tensors = load_folder(tmp_path / "x", "edits")
+    assert torch.equal(tensors["a"], tensors["b"]) and torch.equal(tensors["c"], base[1])
+
+
+def test_loaded_tensors_survive_a_replacement(folder):
+    _, tensors = load_folder(folder, "edits")
+    expected = tensors["layer.0.At"].clone()
+    save_folder(folder, kind="edits", manifest={}, tensors={"other": torch.zeros(2)})
+    assert torch.equal(tensors["layer.0.At"], expected)
+    assert list(load_folder(folder, "edits")[1]) == ["other"]
+
+
+def test_files_are_as_readable_as_the_manifest(folder):
+    modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_tensor_file_is_named(folder, keep):
+    file = folder / "tensors-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(FormatError, match=r"tensors-00001.*truncated") as caught:
+        load_folder(folder, "edits")
+    assert "make the folder again" in str(caught.value)
+
+
+def test_garbage_of_the_right_size_is_noticed(folder):
+    file = folder / "tensors-00001.safetensors"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(FormatError, match=r"tensors-00001.*damaged"):
+        load_folder(folder, "edits")
+
+
+def test_one_flipped_bit_in_a_small_file_is_noticed(folder):
+    file = folder / "tensors-00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(FormatError, match="damaged"):
+        load_folder(folder, "edits")
+
+
+def test_files_of_two_writes_are_told_apart(folder, tmp_path):
+    other = tmp_path / "other"
+    tensors = {"layer.0.V": torch.randn(3, 70_000), "layer.0.At": torch.randn(4, 5)}
+    save_folder(other, kind="edits", manifest={"alphas": {"0": 1.5}}, tensors=tensors)
+    shutil.copy(other / "tensors-00001.safetensors", folder)
+    with pytest.raises(FormatError, match="another write"):
+        load_folder(folder, "edits")
+
+
+def test_a_file_that_is_no_safetensors_is_named(folder):
+    file = folder / "tensors-00001.safetensors"
+    file.write_bytes(b"x" * 50)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][file.name].update(bytes=50, checksum=files._checksum(file))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match="must be safetensors"):
+        load_folder(folder, "edits")
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "tensors-00001.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"tensors-00001.*No such file"):
+        load_folder(folder, "edits")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("files"), "files must be dict, got nothing"),
+        (lambda m: m.update(format="coachhook-statistics"), "must hold coachhook edits"),
+        (lambda m: m.update(format_version=99), "format version 1 or older, got 99"),
+        (lambda m: m.update(format_version="1"), "format_version must be int, got '1'"),
+        (lambda m: m.update(format_version=True), "format_version must be int, got True"),
+        (lambda m: m["files"].update({"../x": {}}), "plain names"),
+        (lambda m: m["files"].update({"x": {"bytes": 1}}), "checksum must be str"),
+    ],
+)
+def test_a_wrong_manifest_is_refused(folder, change, message):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=message):
+        load_folder(folder, "edits")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": "coach', b"[1]", b"\xff\xfe{}"])
+def test_a_damaged_manifest_is_named(folder, content):
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(FormatError, match=r"manifest\.json must be"):
+        load_folder(folder, "edits")
+
+
+def test_what_is_not_a_folder_of_ours_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="does not exist"):
+        load_folder(tmp_path / "nothing", "edits")
+    with pytest.raises(FormatError, match=r"with a manifest\.json"):
+        load_folder(tmp_path, "edits")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FormatError, match=r"with a manifest\.json"):
+        load_folder(tmp_path / "file", "edits")
+
+
+def test_another_kind_is_neither_replaced_nor_loaded(folder):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match="hold coachhook statistics"):
+        save_folder(folder, kind="statistics", manifest={}, tensors={})
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    with pytest.raises(FormatError, match="must hold coachhook statistics"):
+        load_folder(folder, "statistics")
+
+
+def test_a_value_that_is_not_json_changes_nothing(folder):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(TypeError, match="JSON serializable"):
+        save_folder(folder, kind="edits", manifest={"bad": object()}, tensors={})
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_check_fields():
+    check_fields({"a": 1, "b": None, "c": 2}, {"a": int, "b": (str, type(None)), "c": float}, "f")
+    with pytest.raises(FormatError, match=r"f: b must be str or null, got 3"):
+        check_fields({"b": 3}, {"b": (str, type(None))}, "f")
+    with pytest.raises(FormatError, match="must be a JSON object, got list"):
+        check_fields([], {}, "f")

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from coachhook.store import check_writable, load_folder, save_folder, write_folder_atomically
+from coachhook.store.folders import current_folder
+
+
+def _write(text):
+    def writer(folder: Path) -> None:
+        (folder / "manifest.json").write_text(text)
+
+    return writer
+
+
+def _leftovers(folder: Path) -> list[str]:
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_writes_a_new_folder_and_its_parents(tmp_path):
+    write_folder_atomically(tmp_path / "a" / "b" / "out", _write("1"))
+    assert (tmp_path / "a" / "b" / "out" / "manifest.json").read_text() == "1"
+    assert _leftovers(tmp_path / "a" / "b") == []
+
+
+def test_replaces_and_keeps_what_others_put_there(tmp_path):
+    out = tmp_path / "out"
+    write_folder_atomically(out, _write("1"))
+    (out / "notes.txt").write_text("mine")
+    (out / "plots").mkdir()
+    (out / "plots" / "a.svg").write_text("<svg/>")
+    write_folder_atomically(out, _write("2"), owned=lambda folder: {"manifest.json"})
+    assert (out / "manifest.json").read_text() == "2"
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "plots" / "a.svg").read_text() == "<svg/>"
+    assert _leftovers(tmp_path) == []
+
+
+def test_a_failing_writer_changes_nothing(tmp_path):
+    out = tmp_path / "out"
+    write_folder_atomically(out, _write("1"))
+
+    def fail(folder: Path) -> None:
+        _write("2")(folder)
+        raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        write_folder_atomically(out, fail)
+    assert (out / "manifest.json").read_text() == "1"
+    assert _leftovers(tmp_path) == []
+
+
+def test_a_second_writer_is_refused_and_the_first_one_unharmed(tmp_path):
+    out = tmp_path / "out"
+
+    def nested(folder: Path) -> None:
+        with pytest.raises(ValueError, match="one process at a time"):
+            write_folder_atomically(out, _write("second"))
+        _write("first")(folder)
+
+    write_folder_atomically(out, nested)
+    assert (out / "manifest.json").read_text() == "first"
+
+
+def test_follows_a_link_to_the_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_folder_atomically(tmp_path / "link", _write("1"))
+    assert (tmp_path / "real" / "manifest.json").read_text() == "1"
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("make", ["file", "foreign", "below_file", "mount"])
+def test_unusable_places_are_refused_before_work(tmp_path, make):
+    target, message = tmp_path / "out", "save: path must be"
+    if make == "file":
+        target.write_text("x")
+    elif make == "foreign":
+        target.mkdir()
+        (target / "thesis.tex").write_text("x")
+    elif make == "below_file":
+        (tmp_path / "f").write_text("x")
+        target = tmp_path / "f" / "sub" / "out"
+    else:
+        target = Path("/proc")
+        if not os.path.ismount(target):
+            pytest.skip("no /proc mount here")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        check_writable(target)
+    with pytest.raises(ValueError, match=message):
+        write_folder_atomically(target, _write("1"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    with pytest.raises(ValueError, match="Permission denied"):
+        check_writable(locked / "out")
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path):
+    check_writable(tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+_DIES_BETWEEN_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from coachhook.store import save_folder
+rename = os.rename
+def die(source, target):
+    if str(source).endswith(".tmp"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = die
+save_folder(sys.argv[1], kind="edits", manifest={"n": 2}, tensors={"t": torch.full((5,), 2.0)})
+"""
+
+
+def test_death_between_the_renames_loses_nothing(tmp_path):
+    out = tmp_path / "out"
+    save_folder(out, kind="edits", manifest={"n": 1}, tensors={"t": torch.full((5,), 1.0)})
+    process = subprocess.run([sys.executable, "-c", _DIES_BETWEEN_RENAMES, str(out)], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+
+    assert current_folder(out) == tmp_path / ".out.old"
+    manifest, tensors = load_folder(out, "edits")
+    assert manifest["n"] == 1 and tensors["t"][0] == 1.0
+
+    save_folder(out, kind="edits", manifest={"n": 3}, tensors={"t": torch.full((5,), 3.0)})
+    assert load_folder(out, "edits")[0]["n"] == 3
+    assert _leftovers(tmp_path) == []
+
+
+_WRITES_FOREVER = """
+import sys, torch
+from coachhook.store import save_folder
+n = 0
+while True:
+    n += 1
+    save_folder(sys.argv[1], kind="edits", manifest={"n": n},
+                tensors={"t": torch.full((50_000,), float(n))})
+    print(n, flush=True)
+"""
+
+
+def test_readers_and_kills_at_any_moment_meet_whole_folders(tmp_path):
+    out = tmp_path / "out"
+    save_folder(out, kind="edits", manifest={"n": 0}, tensors={"t": torch.zeros(50_000)})
+    seen = set()
+    for round_ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WRITES_FOREVER, str(out)], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            until = time.monotonic() + 0.5 + 0.037 * round_
+            while time.monotonic() < until:
+                manifest, tensors = load_folder(out, "edits")
+                assert bool((tensors["t"] == manifest["n"]).all())
+                seen.add((round_, manifest["n"]))
+        finally:
+            process.kill()
+            process.wait()
+        manifest, tensors = load_folder(out, "edits")
+        assert bool((tensors["t"] == manifest["n"]).all())
+    assert len(seen) > 4
+    save_folder(out, kind="edits", manifest={"n": -1}, tensors={"t": torch.zeros(1)})
+    assert _leftovers(tmp_path) == []

@@ -1,0 +1,364 @@
+"""Bad usage and bad input: a clear message on stderr, status 2, and nothing written or changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coachhook.cli import main
+from tests.evaluation.tiny import SENTENCES, tiny_model, tiny_tokenizer
+
+FACT = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model, its statistics, a facts file and edits, made by the commands."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = tiny_tokenizer()
+    for name, seed in (("model", 3), ("other", 4)):
+        tiny_model(tokenizer, seed).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    (root / "text.txt").write_text("\n".join(SENTENCES * 40))
+    facts = [FACT, {"prompt": "{} speaks", "subject": "Ann Art", "target_new": "Dutch"}]
+    (root / "facts.json").write_text(json.dumps(facts, indent=1))
+    for model in ("model", "other"):
+        argv = [
+            "stats",
+            root / model,
+            "--text",
+            root / "text.txt",
+            "--out",
+            root / f"stats-{model}",
+        ]
+        assert call(*argv) == 0
+    argv = ["edit", root / "model", root / "facts.json", "--stats", root / "stats-model"]
+    assert call(*argv, "--out", root / "edits", "--target-steps", 5) == 0
+    return root
+
+
+def call(*argv):
+    """The exit status of the command, in this process."""
+    try:
+        return main([str(a) for a in argv])
+    except SystemExit as stop:
+        return stop.code
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def refused(world, capsys):
+    """Calls the command and checks that it is refused, says so, and leaves every file as it was."""
+
+    def check(*argv, message):
+        before = contents(world)
+        capsys.readouterr()
+        assert call(*argv) == 2
+        out, err = capsys.readouterr()
+        assert message in err, err
+        assert "Traceback" not in err
+        assert out == ""
+        assert contents(world) == before
+
+    return check
+
+
+def edit(world, facts, *more, out="new", stats="stats-model", model="model"):
+    return [
+        *("edit", world / model, facts, "--stats", world / stats, "--out", world / out),
+        *("--target-steps", 2, *more),
+    ]
+
+
+BAD_FACTS = {
+    "empty file": ("", "got an empty file"),
+    "empty list": ("[]", "got an empty list"),
+    "not JSON": ("[{", "must be JSON or JSON Lines"),
+    "missing field": (
+        [FACT, {"prompt": "x", "subject": "x"}],
+        "record 1 (line 7): field 'target_new' is missing",
+    ),
+    "subject not in prompt": (
+        [FACT, {**FACT, "prompt": "The capital of Spain is"}],
+        "record 1 (line 7): field 'prompt' must have a '{}' or contain the subject 'France'",
+    ),
+    "two slots": ([{**FACT, "prompt": "{} or {}"}], "field 'prompt' must have exactly one '{}'"),
+    "empty target": ([{**FACT, "target_new": ""}], "field 'target_new' must not be empty"),
+    "blank target": ([{**FACT, "target_new": " \n"}], "field 'target_new' must not be empty"),
+    "wrong type": ([{**FACT, "target_new": 3}], "field 'target_new' must be a string, got int"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FACTS)
+@pytest.mark.parametrize("command", ["edit", "eval"])
+def test_bad_facts(world, refused, tmp_path, name, command):
+    content, message = BAD_FACTS[name]
+    facts = tmp_path / "facts.json"
+    facts.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+    if command == "edit":
+        refused(*edit(world, facts), message=message)
+    else:
+        refused("eval", world / "model", "--edits", world / "edits", facts, message=message)
+
+
+def test_every_bad_record_is_named_and_can_be_left_out(world, refused, tmp_path, capsys):
+    facts = tmp_path / "facts.jsonl"
+    records = [FACT, {**FACT, "target_new": ""}, {"prompt": "{}"}]
+    facts.write_text("\n".join(map(json.dumps, records)))
+    argv = edit(world, facts)
+    for message in (
+        "line 2: field 'target_new' must not be empty",
+        "line 3: field 'subject' is missing",
+        "line 3: field 'target_new' is missing",
+        "--skip-bad",
+    ):
+        refused(*argv, message=message)
+    argv[argv.index(world / "new")] = tmp_path / "edits"
+    assert call(*argv, "--skip-bad", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["edits"] == 1
+    assert "left out" in err and "line 2" in err
+
+
+def test_a_facts_file_that_is_not_there(world, refused):
+    refused(*edit(world, world / "none.json"), message="none.json")
+    refused(*edit(world, world / "model"), message="model")
+
+
+LONG = "Spain " * 70
+
+
+def test_a_prompt_longer_than_the_context_window(world, refused, tmp_path):
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([FACT, {**FACT, "prompt": LONG + "{} is", "id": "far"}]))
+    refused(*edit(world, facts), message="context window")
+    refused(*edit(world, facts), message="id far")
+    facts.write_text(json.dumps([{**FACT, "neighborhood": [LONG], "target_true": "Paris"}]))
+    argv = ["eval", world / "model", "--edits", world / "edits", facts]
+    refused(*argv, message="context window of 64 tokens")
+    argv = ["generate", world / "model", "--edits", world / "edits", LONG]
+    refused(*argv, message="context window of 64 tokens")
+    argv = ["inspect", world / "edits", "--model", world / "model", "--text", LONG]
+    refused(*argv, message="context window of 64 tokens")
+
+
+def test_a_prompt_that_only_a_context_makes_too_long(world, refused, tmp_path):
+    tokenizer = tiny_tokenizer()
+    prompt = "Spain " * 20 + "{}"
+    while len(tokenizer(prompt.format("France") + " Lyon")["input_ids"]) < 64:
+        prompt = f"x {prompt}"
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([{**FACT, "prompt": prompt}]))
+    refused(*edit(world, facts), message="context window")
+
+
+def test_nan_weights(world, refused, tmp_path):
+    model = tiny_model(tiny_tokenizer())
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
+    broken = tmp_path / "broken"
+    model.save_pretrained(broken)
+    tiny_tokenizer().save_pretrained(broken)
+    message = "transformer.h.0.mlp.c_fc.weight"
+    argv = ["stats", broken, "--text", world / "text.txt", "--out", world / "new"]
+    refused(*argv, message=message)
+    argv = edit(world, world / "facts.json")
+    argv[1] = broken
+    refused(*argv, message=message)
+    refused("generate", broken, "--edits", world / "edits", "x", message=message)
+
+
+def fingerprint_of(folder):
+    return json.loads((folder / "manifest.json").read_text())["fingerprint"]
+
+
+def test_statistics_of_another_model(world, refused):
+    argv = edit(world, world / "facts.json", stats="stats-other")
+    refused(*argv, message=fingerprint_of(world / "stats-model"))
+    refused(*argv, message=fingerprint_of(world / "stats-other"))
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "inspect", "resume"])
+def test_edits_of_another_model(world, refused, command):
+    other, edits = world / "other", world / "edits"
+    argv = {
+        "generate": ["generate", other, "--edits", edits, "Bob"],
+        "eval": ["eval", other, "--edits", edits, world / "facts.json"],
+        "inspect": ["inspect", edits, "--model", other, "--text", "Bob"],
+        "resume": ["edit", other, world / "facts.json", "--out", edits, "--resume"],
+    }[command]
+    refused(*argv, message=fingerprint_of(world / "stats-model"))
+    refused(*argv, message=fingerprint_of(world / "stats-other"))
+
+
+def damaged(folder, tmp_path, suffix=".safetensors"):
+    """A copy of a folder with one file cut in half."""
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy)
+    file = next(p for p in copy.rglob("*") if p.suffix == suffix)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return copy
+
+
+def test_truncated_files(world, refused, tmp_path):
+    stats = damaged(world / "stats-model", tmp_path)
+    refused(*edit(world, world / "facts.json", stats=stats), message="truncated")
+    edits = damaged(world / "edits", tmp_path)
+    model = world / "model"
+    refused("generate", model, "--edits", edits, "Bob", message="truncated")
+    refused("eval", model, "--edits", edits, world / "facts.json", message="truncated")
+    argv = ["edit", model, world / "facts.json", "--out", edits, "--resume"]
+    refused(*argv, message="truncated")
+    refused("revert", edits, "--batch", 1, message="truncated")
+    argv = edit(world, world / "facts.json")
+    argv[1] = damaged(model, tmp_path)
+    refused(*argv, message="damaged")
+
+
+def test_a_damaged_manifest(world, refused, tmp_path):
+    edits = damaged(world / "edits", tmp_path, ".json")
+    refused("inspect", edits, message="manifest.json")
+    refused("generate", world / "model", "--edits", edits, "Bob", message="manifest.json")
+
+
+@pytest.mark.parametrize("layers", ["0,7", "9"])
+def test_an_unknown_layer(world, refused, layers):
+    message = "from 0 to 2"
+    argv = ["stats", world / "model", "--text", world / "text.txt", "--out", world / "new"]
+    refused(*argv, "--layers", layers, message=message)
+    refused(*edit(world, world / "facts.json", "--layers", layers), message=message)
+
+
+def test_a_layer_without_statistics(world, refused, tmp_path):
+    stats = tmp_path / "stats"
+    argv = ["stats", world / "model", "--text", world / "text.txt", "--out", stats]
+    assert call(*argv, "--layers", "0") == 0
+    argv = edit(world, world / "facts.json", "--layers", "0,1", stats=stats)
+    refused(*argv, message="layer must be one of [0]")
+
+
+@pytest.mark.parametrize("command", ["stats", "edit"])
+def test_output_folders_that_cannot_be_written(world, refused, command):
+    def argv(out):
+        if command == "edit":
+            return edit(world, world / "facts.json", out=out)
+        return ["stats", world / "model", "--text", world / "text.txt", "--out", out]
+
+    refused(*argv(world / "facts.json"), message="must be a folder")
+    refused(*argv(world / "facts.json" / "below"), message="facts.json")
+    refused(*argv(world / "model"), message="other files in it")
+    refused(*argv(world / "edits"), message="a finished one")
+    if Path("/proc").is_dir():
+        refused(*argv("/proc/coachhook"), message="writable")
+
+
+def test_damaged_config_and_missing_model(world, refused, tmp_path):
+    argv = ["stats", tmp_path / "none", "--text", world / "text.txt", "--out", world / "new"]
+    refused(*argv, message="none")
+    (tmp_path / "empty").mkdir()
+    argv[1] = tmp_path / "empty"
+    refused(*argv, message="config.json")
+
+
+def test_text_that_is_no_text(world, refused, tmp_path):
+    def argv(text):
+        return ["stats", world / "model", "--text", text, "--out", world / "new"]
+
+    refused(*argv(tmp_path / "none.txt"), message="must be an existing file or folder")
+    refused(*argv(tmp_path), message="must hold *.txt or *.jsonl files")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    refused(*argv(tmp_path / "blank.txt"), message="must hold text")
+    (tmp_path / "binary.txt").write_bytes(b"good\n\xff\xfe\n")
+    refused(*argv(tmp_path / "binary.txt"), message="line 2: text must be UTF-8")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    refused(*argv(tmp_path / "bad.jsonl"), message="line 2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "invalid choice"),
+        (["edit", "m", "f", "--out", "o", "--batch-size", "0"], "must be at least 1, got 0"),
+        (["edit", "m", "f", "--out", "o", "--limit", "x"], "invalid positive_int"),
+        (["edit", "m", "f", "--out", "o", "--layers", "a"], "layer indices such as 0,1,2"),
+        (["edit", "m", "f", "--out", "o", "--layers=-1"], "must not be negative"),
+        (["edit", "m", "f", "--out", "o", "--preset", "best"], "invalid choice"),
+        (["edit", "m", "f"], "--out"),
+        (["stats", "m", "--text", "t"], "--out"),
+        (["generate", "m", "--edits", "e"], "PROMPT"),
+        (["generate", "m", "x"], "--edits"),
+        (["eval", "m", "f", "--edits", "e", "--dtype", "int8"], "invalid choice"),
+        (["revert", "e"], "--batch"),
+    ],
+)
+def test_bad_usage(argv, message, capsys):
+    assert call(*argv) == 2
+    out, err = capsys.readouterr()
+    assert message in err and out == ""
+
+
+def test_settings_that_make_no_sense(world, refused):
+    facts = world / "facts.json"
+    for more, message in (
+        (["--alpha", "nan"], "--alpha must be finite"),
+        (["--covariance-weight", "-1"], "covariance_weight must be positive"),
+        (["--target-lr", "0"], "target_lr must be positive"),
+        (["--context", "no slot"], "contexts must have exactly one '{}'"),
+        (["--target-loss-layer", "9"], "from 0 to 2"),
+    ):
+        refused(*edit(world, facts, *more), message=message)
+    argv = ["edit", world / "model", facts, "--out", world / "new"]
+    refused(*argv, message="--stats is needed")
+    argv = ["edit", world / "model", facts, "--out", world / "edits", "--resume"]
+    refused(*argv, "--alpha", "1", message="--resume keeps the settings")
+    refused(*argv, "--preset", "paper", message="--resume keeps the settings")
+
+
+def test_a_device_that_is_not_there(world, refused):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    argv = ["generate", world / "model", "--edits", world / "edits", "Bob"]
+    refused(*argv, "--device", "cuda:0", message="doctor")
+    refused(*argv, "--device", "nonsense", message="nonsense")
+
+
+def test_inspect_and_revert(world, refused):
+    edits, model = world / "edits", world / "model"
+    refused("inspect", world / "none", message="none")
+    refused("inspect", world / "stats-model", message="must hold coachhook edits")
+    refused("inspect", edits, "--text", "x", message="--text and --model go together")
+    refused("inspect", edits, "--out", world / "x.png", message="needs --model and --text")
+    argv = ["inspect", edits, "--model", model, "--text", "Bob", "--out"]
+    refused(*argv, world / "x.gif", message="must end in .html or .png")
+    refused(*argv, world / "none" / "x.html", message="existing folder")
+    refused("revert", edits, "--batch", 7, message="must be one of [1], got 7")
+    refused("revert", world / "none", "--batch", 1, message="none")
+
+
+def test_export_says_that_it_comes_later(world, refused, capsys):
+    argv = ["export", world / "edits", "--model", world / "model", "--format", "merged"]
+    refused(*argv, "--out", world / "new", message="not in this version")
+    assert call("export", "--help") == 0
+    assert "later" in capsys.readouterr().out
+
+
+def test_a_real_process_has_the_same_status(world, tmp_path):
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([{**FACT, "target_new": ""}]))
+    argv = [sys.executable, "-m", "coachhook", *map(str, edit(world, facts))]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "record 0 (line 1): field 'target_new' must not be empty" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (world / "new").exists()

@@ -1,0 +1,80 @@
+"""The environment report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import coachhook
+from coachhook import doctor
+from coachhook.ops import _backends
+
+
+def test_report_is_json_and_names_every_op() -> None:
+    facts = json.loads(json.dumps(doctor.report()))
+    assert facts["coachhook"] == coachhook.__version__
+    assert facts["packages"]["torch"] == torch.__version__
+    assert set(facts["backends"]) == set(_backends.ops())
+    for backends in facts["backends"].values():
+        assert backends["reference"] == {"available": True, "reason": None}
+        for state in backends.values():
+            assert state["available"] == (state["reason"] is None)
+
+
+def test_what_is_missing_has_a_reason() -> None:
+    facts = doctor.report()
+    for name in ("gpu", "native", "triton", "bundled_model"):
+        assert facts[name]["available"] or facts[name]["reason"]
+
+
+def test_text_shows_versions_and_reasons() -> None:
+    facts = doctor.report()
+    text = doctor.render(facts)
+    assert f"coachhook {coachhook.__version__}" in text and torch.__version__ in text
+    for op, backends in facts["backends"].items():
+        assert op in text
+        for state in backends.values():
+            assert state["reason"] is None or state["reason"] in text
+
+
+def test_switches_in_force_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COACHHOOK_BACKEND", "reference")
+    facts = doctor.report()
+    assert facts["environment"]["COACHHOOK_BACKEND"] == "reference"
+    assert "COACHHOOK_BACKEND=reference" in doctor.render(facts)
+
+
+def test_a_stale_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = {"version": "0.0.0", "architectures": "80", "cuda_runtime": 0, "cuda_driver": 0}
+    stale = SimpleNamespace(build_info=lambda: {**build, "devices": 0})
+    monkeypatch.setattr(_backends, "native", lambda: stale)
+    facts = doctor.report()
+    assert "built for version 0.0.0; install coachhook again" in facts["native"]["reason"]
+    assert "built for version 0.0.0" in doctor.render(facts)
+
+
+def test_gpus_are_read_from_the_drivers_tool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 9.0, 143771 MiB, 580.95.05'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (device,) = doctor.report()["gpu"]["devices"]
+    assert device["name"] == "NVIDIA H200" and device["compute_cap"] == "9.0"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML' >&2\nexit 9\n")
+    assert doctor.report()["gpu"]["devices"] == []
+
+
+def test_report_creates_no_cuda_context() -> None:
+    program = (
+        "import torch; from coachhook import doctor; doctor.render(doctor.report()); "
+        "raise SystemExit(torch.cuda.is_initialized())"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
