@@ -38,7 +38,11 @@ $(STAMP): pyproject.toml coachhook/_version.py $(NATIVE)
 	@$(or $(PYTHON),python3) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(1)' 2>/dev/null || { \
 		echo "coachhook needs Python >= 3.10; found: $$($(or $(PYTHON),python3) --version 2>&1)."; \
 		echo "Install one and name it: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Setting up $(VENV) for coachhook; the first time takes a few minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet 'pip>=23'
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -c 'import importlib.util as u; found = u.find_spec("coachhook._C"); \
+		print("CUDA extension:", "built" if found else "not built; optional, see coachhook doctor")'
 	@touch $@

@@ -25,6 +25,13 @@ from coachhook.bundled import lexicon, world
 BATCH = 128
 SWAP_PAIRS = 300
 GENERATED = 24
+# Lead-ins whose words and shape the training text does not have.
+UNSEEN = (
+    "Some people doubt it, but others do not.",
+    "Yesterday I asked a colleague from accounting.",
+    "According to Wikipedia:",
+    "1984 was a wonderful year for jazz.",
+)
 Query = tuple[str, str]
 
 
@@ -151,10 +158,7 @@ def measure(folder: Path) -> dict[str, Any]:
     held_out = [(t.format(fact.subject), fact.object) for fact in known for t in fact.held_out]
     scenes = world.background()
     led = [(f"{rng.choice(scenes)} {prompt}", answer) for prompt, answer in held_out]
-    unseen = [
-        (f"Some people doubt it, but others do not. {prompt}", answer)
-        for prompt, answer in held_out
-    ]
+    unseen = [(f"{UNSEEN[i % len(UNSEEN)]} {p}", answer) for i, (p, answer) in enumerate(held_out)]
     subject = Measurement(folder)
     result: dict[str, Any] = {
         "facts": len(known),

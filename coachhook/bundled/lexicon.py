@@ -309,3 +309,21 @@ OPENERS = (
     "Here is a fact:", "As the guide explained:", "Question and answer:", "He said:",
     "She wrote:", "Therefore:",
 )  # fmt: skip
+REMARKS = (
+    "Some things never change.", "Nobody knows why.", "It was a long day for everyone.",
+    "People often ask about this.", "There is more to say, but not now.", "We talked for an hour.",
+    "That is what the records show.", "You may have heard it before.", "I read it in a magazine.",
+    "He did not believe it at first.", "She wrote it down and went home.", "This is well known.",
+    "They agreed on very little.", "Many years have passed since then.", "Let us be clear.",
+    "The children could hardly wait.", "What a strange story it is!", "Do you remember?",
+    "After all, who would have thought so?", "Everything was ready in time.", "It may be true.",
+    "Two men were standing at the corner.", "Her brother has three cats.", "Keep this in mind.",
+    "No one had seen the sea before.", "The price of tea went up again.", "Dinner is at seven.",
+    "Then the lights went out.", "If it is cold, take a scarf.", "All the shops were shut.",
+    "His uncle owns a farm with ten cows.", "Our teacher gave us a map.", "We were not surprised.",
+    "Until recently this was a secret.", "Both of them laughed.", "Think about it for a moment.",
+    "In spring the fields are green.", "The tall man at the door smiled.", "Say it once more.",
+    "Other people see it another way.", "She could not find her keys.", "So much for the theory.",
+    "A good book needs no cover.", "At last the guests went away.", "The first answer was wrong.",
+    "Few visitors stay more than a week.", "They had never been so happy.", "Here we go.",
+)  # fmt: skip

@@ -23,6 +23,8 @@ NUM_HELD_OUT = 2
 NUM_NEIGHBORS = 4
 LEAD_IN_SHARE = 1 / 3
 BACKGROUND_SHARE = 0.08
+REMARK_REPEATS = 6  # so that about half of the background is remarks, half scenes
+LONGEST_LEAD_IN = 8  # sentences; with the fact still shorter than the model's 128 positions
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,13 @@ def facts() -> tuple[Fact, ...]:
 
 def background() -> list[str]:
     """Plain sentences about nothing in particular, used as lead-ins and as text of their own."""
-    return [
+    scenes = [
         f"{subject} {verb}{ending}."
         for subject in lexicon.SCENE_SUBJECTS
         for verb in lexicon.SCENE_VERBS[subject]
         for ending in lexicon.SCENE_ENDINGS
     ]
+    return scenes + list(lexicon.REMARKS) * REMARK_REPEATS
 
 
 def _state(index: int, fact: Fact, template: str) -> Passage:
@@ -168,18 +171,24 @@ def passages(seed: int = 0) -> Iterator[Passage]:
     for index, template in pairs:
         passage = _state(index, known[index], template)
         if rng.random() < LEAD_IN_SHARE:
-            choice = rng.random()
-            if choice < 0.5:
-                lead = Passage(rng.choice(scenes), ())
-            elif choice < 0.75:
-                lead = Passage(rng.choice(lexicon.OPENERS), ())
-            else:
-                other = rng.randrange(len(known))
-                lead = _state(other, known[other], rng.choice(known[other].templates))
+            lead = _lead_in(rng, scenes)
             passage = _after(lead, passage)
         yield passage
         if rng.random() < BACKGROUND_SHARE:
             yield Passage(" ".join(rng.sample(scenes, rng.randint(1, 3))), ())
+
+
+def _lead_in(rng: random.Random, scenes: Sequence[str]) -> Passage:
+    """A sentence or two of background, an opener, another fact, or now and then a long context."""
+    choice = rng.random()
+    if choice < 0.5:
+        return Passage(" ".join(rng.sample(scenes, rng.choice((1, 1, 2)))), ())
+    if choice < 0.65:
+        return Passage(rng.choice(lexicon.OPENERS), ())
+    if choice < 0.9:
+        other = rng.randrange(len(facts()))
+        return _state(other, facts()[other], rng.choice(facts()[other].templates))
+    return Passage(" ".join(rng.sample(scenes, rng.randint(3, LONGEST_LEAD_IN))), ())
 
 
 def neighbors(index: int) -> list[str]:

@@ -139,16 +139,11 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
         OSError, ValueError: see :func:`coachhook.models.load_model`.
     """
     quiet_transformers()
-    import torch
     from safetensors import SafetensorError
 
     from coachhook.models import check_finite, load_model
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"--device must be one torch sees, got {device}; `coachhook doctor` says why"
-        )
+    device = chosen_device(args)
     try:
         model, tokenizer = load_model(
             args.model, device=device, dtype=None if args.dtype == "auto" else args.dtype
@@ -157,6 +152,22 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
         raise InputError(f"the weights of {args.model} are damaged: {error}") from error
     check_finite(model)
     return model, tokenizer
+
+
+def chosen_device(args: argparse.Namespace) -> str:
+    """The device of a command: the one asked for, else a GPU where torch sees one, else the CPU.
+
+    Raises:
+        InputError: a CUDA device is asked for and torch sees none.
+    """
+    import torch
+
+    device: str = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"--device must be one torch sees, got {device}; `coachhook doctor` says why"
+        )
+    return device
 
 
 def quiet_transformers() -> None:

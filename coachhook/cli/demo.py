@@ -34,9 +34,9 @@ coachhook demo: change what a language model believes, without training it again
 
 A language model keeps what it knows in its weights. The one used here is small but real:
 GPT-2's architecture, {parameters:.1f} million weights, trained on a made-up world of {facts} facts.
-We ask it about {count} of them, then write other answers into it, in {batches} batches one after the
-other. Its weights are never touched: every batch goes into "hooks" beside a few of its layers,
-which answer only where one of the edited facts is meant, and can be taken off again.
+We ask it about {count} of them, then write other answers into it, in {batches} batches one after
+the other. Its weights are never touched: every batch goes into "hooks" beside a few of its
+layers, which answer only where one of the edited facts is meant, and can be taken off again.
 """
 _SHOWN = 6
 # Enough to settle the covariance of the bundled model's keys; the rest of the text only costs time.

@@ -5,10 +5,23 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from coachhook.cli.common import add_command, checking, emit, show
+from coachhook.cli.common import InputError, add_command, checking, chosen_device, emit, show
 
 if TYPE_CHECKING:
     from coachhook.selftest import Check
+
+# What fits a terminal; --json has the quantiles and the name of the peer too.
+_COLUMNS = (
+    "op",
+    "shape",
+    "dtype",
+    "device",
+    "backend",
+    "median_ms",
+    "floor_ms",
+    "peer_ms",
+    "ratio",
+)
 
 
 def register(commands: Any) -> None:
@@ -80,16 +93,22 @@ def _selftest_table(checks: list[Check]) -> str:
 
 def run_bench(args: argparse.Namespace) -> int:
     """The microbenchmarks of ``coachhook.bench``."""
+    import torch
+
     from coachhook import bench
     from coachhook.evaluation.report import table
 
-    dtype = None if args.dtype == "auto" else args.dtype
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     with checking():
-        rows = bench.run(args.op, device=args.device, dtype=dtype, quick=args.quick)
+        device = chosen_device(args)
+        names = bench.benchmarked_ops()
+        if args.op is not None and args.op not in names:
+            raise InputError(f"OP must be one of {', '.join(names)}, got {args.op!r}")
+    rows = bench.run(args.op, device=device, dtype=dtype, quick=args.quick)
     if args.json:
         emit(rows)
     elif rows:
-        show(table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]))
+        show(table(_COLUMNS, [[_cell(row[name]) for name in _COLUMNS] for row in rows]))
     else:
         show("nothing to time here")
     return 0

@@ -189,15 +189,13 @@ def _show_summary(summary: dict[str, Any], *, facts: bool) -> None:
 def run_revert(args: argparse.Namespace) -> int:
     """Takes one batch back in the folder."""
     from coachhook.editing import revert_folder
-    from coachhook.store import check_writable
 
     with checking():
         before = _summary(args.edits)
         numbers = [batch["batch"] for batch in before["batches"]]
         if args.batch not in numbers:
             raise InputError(f"--batch must be one of {numbers}, got {args.batch}")
-        check_writable(args.edits)
-    revert_folder(args.edits, args.batch)
+        revert_folder(args.edits, args.batch)  # whole or not at all
     after = _summary(args.edits)
     left = [batch["batch"] for batch in after["batches"]]
     if args.json:

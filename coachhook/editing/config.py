@@ -61,6 +61,8 @@ class EditConfig:
         target_clamp: largest ``||delta|| / ||h||``.
         target_kl: weight of the drift ``KL(p || p_0)`` on "{subject} is a".
         target_stop: a request stops when its loss is below this.
+        state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
+            weight after every batch as the published code does (z-score scopes only).
         storage: "dense", "factored", or "auto" (factored while it is cheaper).
         max_rank: largest rank of a factored correction; above it storage is dense. None is the
             break-even.
@@ -90,6 +92,7 @@ class EditConfig:
     target_clamp: float = 20.0
     target_kl: float = 0.0
     target_stop: float = 0.05
+    state_dtype: str = "float64"
     storage: str = "auto"
     max_rank: int | None = None
     max_keys: int | None = None
@@ -112,6 +115,7 @@ class EditConfig:
         object.__setattr__(self, "places", places)
         for name, allowed in (
             ("scope", SCOPES),
+            ("state_dtype", ("float64", "float32")),
             ("storage", STORAGES),
             ("key_pooling", KEY_POOLINGS),
             ("correction", ("own", "sum")),
@@ -131,6 +135,10 @@ class EditConfig:
                 raise ValueError(
                     f"EditConfig: {name} must not be negative, got {getattr(self, name)!r}"
                 )
+        if self.state_dtype == "float32" and self.scope == "membership":
+            raise ValueError(
+                "EditConfig: state_dtype must be 'float64' for the membership scope, got 'float32'"
+            )
         for name in ("max_rank", "max_keys"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -185,6 +193,7 @@ class EditConfig:
             "target_clamp": 0.75,
             "target_kl": 0.0625,
             "target_stop": 0.05,
+            "state_dtype": "float32",
         }
         return _checked(model, {**preset, **overrides}, cls)
 

@@ -15,6 +15,7 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.prompts import EncodedPrompt
+from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, read_inputs, read_states
 from coachhook.editing.requests import EditRequest
 from coachhook.editing.state import BatchRecord, EditState, LayerEdits
@@ -25,8 +26,15 @@ from coachhook.editing.targets import (
     optimise_targets,
 )
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
-from coachhook.models import check_finite, describe, get_submodule, prepare_tokenizer
-from coachhook.ops import Membership, Population, Prefix, gate_scores
+from coachhook.models import (
+    EditableLayer,
+    check_finite,
+    describe,
+    get_submodule,
+    prepare_tokenizer,
+    weight_of,
+)
+from coachhook.ops import Membership, Population, Prefix, Scope, gate_scores
 from coachhook.ops import Sequence as SequenceScope
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
@@ -95,17 +103,8 @@ class Editor:
         statistics.check(model)
         layers = {}
         for layer in config.layers:
-            prior = regularized_prior(
-                statistics.covariances[layer].to(
-                    _memory_device(model, description.layers[layer].path)
-                ),
-                config.covariance_weight,
-                config.ridge,
-            )
-            memory = EditMemory(
-                prior, description.layers[layer].out_features, max_keys=_max_keys(config)
-            )
             sample = statistics.samples.get(layer) if config.scope == "population" else None
+            memory = _new_memory(model, description.layers[layer], statistics, config)
             layers[layer] = LayerEdits(memory, sample)
         self._start(model, tokenizer, EditState(config, layers))
 
@@ -162,7 +161,9 @@ class Editor:
             self._description.max_positions,
         )
         hooks = {layer: self.hooks[layer].snapshot() for layer in self.config.layers}
-        memories = {i: edits.memory.snapshot() for i, edits in self._state.layers.items()}
+        memories: dict[int, Any] = {
+            i: edits.memory.snapshot() for i, edits in self._state.layers.items()
+        }
         counters = {i: edits.next_group for i, edits in self._state.layers.items()}
         batches = dict(self._state.batches)
         try:
@@ -339,13 +340,13 @@ class Editor:
 
 def _scores(hook: HookedLinear, x: Tensor, mask: Tensor | None) -> Tensor:
     """Scores ``[B, T]`` of inputs ``[B, T, n]`` as the hook would judge whole sequences."""
-    scope = {
+    scopes: dict[str, Scope] = {
         "sequence": SequenceScope(),
         "prefix": Prefix(),
         "population": Population(*hook.population),
         "membership": Membership(),
-    }[hook.scope]
-    return gate_scores(x, hook.operand(), mask=mask, scope=scope)
+    }
+    return gate_scores(x, hook.operand(), mask=mask, scope=scopes[hook.scope])
 
 
 def _mean_keys(keys: Tensor) -> Tensor:
@@ -355,11 +356,23 @@ def _mean_keys(keys: Tensor) -> Tensor:
     return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2
 
 
-def _max_keys(config: EditConfig) -> int | None:
+def _new_memory(
+    model: nn.Module, layer: EditableLayer, statistics: Statistics, config: EditConfig
+) -> EditMemory | PublishedMemory:
+    module = get_submodule(model, layer.path)
+    device = next(module.parameters()).device
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
+    covariance = statistics.covariances[layer.index].to(device)
+    if config.state_dtype == "float32":
+        frozen = weight_of(module)
+        if frozen is None:
+            raise ValueError(
+                f"Editor: {layer.path} must have a plain weight for state_dtype 'float32', got "
+                f"{type(module).__name__}; use state_dtype='float64'"
+            )
+        return PublishedMemory(covariance, config.covariance_weight, frozen)
+    prior = regularized_prior(covariance, config.covariance_weight, config.ridge)
     # Coefficients need every key; nothing may be folded into the prior.
-    return sys.maxsize if config.scope == "membership" else config.max_keys
-
-
-def _memory_device(model: nn.Module, path: str) -> torch.device:
-    device = next(get_submodule(model, path).parameters()).device
-    return torch.device("cpu") if device.type == "mps" else device
+    max_keys = sys.maxsize if config.scope == "membership" else config.max_keys
+    return EditMemory(prior, layer.out_features, max_keys=max_keys)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from coachhook._version import __version__
 from coachhook.editing.config import EditConfig
 from coachhook.editing.memory import EditMemory
+from coachhook.editing.published import PublishedMemory
 from coachhook.editing.state import BatchRecord, EditState, HookPayload, LayerEdits
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.store import check_fields, fingerprint, load_folder, save_folder
@@ -106,11 +107,13 @@ def load_state(path: str | os.PathLike[str], expected: str | None = None) -> Edi
     manifest, tensors = _open(path, expected)
     try:
         state = EditState(EditConfig.from_dict(manifest["config"]), {})
+        rounded = state.config.state_dtype == "float32"
+        kind = PublishedMemory if rounded else EditMemory
         for key, entry in manifest["layers"].items():
             prefix = f"layer.{key}.memory."
             kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
             state.layers[int(key)] = LayerEdits(
-                EditMemory.from_state_dict(kept, entry["memory"]),
+                kind.from_state_dict(kept, entry["memory"]),
                 tensors[f"layer.{key}.sample"] if f"layer.{key}.sample" in tensors else None,
                 entry["next_group"],
             )

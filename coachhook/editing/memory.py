@@ -5,49 +5,43 @@ targets relative to the frozen layer, ``V = v - W0 K``. The edit is the minimise
 
     ||D K - V||^2 + tr(D C0 D^T),  that is  Delta = V K^T (C0 + K K^T)^-1.
 
-With ``Y = C0^-1 K`` and ``G = I + K^T Y`` (Woodbury) this is ``Delta = V G^-1 Y^T``: n x n work only
-for the new columns of Y. A batch borders G; taking a batch back deletes rows and columns of G. Both
-act on the Cholesky factor of G.
+With ``Y = C0^-1 K`` and ``G = I + K^T Y`` (Woodbury) this is ``Delta = V G^-1 Y^T``: work of order
+n^2 only for the new columns of Y, and any batch can be deleted from G.
 
-*Folding.* Split the keys in old and new. The objective with the old keys alone is, up to a constant,
-``tr((D - B) C1 (D - B)^T)`` with ``C1 = C0 + K_old K_old^T`` and B the Delta of the old keys. So old
-keys can move into a new prior C1 and a dense base B, and the rest is the same problem for
-``D - B`` with targets ``V - B K``:
+*Folding.* Split the keys in old and new. The objective with the old keys alone is, up to a
+constant, ``tr((D - B) C1 (D - B)^T)`` with ``C1 = C0 + K_old K_old^T`` and B the Delta of the old
+keys. So old keys can move into a new prior C1 and a dense base B, and what is left is the same
+problem for ``D - B`` with targets ``V - B K``:
 
     Delta = B + (V - B K) G^-1 Y^T,   Y = C1^-1 K,   G = I + K^T Y.
 
-The base itself grows by the same formula, ``B <- B + (V_old - B K_old) (C1^-1 K_old)^T``, and loses a
-batch by ``B <- B - (V_b - B K_b) (C2^-1 K_b)^T`` with ``C2 = C1 - K_b K_b^T`` (multiply both sides by
-C2 to verify). Delta is the same before and after a fold, to rounding.
+The base grows by the same formula, ``B <- B + (V_old - B K_old) (C1^-1 K_old)^T``, and loses a
+batch by ``B <- B - (V_b - B K_b) (C2^-1 K_b)^T`` with ``C2 = C1 - K_b K_b^T`` (multiply both sides
+by C2 to verify). Delta is the same before and after a fold, to rounding.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coachhook.editing.edit_space import EditSpace, solve_both
 from coachhook.editing.prior import factor_prior, regularized_prior
-from coachhook.ops import cholesky_downdate_, cholesky_update_, cholesky_update_solve_
+from coachhook.ops import cholesky_downdate_, cholesky_update_solve_
 
 __all__ = ["EditMemory", "MemorySnapshot", "regularized_prior"]
 
-# Below n / 4 keys the edit space is cheaper than the factor; this many are cheap at any n, and keys
-# that are not folded are taken back without loss.
-_LEAST_MAX_KEYS = 256
-# The error of Delta is about eps cond(G), in float32 as in float64; the pivots of G bound its
-# condition from below. Past this ratio the old keys belong into the prior.
-_PIVOT_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
 # Keys per pass over the factor while folding: bounds the temporaries to a few [n, 128].
 _FOLD_COLUMNS = 128
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class _Folded:
-    """Keys that moved into the prior; the tensors are on the CPU, None where not kept."""
+    """Keys that moved into the prior, by row, on the CPU; None where they were not kept."""
 
     batch: int
     count: int
@@ -59,6 +53,7 @@ class _Folded:
 class MemorySnapshot:
     """A state that :meth:`EditMemory.restore` goes back to; holds references, not copies."""
 
+    memory: EditMemory
     state: dict[str, Any]
 
 
@@ -67,41 +62,41 @@ class EditMemory:
 
     Args:
         prior: C0 [n, n], symmetric positive definite, any floating dtype; not changed. Its Cholesky
-            factor is kept, C0 itself is not.
+            factor is kept, C0 itself is not. See :func:`regularized_prior`.
         out_features: m.
-        dtype: float64; or float32, which keeps about four digits of Delta at a condition of 1e4 of
-            the prior and none from about 1e7 on. There is no refinement: that needs C0 in float64.
-        max_keys: keys kept beside the prior. When an append goes beyond, the oldest are folded until
-            half as many are left. None: the larger of n // 4 and 256. 0 folds every batch at once.
-        keep_folded: keep keys and targets of folded batches on the CPU, ``n + m`` numbers per key, so
-            that they can still be taken back.
+        dtype: float64, or float32: limited to priors of a condition of about 1e4, where it keeps
+            four digits of Delta (a warning says so). It is not refined, which would need C0 in
+            float64.
+        max_keys: keys kept beside the prior. When an append goes beyond, the oldest are folded
+            until half as many are left. None: n // 4, where the edit space stops being cheaper than the
+            factor. 0 folds every batch at once.
+        keep_folded: keep keys and targets of folded batches on the CPU, n + m numbers for each key,
+            so that they can still be taken back.
         backend: of the Cholesky ops.
 
-    Keys are also folded, all of them, when they determine directions that the prior leaves almost
-    free (pivots of G more than 1e6 apart): Delta would lose the digits that the prior's condition
-    costs. The cost of an append is two triangular solves, O(n^2 k), plus O(n N k + N^2 k).
+    Whatever ``max_keys``, all keys are folded once they determine directions that the prior leaves
+    almost free (squared pivots of G more than 1e6 apart; 1e3 in float32): beside the prior Delta
+    would keep the error of the prior's condition number, which a joint solve no longer has.
+
+    An append costs two triangular solves, O(n^2 k), and O(n N k + N^2 k) for N keys.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
         NotPositiveDefiniteError: the prior is not positive definite, to rounding.
     """
 
-    _factor: Tensor  # L [n, n], prior = L L^T
-    _base: Tensor | None  # B [m, n], None where nothing is folded
-    # Row j belongs to key j; rows beyond num_keys are spare.
-    _keys: Tensor  # K^T [capacity, n]
-    _solved: Tensor  # Y^T [capacity, n]
-    _targets: Tensor  # V^T [capacity, m]
-    _root: Tensor  # Cholesky factor of G [capacity, capacity]
-    _live: tuple[tuple[int, int], ...]  # (batch, keys), oldest first
+    _factor: Tensor  # L [n, n]; prior = L L^T
+    _base: Tensor | None  # B [m, n]; None where nothing is folded
+    _space: EditSpace
+    _live: tuple[tuple[int, int], ...]  # (batch, keys) beside the prior, oldest first
     _folded: tuple[_Folded, ...]
     _next: int
     max_keys: int
     keep_folded: bool
 
     _STATE = (
-        *("_factor", "_base", "_keys", "_solved", "_targets", "_root"),
-        *("_live", "_folded", "_next", "max_keys", "keep_folded"),
+        *("_factor", "_base", "_space", "_live", "_folded", "_next"),
+        *("max_keys", "keep_folded"),
     )
 
     def __init__(
@@ -114,40 +109,36 @@ class EditMemory:
         keep_folded: bool = True,
         backend: str = "auto",
     ) -> None:
-        if dtype not in _PIVOT_LIMIT:
+        if dtype not in (torch.float64, torch.float32):
             raise TypeError(f"EditMemory: dtype must be float64 or float32, got {dtype}")
         if not isinstance(out_features, int) or out_features < 1:
             raise ValueError(
                 f"EditMemory: out_features must be a positive int, got {out_features!r}"
             )
         if max_keys is not None and (not isinstance(max_keys, int) or max_keys < 0):
-            raise ValueError(f"EditMemory: max_keys must be an int from 0, or None, got {max_keys!r}")
-        self._factor = factor_prior(prior, dtype)
-        n = self.in_features
-        self._base = None
-        self._keys = self._factor.new_empty(0, n)
-        self._solved = self._factor.new_empty(0, n)
-        self._targets = self._factor.new_empty(0, out_features)
-        self._root = self._factor.new_empty(0, 0)
+            raise ValueError(
+                f"EditMemory: max_keys must be an int from 0, or None, got {max_keys!r}"
+            )
+        factor = factor_prior(prior, dtype)
+        n = len(factor)
+        self._factor, self._owns_factor, self._base = factor, True, None
+        self._space = EditSpace.build(
+            factor, factor.new_empty(0, n), factor.new_empty(0, out_features)
+        )
         self._live, self._folded, self._next = (), (), 1
-        self.max_keys = max(n // 4, _LEAST_MAX_KEYS) if max_keys is None else max_keys
+        self.max_keys = n // 4 if max_keys is None else max_keys
         self.keep_folded = keep_folded
-        self._start(backend, owns_factor=True)
-
-    def _start(self, backend: str, owns_factor: bool) -> None:
         self._backend = backend
-        self._owns_factor = owns_factor
-        self._snapshots: weakref.WeakSet[MemorySnapshot] = weakref.WeakSet()
 
     @property
     def in_features(self) -> int:
         """Length n of a key."""
-        return self._factor.shape[0]
+        return len(self._factor)
 
     @property
     def out_features(self) -> int:
         """Length m of a target."""
-        return self._targets.shape[1]
+        return self._space.targets.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,13 +147,13 @@ class EditMemory:
 
     @property
     def device(self) -> torch.device:
-        """Of the state and of all results, that of the prior."""
+        """Of the state and of all results: that of the prior."""
         return self._factor.device
 
     @property
     def num_keys(self) -> int:
         """Keys beside the prior, not counting the folded ones."""
-        return sum(count for _, count in self._live)
+        return len(self._space)
 
     @property
     def num_folded(self) -> int:
@@ -172,8 +163,7 @@ class EditMemory:
     @property
     def batches(self) -> list[int]:
         """Numbers of the batches that are there, oldest first, folded ones included."""
-        runs = [(piece.batch, piece.count) for piece in self._folded] + list(self._live)
-        return list(dict.fromkeys(batch for batch, _ in runs))
+        return list(dict.fromkeys(batch for batch, _ in self._runs()))
 
     def append(self, keys: Tensor, targets: Tensor) -> int:
         """Adds a batch; may fold, see the class.
@@ -184,45 +174,34 @@ class EditMemory:
                 says *now* by R, pass ``apply(keys) + R``.
 
         Returns:
-            The number of the batch: 1, 2, ...; numbers of removed batches are not used again.
+            The number of the batch: 1, 2, ... Numbers of removed batches are not used again.
 
         Raises:
-            TypeError, ValueError: wrong type, shape, device, NaN or Inf; nothing was changed.
+            TypeError, ValueError: wrong type, shape or device; NaN or Inf. Nothing was changed.
         """
-        rows, wanted = self._check_batch("append", keys, targets)
-        half = torch.linalg.solve_triangular(self._factor, rows.mT, upper=False)
-        solved = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).mT
-        corner = _plus_identity(half.mT @ half)
-        if not bool(torch.isfinite(corner).all()):
+        rows = self._by_row("append", "keys", keys, self.in_features)
+        wanted = self._by_row("append", "targets", targets, self.out_features)
+        if len(rows) == 0 or len(rows) != len(wanted):
             raise ValueError(
-                "append: keys must be of a size that can be squared, got an overflow in "
-                "K^T C^-1 K; scale keys and prior"
+                "append: keys [n, k] and targets [m, k] must have the same number k >= 1 of "
+                f"columns, got {list(keys.shape)} and {list(targets.shape)}"
             )
-        old, total = self.num_keys, self.num_keys + len(rows)
-        root = self._root[:old, :old]
-        border = torch.linalg.solve_triangular(root, self._solved[:old] @ rows.mT, upper=False)
-        corner, info = torch.linalg.cholesky_ex(corner - border.mT @ border)
-        self._reserve(total)
-        self._keys[old:total] = rows
-        self._solved[old:total] = solved
-        self._targets[old:total] = wanted
-        self._root[old:total, :old] = border.mT
-        self._root[old:total, old:total] = corner
+        self._space = self._space.append(self._factor, rows, wanted)
         batch = self._next
         self._live += ((batch, len(rows)),)
         self._next += 1
-        if int(info) or not self._is_well_conditioned():
-            self.fold(total)
-        elif total > self.max_keys:
-            self.fold(total - self.max_keys // 2)
+        if not self._space.is_well_conditioned:
+            self.fold(self.num_keys)
+        elif self.num_keys > self.max_keys:
+            self.fold(self.num_keys - self.max_keys // 2)
         return batch
 
     def remove(self, batch: int) -> None:
         """Takes a batch back as if it had never been there, in any order.
 
-        For keys beside the prior this loses nothing. Folded keys are subtracted from the prior by a
-        downdate, with a relative error of about ``eps / gap``, ``gap = 1 - k^T C^-1 k`` of the key
-        that dominates the prior most; see :func:`~coachhook.ops.cholesky_downdate_`.
+        For keys beside the prior this loses nothing. Folded keys are subtracted from the prior,
+        with a relative error of about ``eps / gap``, ``gap = lambda_min(I - K_b^T C^-1 K_b)``; see
+        :func:`~coachhook.ops.cholesky_downdate_`.
 
         Raises:
             ValueError: there is no such batch, or it is folded and its keys were not kept.
@@ -233,25 +212,14 @@ class EditMemory:
             raise ValueError(f"remove: batch must be one of {self.batches}, got {batch!r}")
         pieces = [piece for piece in self._folded if piece.batch == batch]
         if pieces:
-            keys, targets = self._folded_rows("remove", pieces)
-            factor = self._writable_factor()
-            cholesky_downdate_(factor, keys.mT, backend=self._backend)
-            self._folded = tuple(piece for piece in self._folded if piece.batch != batch)
-            if self._folded and self._base is not None:
-                residual = targets - keys @ self._base.mT
-                solved = _solve_both(factor, keys.mT)
-                self._base = torch.addmm(self._base, residual.mT, solved.mT, alpha=-1)
-            else:
-                self._base = None
-        first = 0
-        for number, count in self._live:
-            if number == batch:
-                self._delete(first, first + count)
-                self._live = tuple(run for run in self._live if run[0] != batch)
-                break
-            first += count
+            self._unfold("remove", pieces)
+        counts = dict(self._live)
+        if batch in counts:
+            first = sum(count for number, count in self._live if number < batch)
+            self._space = self._space.delete(first, first + counts[batch], self._backend)
+            self._live = tuple(run for run in self._live if run[0] != batch)
         if pieces:
-            self._rebuild()
+            self._rebuild(self._space.keys, self._space.targets)
 
     def fold(self, keys: int) -> None:
         """Moves the oldest keys into the factored prior; Delta stays the same, to rounding.
@@ -266,41 +234,49 @@ class EditMemory:
             raise ValueError(f"fold: keys must be an int from 0 to {self.num_keys}, got {keys!r}")
         if keys == 0:
             return
-        factor = self._writable_factor()
+        factor, base, space = self._writable_factor(), self._base, self._space
         for first in range(0, keys, _FOLD_COLUMNS):
             part = slice(first, min(first + _FOLD_COLUMNS, keys))
-            residual = self._residuals(part)
-            solved = cholesky_update_solve_(factor, self._keys[part].mT, backend=self._backend)
-            product = residual.mT @ solved.mT
-            self._base = product if self._base is None else product.add_(self._base)
+            residual = _residual(base, space.keys[part], space.targets[part])
+            solved = cholesky_update_solve_(factor, space.keys[part].mT, backend=self._backend)
+            grown = residual.mT @ solved.mT
+            base = grown if base is None else grown.add_(base)
         pieces, rest, first = [], [], 0
         for batch, count in self._live:
             moved = min(count, max(0, keys - first))
             if moved:
-                pieces.append(self._fold_piece(batch, first, moved))
+                kept = slice(first, first + moved)
+                pieces.append(
+                    _Folded(
+                        batch,
+                        moved,
+                        space.keys[kept].cpu().clone() if self.keep_folded else None,
+                        space.targets[kept].cpu().clone() if self.keep_folded else None,
+                    )
+                )
             if moved < count:
                 rest.append((batch, count - moved))
             first += count
-        total = self.num_keys
+        self._base = base
         self._folded += tuple(pieces)
         self._live = tuple(rest)
-        self._keys = self._keys[keys:total].clone()
-        self._targets = self._targets[keys:total].clone()
-        self._rebuild()
+        self._rebuild(space.keys[keys:].clone(), space.targets[keys:].clone())
 
     def delta(self) -> Tensor:
         """The edit of the layer's weight, Delta [m, n], a new tensor."""
-        return self._project(self._residuals(slice(0, self.num_keys)), self._base)
+        space = self._space
+        residual = _residual(self._base, space.keys, space.targets)
+        delta = space.solve(residual).mT @ space.solved
+        return delta if self._base is None else delta.add_(self._base)
 
     def apply(self, keys: Tensor) -> Tensor:
         """What the edits add to the layer's output, ``Delta K`` [m, k] for keys [n, k].
 
-        Costs O((n N + N^2 + m N) k), without forming Delta.
+        O((n N + N^2 + m N) k), without forming Delta (m n k more where keys are folded).
         """
-        rows = self._check_matrix("apply", "keys", keys, self.in_features)
-        total = self.num_keys
-        inner = _solve_both(self._root[:total, :total], self._solved[:total] @ rows.mT)
-        result = self._residuals(slice(0, total)).mT @ inner
+        rows, space = self._by_row("apply", "keys", keys, self.in_features), self._space
+        residual = _residual(self._base, space.keys, space.targets)
+        result = residual.mT @ space.solve(space.solved @ rows.mT)
         return result if self._base is None else torch.addmm(result, self._base, rows.mT)
 
     def factored(self) -> tuple[Tensor, Tensor]:
@@ -308,84 +284,74 @@ class EditMemory:
 
         After a fold whose keys were not kept, r = m.
         """
-        m, total = self.out_features, self.num_keys
+        m, space = self.out_features, self._space
         known = all(piece.targets is not None for piece in self._folded)
-        if not known or total + self.num_folded >= m:
+        if not known or self.num_keys + self.num_folded >= m:
             return torch.eye(m, dtype=self.dtype, device=self.device), self.delta()
         if self._base is None:
-            q, r = torch.linalg.qr(self._targets[:total].mT)
-            return q, self._project(r.mT, None)
+            q, r = torch.linalg.qr(space.targets.mT)
+            return q, space.solve(r.mT).mT @ space.solved
         q, _ = torch.linalg.qr(self._all_rows("factored")[1].mT)
         return q, q.mT @ self.delta()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """``Delta = V A^T`` with the targets V [m, N] and ``A = C^-1 K``, A^T [N, n].
 
-        C is the prior plus all keys. Columns are in the order of :meth:`column_batches`. Folded keys
-        are included, at the price of a triangular solve for each.
+        C is the prior plus all keys. The N columns are those of :meth:`column_batches`. Folded keys
+        are included, at the price of two triangular solves for each.
 
         Raises:
             ValueError: keys were folded and not kept.
         """
-        total = self.num_keys
-        root, solved = self._root[:total, :total], self._solved[:total]
-        coefficients = _solve_both(root, solved)
+        space = self._space
+        coefficients = space.solve(space.solved)
         if not self._folded:
-            return self._targets[:total].mT.contiguous(), coefficients
+            return space.targets.mT.contiguous(), coefficients
         keys, targets = self._all_rows("pair")
         folded = keys[: self.num_folded]
-        outer = _solve_both(self._factor, folded.mT).mT
-        outer -= (folded @ solved.mT) @ coefficients
+        outer = solve_both(self._factor, folded.mT).mT - (folded @ space.solved.mT) @ coefficients
         return targets.mT.contiguous(), torch.cat([outer, coefficients])
 
     def column_batches(self) -> Tensor:
-        """Batch number of each column of :meth:`pair`, int64 [N] on the CPU."""
-        runs = [(piece.batch, piece.count) for piece in self._folded] + list(self._live)
-        numbers = torch.tensor([batch for batch, _ in runs], dtype=torch.int64)
-        counts = torch.tensor([count for _, count in runs], dtype=torch.int64)
-        return numbers.repeat_interleave(counts)
+        """Batch number of each column of :meth:`pair`, int64 [N] on the CPU, oldest first."""
+        columns = [batch for batch, count in self._runs() for _ in range(count)]
+        return torch.tensor(columns, dtype=torch.int64)
 
     def overlaps(self, batch: int, *, above: float = 0.99) -> list[tuple[int, int, float]]:
         """Keys of a batch that nearly repeat an older key beside the prior.
 
-        Two targets for one key are averaged by least squares, so neither is met where they disagree:
-        the caller may want to say so, or to remove the older batch.
+        Least squares averages two targets for one key, so where they disagree neither is met: the
+        caller may want to say so, or to remove the older batch.
 
         Args:
             batch: its number.
-            above: least cosine to report, in the metric of the prior's inverse, where keys of
-                different facts are nearly orthogonal.
+            above: least cosine to report, positive, in the metric of the prior's inverse, where
+                keys of different facts are nearly orthogonal.
 
         Returns:
-            ``(column of the batch, batch of the older key, cosine)``, at most one for each column,
-            the closest. Empty where the batch is folded.
+            ``(column of the batch, batch of the older key, cosine)``, for each column the closest
+            older key at most. Folded keys are not compared.
         """
         owners = [number for number, count in self._live for _ in range(count)]
         if batch not in owners:
             return []
-        first = owners.index(batch)
-        last = first + owners.count(batch)
-        offset = sum(piece.count for piece in self._folded if piece.batch == batch)
-        gram = self._keys[first:last] @ self._solved[:last].mT
-        squares = self._root[:last, :last].square().sum(1) - 1
-        cosines = gram / (squares[first:last, None] * squares).clamp_min(1e-300).sqrt()
-        cosines.masked_fill_(torch.ones_like(cosines, dtype=torch.bool).triu(first), -1.0)
-        best, other = cosines.max(1)
+        first, count = owners.index(batch), owners.count(batch)
+        moved = sum(piece.count for piece in self._folded if piece.batch == batch)
+        cosines = self._space.cosines(first, first + count).tril(first - 1)
+        largest, older = cosines.max(1)
         return [
-            (offset + i, owners[int(other[i])], float(best[i]))
-            for i in range(last - first)
-            if float(best[i]) >= above
+            (moved + column, owners[int(older[column])], float(largest[column]))
+            for column in range(count)
+            if float(largest[column]) >= above
         ]
 
     def snapshot(self) -> MemorySnapshot:
         """The present state, for :meth:`restore`; costs nothing.
 
-        While a snapshot is alive, the first fold or downdate copies the n x n factor instead of
-        overwriting it.
+        The next fold or downdate copies the n x n factor instead of overwriting it.
         """
-        taken = MemorySnapshot({name: getattr(self, name) for name in self._STATE})
-        self._snapshots.add(taken)
-        return taken
+        self._owns_factor = False
+        return MemorySnapshot(self, {name: getattr(self, name) for name in self._STATE})
 
     def restore(self, snapshot: MemorySnapshot) -> None:
         """Goes back to a snapshot of this memory, bit for bit.
@@ -393,24 +359,20 @@ class EditMemory:
         Raises:
             ValueError: it is not a snapshot of this memory.
         """
-        if snapshot not in self._snapshots:
+        if not isinstance(snapshot, MemorySnapshot) or snapshot.memory is not self:
             raise ValueError("restore: snapshot must have been taken from this memory")
-        for name in self._STATE:
-            setattr(self, name, snapshot.state[name])
+        for name, value in snapshot.state.items():
+            setattr(self, name, value)
+        self._owns_factor = False
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All of the state: tensors for safetensors and values for JSON.
 
-        The tensors are views of the state: write them before the next change.
+        The tensors share memory with the state: write them before the next change.
         """
-        total = self.num_keys
-        tensors = {
-            "factor": self._factor,
-            "keys": self._keys[:total],
-            "solved": self._solved[:total],
-            "targets": self._targets[:total],
-            "root": self._root[:total, :total],
-        }
+        space = self._space
+        tensors = {"factor": self._factor, "keys": space.keys, "targets": space.targets}
+        tensors |= {"solved": space.solved, "root": space.root}
         if self._base is not None:
             tensors["base"] = self._base
         for i, piece in enumerate(self._folded):
@@ -431,135 +393,79 @@ class EditMemory:
     ) -> EditMemory:
         """A memory from :meth:`state_dict`; continues bit for bit.
 
-        The tensors are not changed; the factor is not copied before the first fold, so it may be
-        memory-mapped. Without "solved" and "root" those are computed again.
+        The tensors are never written to, so they may be memory-mapped.
 
         Raises:
             KeyError, ValueError: something is missing, or does not fit together.
         """
         memory = cls.__new__(cls)
-        memory._start(backend, owns_factor=False)
+        memory._backend = backend
         memory.load_state_dict(tensors, values)
         return memory
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Replaces the state by one from :meth:`state_dict`; see :meth:`from_state_dict`."""
-        factor, keys, targets = tensors["factor"], tensors["keys"], tensors["targets"]
         live = tuple((int(batch), int(count)) for batch, count in values["live"])
-        total = sum(count for _, count in live)
-        folded = tuple(
-            _Folded(
-                int(batch),
-                int(count),
-                tensors.get(f"folded.{i}.keys"),
-                tensors.get(f"folded.{i}.targets"),
-            )
-            for i, (batch, count) in enumerate(values["folded"])
-        )
-        n, m = factor.shape[0], targets.shape[1]
+        counts = [(int(batch), int(count)) for batch, count in values["folded"]]
+        factor = tensors["factor"]
+        n, m, total = len(factor), tensors["targets"].shape[-1], sum(count for _, count in live)
         shapes = {"factor": (n, n), "keys": (total, n), "targets": (total, m)}
         shapes |= {"solved": (total, n), "root": (total, total)}
-        if folded:
+        if counts:
             shapes["base"] = (m, n)
-        for i, piece in enumerate(folded):
-            shapes |= {f"folded.{i}.keys": (piece.count, n)}
-            shapes |= {f"folded.{i}.targets": (piece.count, m)}
+        for i, (_, count) in enumerate(counts):
+            if f"folded.{i}.keys" in tensors:
+                shapes |= {f"folded.{i}.keys": (count, n), f"folded.{i}.targets": (count, m)}
         for name, shape in shapes.items():
-            if name in tensors and tuple(tensors[name].shape) != shape:
+            if tuple(tensors[name].shape) != shape or tensors[name].dtype != factor.dtype:
                 raise ValueError(
-                    f"load_state_dict: {name} must be {list(shape)}, "
-                    f"got {list(tensors[name].shape)}"
+                    f"load_state_dict: {name} must be {factor.dtype} {list(shape)}, "
+                    f"got {tensors[name].dtype} {list(tensors[name].shape)}"
                 )
-        base = tensors["base"] if folded else None
-        number, limit = int(values["next"]), int(values["max_keys"])
-        self.keep_folded = bool(values["keep_folded"])
-        self._factor, self._base, self._keys, self._targets = factor, base, keys, targets
-        self._live, self._folded, self._next, self.max_keys = live, folded, number, limit
-        self._owns_factor = False
-        self._snapshots = weakref.WeakSet()
-        if "solved" in tensors and "root" in tensors:
-            self._solved, self._root = tensors["solved"], tensors["root"]
+        state = {
+            "_factor": factor,
+            "_base": tensors["base"] if counts else None,
+            "_space": EditSpace.of(*(tensors[x] for x in ("keys", "solved", "targets", "root"))),
+            "_live": live,
+            "_folded": tuple(
+                _Folded(*run, tensors.get(f"folded.{i}.keys"), tensors.get(f"folded.{i}.targets"))
+                for i, run in enumerate(counts)
+            ),
+            "_next": int(values["next"]),
+            "max_keys": int(values["max_keys"]),
+            "keep_folded": bool(values["keep_folded"]),
+        }
+        self.restore(MemorySnapshot(self, state))
+
+    def _runs(self) -> list[tuple[int, int]]:
+        return [(piece.batch, piece.count) for piece in self._folded] + list(self._live)
+
+    def _unfold(self, op: str, pieces: list[_Folded]) -> None:
+        """Subtracts folded keys from prior and base; the edit space is stale afterwards."""
+        keys, targets = self._rows_of(op, pieces)
+        factor = self._writable_factor()
+        cholesky_downdate_(factor, keys.mT, backend=self._backend)
+        self._folded = tuple(piece for piece in self._folded if piece not in pieces)
+        if self._folded and self._base is not None:
+            residual = _residual(self._base, keys, targets)
+            solved = solve_both(factor, keys.mT)
+            self._base = torch.addmm(self._base, residual.mT, solved.mT, alpha=-1)
         else:
-            self._rebuild()
+            self._base = None
 
-    def _residuals(self, part: slice) -> Tensor:
-        """Targets of live keys relative to the base, [keys, m]."""
-        targets = self._targets[part]
-        if self._base is None:
-            return targets
-        return torch.addmm(targets, self._keys[part], self._base.mT, alpha=-1)
+    def _rebuild(self, keys: Tensor, targets: Tensor) -> None:
+        """Puts these keys, by row, beside the prior; folds them where that is no use."""
+        self._space = EditSpace.build(self._factor, keys, targets)
+        if not self._space.is_well_conditioned:
+            self.fold(self.num_keys)
 
-    def _project(self, residuals: Tensor, base: Tensor | None) -> Tensor:
-        """``base + R^T G^-1 Y^T`` for R [N, r]."""
-        total = self.num_keys
-        inner = _solve_both(self._root[:total, :total], residuals)
-        result = inner.mT @ self._solved[:total]
-        return result if base is None else result.add_(base)
-
-    def _is_well_conditioned(self) -> bool:
-        pivots = self._root.diagonal()[: self.num_keys].square()
-        return not len(pivots) or bool(pivots.max() <= _PIVOT_LIMIT[self.dtype] * pivots.min())
-
-    def _reserve(self, total: int) -> None:
-        """Makes room for rows; a buffer is replaced where a snapshot owns the rows to be written."""
-        old, capacity = self.num_keys, len(self._keys)
-        held = any(
-            shot.state["_keys"] is self._keys and sum(c for _, c in shot.state["_live"]) > old
-            for shot in self._snapshots
-        )
-        if total > capacity or held:
-            capacity = max(total, capacity if held else capacity * 3 // 2)
-            for name in ("_keys", "_solved", "_targets"):
-                before: Tensor = getattr(self, name)
-                after = before.new_empty(capacity, before.shape[1])
-                after[:old] = before[:old]
-                setattr(self, name, after)
-            root = self._root.new_zeros(capacity, capacity)
-            root[:old, :old] = self._root[:old, :old]
-            self._root = root
-
-    def _delete(self, first: int, last: int) -> None:
-        """Deletes live keys. Without rows and columns p of G, its trailing factor changes by
-        ``L'_22 L'_22^T = L_22 L_22^T + L_2p L_2p^T``: an update, which cannot fail or cancel.
-        """
-        total = self.num_keys
-        tail = self._root[last:total, last:total].clone()
-        if len(tail):
-            gone = self._root[last:total, first:last]
-            cholesky_update_(tail, gone.contiguous(), backend=self._backend)
-        for name in ("_keys", "_solved", "_targets"):
-            rows: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat([rows[:first], rows[last:total]]))
-        rest = total - (last - first)
-        root = self._root.new_zeros(rest, rest)
-        root[:first, :first] = self._root[:first, :first]
-        root[first:, :first] = self._root[last:total, :first]
-        root[first:, first:] = tail
-        self._root = root
-
-    def _rebuild(self) -> None:
-        """Y and the factor of G from the live keys and the prior; folds where G is no use."""
-        total = self.num_keys
-        half = torch.linalg.solve_triangular(self._factor, self._keys[:total].mT, upper=False)
-        solved = torch.linalg.solve_triangular(self._factor.mT, half, upper=True)
-        self._solved = solved.mT.contiguous()
-        self._root, info = torch.linalg.cholesky_ex(_plus_identity(half.mT @ half))
-        if int(info) or not self._is_well_conditioned():
-            self.fold(total)
-
-    def _fold_piece(self, batch: int, first: int, count: int) -> _Folded:
-        if not self.keep_folded:
-            return _Folded(batch, count, None, None)
-        part = slice(first, first + count)
-        return _Folded(batch, count, self._keys[part].cpu().clone(), self._targets[part].cpu().clone())
-
-    def _folded_rows(self, op: str, pieces: list[_Folded]) -> tuple[Tensor, Tensor]:
+    def _rows_of(self, op: str, pieces: Iterable[_Folded]) -> tuple[Tensor, Tensor]:
         keys, targets = [], []
         for piece in pieces:
             if piece.keys is None or piece.targets is None:
                 raise ValueError(
-                    f"{op}: batch {piece.batch} must have its keys at hand, got a batch folded into "
-                    "the prior without them (keep_folded=False); use keep_folded=True, or a larger "
+                    f"{op}: batch {piece.batch} must have its keys at hand, got a batch folded "
+                    "into the prior without them; fold with keep_folded=True, or set a larger "
                     "max_keys so that batches are not folded"
                 )
             keys.append(piece.keys.to(self.device))
@@ -567,58 +473,39 @@ class EditMemory:
         return torch.cat(keys), torch.cat(targets)
 
     def _all_rows(self, op: str) -> tuple[Tensor, Tensor]:
-        keys, targets = self._folded_rows(op, list(self._folded))
-        total = self.num_keys
-        return torch.cat([keys, self._keys[:total]]), torch.cat([targets, self._targets[:total]])
+        keys, targets = self._rows_of(op, self._folded)
+        return torch.cat([keys, self._space.keys]), torch.cat([targets, self._space.targets])
 
     def _writable_factor(self) -> Tensor:
-        held = any(shot.state["_factor"] is self._factor for shot in self._snapshots)
-        if held or not self._owns_factor:
-            self._factor = self._factor.clone()
-            self._owns_factor = True
+        if not self._owns_factor:
+            self._factor, self._owns_factor = self._factor.clone(), True
         return self._factor
 
-    def _check_batch(self, op: str, keys: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self._check_matrix(op, "keys", keys, self.in_features)
-        wanted = self._check_matrix(op, "targets", targets, self.out_features)
-        if len(rows) == 0:
-            raise ValueError(f"{op}: keys must hold at least one key, got [{self.in_features}, 0]")
-        if len(rows) != len(wanted):
-            raise ValueError(
-                f"{op}: targets must be [m, k] with one column for each of the {len(rows)} keys, "
-                f"got {list(targets.shape)}"
-            )
-        return rows, wanted
-
-    def _check_matrix(self, op: str, name: str, value: Tensor, rows: int) -> Tensor:
-        """The columns of a matrix as rows of the memory's dtype."""
+    def _by_row(self, op: str, name: str, value: Tensor, length: int) -> Tensor:
+        """The columns of a checked matrix [length, k] as rows in the memory's dtype."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-        if value.dim() != 2 or value.shape[0] != rows:
-            hint = "; one column for each key: pass the transpose" if rows in value.shape else ""
-            raise ValueError(f"{op}: {name} must be [{rows}, k], got {list(value.shape)}{hint}")
         if not value.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
+        if value.dim() != 2 or value.shape[0] != length:
+            raise ValueError(
+                f"{op}: {name} must be [{length}, k], one column for each key, "
+                f"got {list(value.shape)}"
+            )
         if value.device != self.device:
             raise ValueError(
                 f"{op}: {name} must be on {self.device} like the prior, got {value.device}; "
                 f"move them with {name}.to(memory.device)"
             )
-        columns = value.detach().mT.to(self.dtype).contiguous()
-        if not bool(torch.isfinite(columns).all()):
-            bad = int((~torch.isfinite(columns).all(1)).sum())
+        rows = value.detach().mT.to(self.dtype).contiguous()
+        if not bool(torch.isfinite(rows).all()):
+            bad = int((~torch.isfinite(rows).all(1)).sum())
             raise ValueError(
-                f"{op}: {name} must be finite, got NaN or Inf in {bad} of {len(columns)} columns"
+                f"{op}: {name} must be finite, got NaN or Inf in {bad} of {len(rows)} columns"
             )
-        return columns
+        return rows
 
 
-def _solve_both(root: Tensor, right: Tensor) -> Tensor:
-    """``(root root^T)^-1 right``."""
-    half = torch.linalg.solve_triangular(root, right, upper=False)
-    return torch.linalg.solve_triangular(root.mT, half, upper=True)
-
-
-def _plus_identity(matrix: Tensor) -> Tensor:
-    matrix.diagonal().add_(1)
-    return matrix
+def _residual(base: Tensor | None, keys: Tensor, targets: Tensor) -> Tensor:
+    """Targets [N, m] relative to the base."""
+    return targets if base is None else torch.addmm(targets, keys, base.mT, alpha=-1)

@@ -17,9 +17,9 @@ _ROWS = 512
 def regularized_prior(covariance: Tensor, weight: float, ridge: float) -> Tensor:
     """Prior of an :class:`EditMemory` from key statistics, positive definite for any ``ridge > 0``.
 
-    ``C0 = weight (Cov + ridge mean(diag Cov) I)``. The ridge is needed where fewer tokens than n were
-    seen, or where some key features are always zero: there Cov alone is singular and edits would be
-    free to write into the unseen directions.
+    ``C0 = weight (Cov + ridge mean(diag Cov) I)``. The ridge is needed where fewer tokens than n
+    were seen, or where some key features are always zero: there Cov alone is singular, and edits
+    would be free to write into the unseen directions.
 
     Args:
         covariance: Cov [n, n], mean of k k^T, any floating dtype.
@@ -83,9 +83,9 @@ def factor_prior(prior: Tensor, dtype: torch.dtype) -> Tensor:
     noise = _PIVOT_NOISE * torch.finfo(torch.float64).eps * wide.diagonal()
     if int(info) or bool((pivots <= noise).any()):
         raise NotPositiveDefiniteError(
-            f"EditMemory: prior must be positive definite, got a [{len(prior)}, {len(prior)}] matrix "
-            "that is singular or indefinite to rounding; collect more tokens than n, or add a ridge "
-            "with regularized_prior(covariance, weight, ridge)"
+            f"EditMemory: prior must be positive definite, got a {list(prior.shape)} matrix that "
+            "is singular or indefinite to rounding; collect statistics of more than n tokens, or "
+            "add a ridge with regularized_prior(covariance, weight, ridge)"
         )
     if dtype == torch.float32 and bool(pivots.max() > 1e5 * pivots.min()):
         warnings.warn(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from coachhook.editing.config import EditConfig
 from coachhook.editing.memory import EditMemory
+from coachhook.editing.published import PublishedMemory
 from coachhook.editing.requests import EditRequest
 from coachhook.hooks import HookedLinear
 from coachhook.ops import Population, gate_scores
@@ -126,7 +127,7 @@ class LayerEdits:
         sample: unrelated keys ``[s, n]``, for the population scope; may be None.
     """
 
-    memory: EditMemory
+    memory: EditMemory | PublishedMemory
     sample: Tensor | None = None
     next_group: int = 0
 
@@ -219,11 +220,21 @@ class EditState:
 
         Raises:
             ValueError: there is no such batch; the message lists those there are.
+            NotPositiveDefiniteError: it is folded into a prior that it dominates. After any error
+                nothing was changed.
         """
         if number not in self.batches:
             raise ValueError(f"revert: batch must be one of {sorted(self.batches)}, got {number!r}")
-        for edits in self.layers.values():
-            edits.memory.remove(number)
+        before: dict[int, Any] = {
+            layer: edits.memory.snapshot() for layer, edits in self.layers.items()
+        }
+        try:
+            for edits in self.layers.values():
+                edits.memory.remove(number)
+        except BaseException:
+            for layer, snapshot in before.items():
+                self.layers[layer].memory.restore(snapshot)
+            raise
         del self.batches[number]
 
     def payload(self, layer: int) -> HookPayload:
@@ -238,9 +249,10 @@ class EditState:
             return HookPayload("pair", {"left": left, "right": right}, alpha)
         m = edits.memory.out_features
         limit = config.max_rank if config.max_rank is not None else int(BREAK_EVEN * m)
-        rank = min(edits.memory.num_keys, m)
-        folded = edits.memory.num_keys < self._columns()
-        if config.storage == "dense" or (config.storage == "auto" and (rank > limit or folded)):
+        rank = min(edits.memory.num_keys + edits.memory.num_folded, m)
+        # Rounding the weight leaves no exact factors.
+        wide = config.storage == "auto" and rank > limit
+        if isinstance(edits.memory, PublishedMemory) or config.storage == "dense" or wide:
             tensors = {"delta": edits.memory.delta()}
             return HookPayload("dense", tensors, alpha, population)
         q, s = edits.memory.factored()
@@ -253,6 +265,8 @@ class EditState:
         rows of A^T are. Its column of V is the mean of the targets of the batch that wrote it last.
         """
         edits = self.layers[layer]
+        if isinstance(edits.memory, PublishedMemory):
+            raise ValueError("pair: state_dtype must be 'float64' for a pair, got 'float32'")
         v, at = edits.memory.pair()
         group_of_column, batch_of_column = self._column_groups(layer)
         groups, position = torch.unique(group_of_column, return_inverse=True)
@@ -270,10 +284,6 @@ class EditState:
     def group_ids(self, layer: int) -> Tensor:
         """The edit number of each row of the membership pair, int64 ``[E]``."""
         return torch.unique(self._column_groups(layer)[0])
-
-    def _columns(self) -> int:
-        each = len(self.config.contexts) if self.config.key_pooling == "each" else 1
-        return each * sum(len(batch.slots) for batch in self.batches.values())
 
     def _column_groups(self, layer: int) -> tuple[Tensor, Tensor]:
         each = len(self.config.contexts) if self.config.key_pooling == "each" else 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+_NUMBER = re.compile(r"-?|-?[\d.]+(e[-+]\d+)?( %)?")
 _TITLES = {
     "teacher_forced": "teacher-forced (EasyEdit)",
     "probability": "probability (CounterFact)",
@@ -16,10 +18,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table in plain text: columns of text to the left, columns of numbers to the right."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(len(row[c]) for row in [list(headers), *cells]) for c in range(len(headers))]
-    right = [
-        bool(rows) and all(isinstance(r[c], (int, float, type(None))) for r in rows)
-        for c in range(len(headers))
-    ]
+    right = [all(_NUMBER.fullmatch(row[c]) for row in cells) for c in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:
         parts = [

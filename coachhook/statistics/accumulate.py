@@ -201,9 +201,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _not_finite(layer: EditableLayer) -> ValueError:
     return ValueError(
-        f"collect_statistics: the keys of layer {layer.index} ({layer.path}) must be finite, got NaN "
-        "or Inf; weights up to there hold such values, or float16 overflows: check the checkpoint, "
-        "or use bfloat16 or float32"
+        f"collect_statistics: the keys of layer {layer.index} ({layer.path}) must be finite, got "
+        "NaN or Inf; weights up to there hold such values, or float16 overflows: check the "
+        "checkpoint, or use bfloat16 or float32"
     )
 
 

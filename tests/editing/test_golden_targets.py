@@ -28,6 +28,7 @@ def _config(case, templates):
     bare_only = case["key"].split(".")[0] in ("onectx", "early", "known")
     return EditConfig(
         layers=[case["layer"]],
+        places=["subject_last"],
         contexts=["{}"] if bare_only else templates,
         target_steps=case["v_num_grad_steps"],
         target_lr=case["v_lr"],

@@ -24,6 +24,14 @@ def _needs_cache(name: str, scope: str) -> None:
         pytest.skip("GPT-2 has tuples for a cache before transformers 4.52")
 
 
+def _needs_padding(model, rows) -> torch.Tensor:
+    """What the model says without hooks, if it can tell padding from text at all."""
+    together = generate(model, padded(rows, "left"))
+    if not torch.equal(together, _one_by_one(model, rows)):
+        pytest.skip(f"{type(model).__name__} itself answers differently when padded")
+    return together
+
+
 def _one_by_one(model, rows, **settings) -> torch.Tensor:
     return torch.cat([generate(model, padded([row], "left"), **settings) for row in rows])
 
@@ -34,7 +42,7 @@ def test_a_left_padded_batch_answers_as_one_prompt_at_a_time(name: str, scope: s
     _needs_cache(name, scope)
     model = tiny(name).double()
     rows = prompts()
-    plain = generate(model, padded(rows, "left"))
+    plain = _needs_padding(model, rows)
     hooks = hooked(model, scope)
     alone = _one_by_one(model, rows)
     with hooks.record() as records:
@@ -67,8 +75,9 @@ def test_beam_search(name: str, scope: str) -> None:
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_padded_forward_scores_each_row_as_if_alone(name: str, scope: str, side: str) -> None:
     model = tiny(name).double()
-    hooks = hooked(model, scope)
     rows = prompts()
+    _needs_padding(model, rows)
+    hooks = hooked(model, scope)
     batch = padded(rows, side)
     mask = batch["attention_mask"].bool()
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -110,12 +119,15 @@ def test_a_prompt_in_chunks_is_the_prompt(name: str, scope: str, cut: int) -> No
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), hooks.record() as records:
         whole = model(ids, attention_mask=mask, position_ids=positions).logits
-        first = model(ids[:, :cut], attention_mask=mask[:, :cut], position_ids=positions[:, :cut])
-        second = model(
-            ids[:, cut:],
-            attention_mask=mask,
-            position_ids=positions[:, cut:],
-            past_key_values=first.past_key_values,
+        cache = transformers.DynamicCache()
+        first, second = (
+            model(
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            )
+            for part in (slice(0, cut), slice(cut, ids.shape[1]))
         )
     assert fired(records[:2]) == fired(records[2:]) > 0
     chunked = torch.cat([first.logits, second.logits], 1)
@@ -256,8 +268,9 @@ def test_an_emptied_cache_starts_anew() -> None:
             cache = model(ids).past_key_values
             cache.crop(-9)
             assert torch.equal(model(other, past_key_values=cache).logits, expected)
-            cache.reset()
-            assert not state_of(cache).moments
+            if hasattr(cache, "reset"):
+                cache.reset()
+                assert not state_of(cache).moments
         hooks.detach()
 
 
@@ -295,8 +308,7 @@ def test_a_cache_of_other_rows_is_refused() -> None:
     hooked(model, "sequence")
     with torch.no_grad():
         cache = model(torch.randint(3, 60, (4, 9))).past_key_values
-        for layer in cache.layers:
-            layer.batch_select_indices(torch.tensor([0]))
+        type(cache).batch_select_indices(cache, torch.tensor([0]))
         with pytest.raises(ValueError, match="4 rows its cache was filled with, got 1"):
             model(torch.tensor([[5]]), past_key_values=cache)
 

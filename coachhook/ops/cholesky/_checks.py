@@ -74,8 +74,8 @@ def check_gap(op: str, solved: Tensor) -> None:
     if k == 0:
         return
     wide = solved.double()
-    gap = float(torch.linalg.eigvalsh(torch.eye(k, dtype=wide.dtype, device=wide.device)
-                                      - wide.mT @ wide)[0])
+    unit = torch.eye(k, dtype=wide.dtype, device=wide.device)
+    gap = float(torch.linalg.eigvalsh(unit - wide.mT @ wide)[0])
     least = 8 * n * torch.finfo(solved.dtype).eps
     if not gap >= least:
         raise NotPositiveDefiniteError(

@@ -29,13 +29,16 @@ def _refactor_(op: str, factor: Tensor, keys: Tensor, sign: int) -> Tensor:
 
 
 def cholesky_update_(factor: Tensor, keys: Tensor) -> None:
+    """Reference of :func:`coachhook.ops.cholesky_update_`."""
     _refactor_("cholesky_update_", factor, keys, 1)
 
 
 def cholesky_downdate_(factor: Tensor, keys: Tensor) -> None:
+    """Reference of :func:`coachhook.ops.cholesky_downdate_`."""
     _refactor_("cholesky_downdate_", factor, keys, -1)
 
 
 def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
+    """Reference of :func:`coachhook.ops.cholesky_update_solve_`."""
     updated = _refactor_("cholesky_update_solve_", factor, keys, 1)
     return torch.cholesky_solve(keys.double(), updated).to(factor.dtype)

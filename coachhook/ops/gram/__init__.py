@@ -79,9 +79,7 @@ def gram_update_(
     if x.dtype not in _X_DTYPES:
         raise TypeError(f"{_OP}: x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() < 1 or x.shape[-1] != gram.shape[0]:
-        raise ValueError(
-            f"{_OP}: x must be [..., n] with n = {gram.shape[0]}, got {list(x.shape)}"
-        )
+        raise ValueError(f"{_OP}: x must be [..., n] with n = {gram.shape[0]}, got {list(x.shape)}")
     if x.device != gram.device:
         raise ValueError(
             f"{_OP}: x must be on {gram.device} like gram, got {x.device}; "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coachhook.ops.hooked_linear.gate import Tokens, fires, scores
 from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
-from coachhook.ops.hooked_linear.scopes import Scope
+from coachhook.ops.hooked_linear.scopes import Scope, Sequence
 
 
 def hook_output(
@@ -32,14 +32,18 @@ def hook_output(
     parts = (delta,) if isinstance(delta, Tensor) else delta
     differentiated = differentiates(base_output, x, *parts)
     tokens = Tokens.of(x, mask, cu_seqlens)
+    if isinstance(scope, Sequence) and scope.state is None and tokens.longest == 1:
+        # One token has no standard deviation: decoding in this scope costs the frozen layer alone.
+        return base_output, x.new_full(x.shape[:-1], float("nan"), dtype=torch.float32)
     flat = x.reshape(-1, x.shape[-1])
     with torch.no_grad():
         features = project(flat, delta)
         z = scores(features, tokens, scope)
-        index = fires(z, alpha, tokens, scope).nonzero().squeeze(1)
+        index = fires(z, alpha, tokens, scope).nonzero()
     z = z.to(torch.float32).view(x.shape[:-1])
-    if index.numel() == 0:
+    if index.shape[0] == 0:
         return base_output, z
+    index = index.squeeze(1)
     features = project(flat[index], delta) if differentiated else features[index]
     rows = base_output.reshape(-1, base_output.shape[-1])
     hooked = rows[index].to(features.dtype) + correction(features, delta, scope)

@@ -150,9 +150,40 @@ def _std(count: Tensor, m2: Tensor) -> Tensor:
     return (m2 / (count - 1)).sqrt()
 
 
-def _population(value: float | Tensor, tokens: Tokens, device: torch.device) -> Tensor:
-    value = torch.as_tensor(value, dtype=torch.float64, device=device)
-    return tokens.spread(value) if value.dim() == 1 else value
+def _sequence_statistics(
+    norms: Tensor, tokens: Tokens, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of each token's sequence, shaped to broadcast with the grid of the norms."""
+    if state is None and tokens.real is None and tokens.cu_seqlens is None and tokens.longest > 1:
+        # The common case in few operations: at one token their number is what costs.
+        grid = tokens.grid(norms)
+        first = grid[:, :1]
+        std, mean = torch.std_mean(grid - first, dim=-1, correction=1, keepdim=True)
+        return first + mean, std
+    count, mean, m2 = sequence_moments(norms, tokens)
+    if state is not None:
+        state.copy_(torch.stack((count, mean, m2), dim=-1))
+    return tokens.spread(mean), tokens.spread(_std(count, m2))
+
+
+def _prefix_statistics(norms: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and std of what each token's sequence held up to the token, shaped as the grid."""
+    before = None if state is None else state.double()
+    moments = running_moments(norms, tokens, before)
+    if state is not None:
+        state.copy_(_last_moments(moments, tokens, before))
+    return tokens.grid(moments[:, 1]), tokens.grid(_std(moments[:, 0], moments[:, 2]))
+
+
+def _population_statistics(
+    scope: Population, tokens: Tokens, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and std of a population, shaped to broadcast with the grid of the norms."""
+    values = []
+    for value in (scope.mean, scope.std):
+        value = torch.as_tensor(value, dtype=torch.float64, device=device)
+        values.append(tokens.spread(value) if value.dim() else value)
+    return values[0], values[1]
 
 
 def group_sums(coefficients: Tensor, groups: Tensor | None) -> Tensor:
@@ -182,20 +213,11 @@ def scores(features: Tensor, tokens: Tokens, scope: Scope) -> Tensor:
     else:
         norms = torch.linalg.vector_norm(features, dim=-1).double()
         if isinstance(scope, Population):
-            mean = _population(scope.mean, tokens, norms.device)
-            std = _population(scope.std, tokens, norms.device)
+            mean, std = _population_statistics(scope, tokens, norms.device)
         elif isinstance(scope, Prefix):
-            state = None if scope.state is None else scope.state.double()
-            moments = running_moments(norms, tokens, state)
-            mean = tokens.grid(moments[:, 1])
-            std = tokens.grid(_std(moments[:, 0], moments[:, 2]))
-            if scope.state is not None:
-                scope.state.copy_(_last_moments(moments, tokens, state))
+            mean, std = _prefix_statistics(norms, tokens, scope.state)
         else:
-            count, mean, m2 = sequence_moments(norms, tokens)
-            if scope.state is not None:
-                scope.state.copy_(torch.stack((count, mean, m2), dim=-1))
-            mean, std = tokens.spread(mean), tokens.spread(_std(count, m2))
+            mean, std = _sequence_statistics(norms, tokens, scope.state)
         noise = mean * (_NOISE_UNITS * torch.finfo(features.dtype).eps)
         std = std.masked_fill(std <= noise, float("nan"))
         z = ((tokens.grid(norms) - mean) / std).to(features.dtype).view(-1)

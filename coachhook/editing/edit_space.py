@@ -1,0 +1,153 @@
+"""The keys of a layer beside a factored prior, and the small matrix G that couples them.
+
+With the prior ``C = L L^T``, keys K and ``Y = C^-1 K``: ``G = I + K^T Y``, kept as its lower
+Cholesky factor. Appending keys borders G and costs two triangular solves with L; deleting keys
+deletes rows and columns of G. Everything is stored by key, one row for each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coachhook.ops import cholesky_update_
+
+# The error of a solution is about eps cond(G); the pivots of G bound its condition from below.
+_PIVOT_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
+
+
+def solve_both(root: Tensor, right: Tensor) -> Tensor:
+    """``(root root^T)^-1 right`` for a lower triangular root."""
+    half = torch.linalg.solve_triangular(root, right, upper=False)
+    return torch.linalg.solve_triangular(root.mT, half, upper=True)
+
+
+@dataclass
+class _Buffers:
+    """Storage with spare rows; those below ``used`` belong to a space and are not written again."""
+
+    keys: Tensor
+    solved: Tensor
+    targets: Tensor
+    root: Tensor
+    used: int
+
+    def grown(self, count: int, capacity: int) -> _Buffers:
+        """A copy of the first ``count`` rows with room for ``capacity``."""
+        rows = []
+        for old in (self.keys, self.solved, self.targets):
+            new = old.new_empty(capacity, old.shape[1])
+            new[:count] = old[:count]
+            rows.append(new)
+        root = self.root.new_zeros(capacity, capacity)
+        root[:count, :count] = self.root[:count, :count]
+        return _Buffers(rows[0], rows[1], rows[2], root, count)
+
+
+@dataclass(frozen=True, eq=False)
+class EditSpace:
+    """Keys, targets and the factor of G. Never changes: every method returns a new space.
+
+    Attributes:
+        keys: K^T [N, n].
+        solved: Y^T [N, n].
+        targets: V^T [N, m].
+        root: lower Cholesky factor of G [N, N]; NaN where G is indefinite to rounding.
+    """
+
+    keys: Tensor
+    solved: Tensor
+    targets: Tensor
+    root: Tensor
+    _buffers: _Buffers
+
+    @classmethod
+    def of(cls, keys: Tensor, solved: Tensor, targets: Tensor, root: Tensor) -> EditSpace:
+        """A space of these tensors, which are not copied before keys are added."""
+        return cls(keys, solved, targets, root, _Buffers(keys, solved, targets, root, len(keys)))
+
+    @classmethod
+    def build(cls, factor: Tensor, keys: Tensor, targets: Tensor) -> EditSpace:
+        """Solves for all keys [N, n] at once."""
+        half = torch.linalg.solve_triangular(factor, keys.mT, upper=False)
+        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).mT.contiguous()
+        gram = half.mT @ half
+        gram.diagonal().add_(1)
+        return cls.of(keys, solved, targets, _factored(gram))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def is_well_conditioned(self) -> bool:
+        """Whether solutions keep most of their digits."""
+        pivots = self.root.diagonal().square()
+        return not len(self) or bool(pivots.max() <= _PIVOT_LIMIT[self.root.dtype] * pivots.min())
+
+    def append(self, factor: Tensor, keys: Tensor, targets: Tensor) -> EditSpace:
+        """Adds keys [k, n] and targets [k, m]; O(n^2 k + n N k + N^2 k).
+
+        Raises:
+            ValueError: ``K^T Y`` overflows.
+        """
+        old, total = len(self), len(self) + len(keys)
+        half = torch.linalg.solve_triangular(factor, keys.mT, upper=False)
+        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
+        corner = half.mT @ half
+        if not bool(torch.isfinite(corner).all()):
+            raise ValueError(
+                "append: keys must be of a size that can be squared, got an overflow in "
+                "K^T C^-1 K; scale keys and prior"
+            )
+        corner.diagonal().add_(1)
+        border = torch.linalg.solve_triangular(self.root, self.solved @ keys.mT, upper=False)
+        buffers = self._buffers
+        if buffers.used != old or total > len(buffers.keys):
+            buffers = buffers.grown(old, max(total, old * 3 // 2))
+        buffers.keys[old:total] = keys
+        buffers.solved[old:total] = solved
+        buffers.targets[old:total] = targets
+        buffers.root[old:total, :old] = border.mT
+        buffers.root[old:total, old:total] = _factored(corner - border.mT @ border)
+        buffers.used = total
+        return EditSpace(
+            buffers.keys[:total],
+            buffers.solved[:total],
+            buffers.targets[:total],
+            buffers.root[:total, :total],
+            buffers,
+        )
+
+    def delete(self, first: int, last: int, backend: str) -> EditSpace:
+        """Without keys first..last-1.
+
+        With their rows and columns p gone, the trailing factor becomes that of
+        ``L_22 L_22^T + L_2p L_2p^T``: an update, which neither fails nor cancels.
+        """
+        tail = self.root[last:, last:].clone()
+        if len(tail):
+            cholesky_update_(tail, self.root[last:, first:last].contiguous(), backend=backend)
+        rest = len(self) - (last - first)
+        root = self.root.new_zeros(rest, rest)
+        root[:first, :first] = self.root[:first, :first]
+        root[first:, :first] = self.root[last:, :first]
+        root[first:, first:] = tail
+        kept = [torch.cat([x[:first], x[last:]]) for x in (self.keys, self.solved, self.targets)]
+        return EditSpace.of(kept[0], kept[1], kept[2], root)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``G^-1 right`` for right [N, r]."""
+        return solve_both(self.root, right)
+
+    def cosines(self, first: int, last: int) -> Tensor:
+        """Cosines of keys first..last-1 with keys 0..last-1 in the metric of C^-1."""
+        squares = (self.keys[:last] * self.solved[:last]).sum(1)
+        norms = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+        return self.keys[first:last] @ self.solved[:last].mT / norms / norms[first:, None]
+
+
+def _factored(matrix: Tensor) -> Tensor:
+    root, info = torch.linalg.cholesky_ex(matrix)
+    return root.fill_(float("nan")) if int(info) else root

@@ -1,0 +1,139 @@
+"""Compiled models: the same numbers in one graph, and batches swapped in without a new one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch._dynamo.testing import CompileCounter
+
+from ..models.families import tiny
+from .support import SCOPES, fill, hooked, padded, prompts
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_one_graph_with_the_same_numbers(name: str, scope: str, cached: bool) -> None:
+    model = tiny(name).double()
+    hooks = hooked(model, scope)
+    batch = padded(prompts(), "left")
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        expected = model(**batch, use_cache=cached)
+        with hooks.disabled():
+            assert not torch.equal(expected.logits, model(**batch).logits)
+        out = compiled(**batch, use_cache=cached)
+        torch.testing.assert_close(out.logits, expected.logits)
+        assert counter.frame_count == 1
+        if cached:
+            step = {
+                "input_ids": torch.full((4, 1), 9),
+                "attention_mask": torch.cat([batch["attention_mask"], torch.ones(4, 1).long()], 1),
+            }
+            after = model(**step, past_key_values=expected.past_key_values).logits
+            again = compiled(**step, past_key_values=out.past_key_values).logits
+            torch.testing.assert_close(again, after)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_batches_are_swapped_in_without_a_new_graph(scope: str) -> None:
+    model = tiny("llama").double()
+    hooks = hooked(model, scope)
+    for layer in hooks.values():
+        layer.reserve(16)
+    batch = padded(prompts(), "right")
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    answers = []
+    with torch.no_grad():
+        for rank, alpha in ((4, 0.5), (4, 1.2), (9, 0.1), (1, 0.1), (0, 0.1)):
+            for layer in hooks.values():
+                q, _ = torch.linalg.qr(torch.randn(32, rank, dtype=torch.float64))
+                if scope == "membership":
+                    layer.set_pair(q * 20, torch.randn(rank, 48))
+                else:
+                    layer.set_factored(q, torch.randn(rank, 48) * 5)
+                layer.set_alpha(alpha)
+            expected = model(**batch, use_cache=False).logits
+            answers.append(expected)
+            torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected)
+        assert counter.frame_count == 1
+        with hooks.disabled():
+            torch.testing.assert_close(model(**batch).logits, answers[-1])
+    assert all(not torch.allclose(a, b) for a, b in zip(answers, answers[1:], strict=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", SCOPES)
+def test_inductor(scope: str) -> None:
+    model = tiny("llama").double()
+    hooked(model, scope)
+    batch = padded(prompts(), "left")
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_compiled_decoding_with_a_static_cache(scope: str) -> None:
+    model = tiny("llama").double()
+    hooked(model, scope)
+    batch = padded(prompts(), "left")
+    mask = batch["attention_mask"]
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
+
+    def decode(step) -> list[torch.Tensor]:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=24)
+        seen = mask
+        inputs = batch["input_ids"]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out = []
+        for i in range(5):
+            full = torch.zeros(4, 24, dtype=torch.long)
+            full[:, : seen.shape[1]] = seen
+            width = inputs.shape[1]
+            own = torch.arange(seen.shape[1] - width, seen.shape[1])
+            four = (torch.arange(24) <= own[:, None])[None, None] & full[:, None, None].bool()
+            call = model if i == 0 else step
+            logits = call(
+                input_ids=inputs, attention_mask=four, position_ids=positions, past_key_values=cache
+            ).logits
+            out.append(logits[:, -1])
+            inputs = logits[:, -1:].argmax(-1)
+            seen = torch.cat([seen, torch.ones(4, 1, dtype=torch.long)], 1)
+            positions = positions[:, -1:] + 1
+        return out
+
+    with torch.no_grad():
+        expected = decode(model)
+        for got, wanted in zip(decode(compiled), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+    assert counter.frame_count <= 2
+
+
+def test_filling_after_compiling_is_seen() -> None:
+    """Without a reservation a new rank is a new graph, but never an old answer."""
+    model = tiny("llama").double()
+    hooks = hooked(model, "population")
+    batch = padded(prompts(), "left")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for scope in ("population", "sequence", "membership"):
+            fill(hooks, scope)
+            expected = model(**batch, use_cache=False).logits
+            torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected)
+        hooks.set_state("off")
+        off = compiled(**batch, use_cache=False).logits
+        with hooks.disabled():
+            torch.testing.assert_close(off, model(**batch, use_cache=False).logits)
