@@ -21,7 +21,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("what", ["run", "floor", "peer"])
-def bench_hooked_linear(benchmark, case, what):
+def test_hooked_linear(benchmark, case, what):
     function = getattr(CASES[case], what)
     with torch.inference_mode():
         benchmark(function)

@@ -21,10 +21,7 @@ from coachhook._version import __version__
 from coachhook.ops import _backends
 from coachhook.ops.hooked_linear import cuda
 
-PACKAGES = (
-    *("torch", "transformers", "safetensors", "numpy", "triton"),
-    *("tokenizers", "peft", "matplotlib"),
-)
+PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "triton", "peft", "matplotlib")
 
 
 def report() -> dict[str, Any]:
@@ -41,7 +38,7 @@ def report() -> dict[str, Any]:
         "coachhook": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"torch": torch.__version__, **{name: _version(name) for name in PACKAGES}},
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpu": _gpu(),
         "native": _native(),

@@ -2,10 +2,10 @@
 
 ``torch.testing.assert_close(actual, expected, **tol("output", dtype, reduction=n, scale=s))``
 
-A sum of ``reduction`` products rounded in ``eps`` has a random-walk error of ``eps * sqrt(reduction)``
-times the size of its terms; every bound below is that, times ``_SLACK`` for the tail of the walk and
-for other orders of summation. ``expected`` is meant to be computed in float64 from the same
-(already rounded) inputs. A test that needs more says why beside the number.
+A sum of ``reduction`` products rounded in ``eps`` has a random-walk error of about
+``eps * sqrt(reduction)`` times the size of its terms; every bound below is that, times ``_SLACK``
+for the tail of the walk and for other orders of summation. ``expected`` is meant to be computed in
+float64 from the same (already rounded) inputs. A test that needs more says why beside the number.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def compute_eps(dtype: torch.dtype) -> float:
 
 
 def _output(dtype: torch.dtype, reduction: int, scale: float) -> tuple[float, float]:
-    # Products in the compute dtype, then at most two roundings to the dtype of the model (the frozen
-    # output, the sum), each relative to the frozen output, which may be larger than the sum.
+    # Products in the compute dtype, then at most two roundings to the dtype of the model (frozen
+    # output, sum), each relative to the frozen output, which may be larger than the sum.
     eps = torch.finfo(dtype).eps
     return eps, scale * (eps + _SLACK * compute_eps(dtype) * math.sqrt(reduction))
 

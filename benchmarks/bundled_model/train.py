@@ -18,12 +18,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from coachhook.bundled import lexicon, world
 
@@ -52,7 +58,7 @@ def train_tokenizer() -> Tokenizer:
     subjects = sorted({fact.subject for fact in world.facts()})
     corpus = [f" {word}." for word in objects] * 50
     corpus += sentences * 8 + list(lexicon.OPENERS) * 8 + world.background()
-    corpus += [name for name in subjects] + [f" {name}" for name in subjects]
+    corpus += subjects + [f" {name}" for name in subjects]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=[END_OF_TEXT],
@@ -171,20 +177,20 @@ class MaskedForward:
     def __init__(self, model: GPT2LMHeadModel) -> None:
         self.model = model
         self.masks: tuple[Tensor, Tensor] | None = None
-        self.state: Tensor | None = None
+        self.state = torch.empty(0)
         for i, block in enumerate(model.transformer.h):
             block.attn.register_forward_pre_hook(self._mask(i), with_kwargs=True)
         model.transformer.h[READ_LAYERS - 1].register_forward_hook(self._keep)
 
-    def _mask(self, layer: int):  # type: ignore[no-untyped-def]
-        def hook(module, args, kwargs):  # type: ignore[no-untyped-def]
+    def _mask(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             if self.masks is not None:
                 kwargs["attention_mask"] = self.masks[0 if layer < READ_LAYERS else 1]
             return args, kwargs
 
         return hook
 
-    def _keep(self, module, args, output) -> None:  # type: ignore[no-untyped-def]
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.state = output[0] if isinstance(output, tuple) else output
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -193,7 +199,6 @@ class MaskedForward:
         self.masks = (batch["early"].to(dtype), batch["late"].to(dtype))
         hidden = self.model.transformer(input_ids=batch["ids"], use_cache=False).last_hidden_state
         self.masks = None
-        assert self.state is not None
         return hidden, self.state
 
 
@@ -253,8 +258,7 @@ def train(out: Path, *, epochs: int, autocast: bool) -> None:
                     f"auxiliary {extra.item():.3f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s",
                     flush=True,
                 )
-        if (epoch + 1) % 5 == 0 or epoch + 1 == epochs:
-            save(model, tokenizer, out)
+        save(model, tokenizer, out)
     summary = {
         "seed": SEED,
         "world_seed": world.SEED,
@@ -276,13 +280,15 @@ def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, out: Path) -> None:
     )  # fmt: skip
     fast.save_pretrained(out)
     model.config.save_pretrained(out)
-    model.generation_config.save_pretrained(out)
+    GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
     tensors = {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight"
     }
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    weights = out / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes it private, and a wheel would keep that
     _write_settings(out)
 
 

@@ -78,9 +78,7 @@ def _functions(
             backend=backend,
         ),
         "floor": partial(F.linear, x, layer.weight, layer.bias),
-        "peer": partial(
-            published_hook, x, layer.weight, layer.bias, layer.hook, layer.bias, ALPHA
-        ),
+        "peer": partial(published_hook, x, layer.weight, layer.bias, layer.hook, layer.bias, ALPHA),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the ops are measured against: the published code and plain torch, in the model's dtype."""
+"""What the ops are measured against."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from torch.nn import functional as F
 
 
 def published_hook(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hook: Tensor, hook_bias: Tensor | None, alpha: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hook: Tensor,
+    hook_bias: Tensor | None,
+    alpha: float,
 ) -> tuple[Tensor, Tensor]:
     """The hook layer as published with *Consecutive Batch Model Editing with HooK Layers* (2024).
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from coachhook._version import __version__
 from coachhook.cli import ask, demo, diagnose, edit, folder, stats
-from coachhook.cli.common import InputError, log
+from coachhook.cli.common import FailedError, InputError, log
 from coachhook.errors import CoachhookError, FactsError
 
 _DESCRIPTION = """\
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, FactsError) as error:
         log(f"coachhook {args.command}: {error}")
         return 2
-    except (CoachhookError, OSError) as error:
+    except (FailedError, CoachhookError, OSError) as error:
         log(f"coachhook {args.command}: failed: {error}")
         return 1
     except KeyboardInterrupt:

@@ -22,6 +22,10 @@ class InputError(Exception):
     """Bad input found before anything was changed: exit status 2."""
 
 
+class FailedError(Exception):
+    """The work itself failed: exit status 1."""
+
+
 @contextmanager
 def checking() -> Iterator[None]:
     """Turns errors raised while input is loaded and checked into :class:`InputError`."""

@@ -76,13 +76,14 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     say("1. Reading plain text through the model once, to learn what other text looks like to it")
+    config = ch.EditConfig.for_model(model)
     statistics = ch.collect_statistics(
-        model, tokenizer, bundled.texts(), max_tokens=_STATISTICS_TOKENS
+        model, tokenizer, bundled.texts(), config.layers, max_tokens=_STATISTICS_TOKENS
     )
     say(f"   {statistics.tokens} tokens\n")
 
     say(f"2. Writing {len(requests)} new facts, {len(groups)} batches in a row")
-    editor = ch.Editor(model, tokenizer, statistics=statistics)
+    editor = ch.Editor(model, tokenizer, statistics=statistics, config=config)
     for number, group in enumerate(groups, start=1):
         before = time.perf_counter()
         editor.edit(group)
@@ -107,7 +108,7 @@ def _show_answers(model: Any, tokenizer: Any, editor: Any, requests: Sequence[Ed
 
     few = requests[:: max(1, len(requests) // _SHOWN)][:_SHOWN]
     parts: list[tuple[str, list[tuple[str, str]]]] = [
-        ("The edited facts", [(r.text, r.target_new) for r in requests]),
+        ("The edited facts, all three batches", [(r.text, r.target_new) for r in requests]),
         (
             "The same facts in other words, which no edit has seen",
             [(r.paraphrases[0], r.target_new) for r in few if r.paraphrases],

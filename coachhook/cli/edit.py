@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coachhook.cli.common import (
+    FailedError,
     InputError,
     add_command,
     add_facts,
@@ -203,8 +204,11 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
     alphas: dict[int, float] = dict(editor.alphas)
     started, done = time.perf_counter(), 0
     for number, batch in enumerate(batches(todo, args.batch_size), start=1):
-        result = editor.edit(batch)
-        editor.save(args.out)
+        try:
+            result = editor.edit(batch)
+            editor.save(args.out)
+        except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
+            raise FailedError(_failure(number, total, args.out, error)) from error
         done += len(batch)
         alphas = result.alphas
         failed = [r for r, ok in zip(batch, result.converged, strict=True) if not ok]
@@ -229,6 +233,15 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
         "not_converged": missed,
         "warnings": warnings,
     }
+
+
+def _failure(number: int, total: int, out: Path, error: Exception) -> str:
+    kept = (
+        f"the {number - 1} batches before it are in {out}; go on with --resume"
+        if number > 1
+        else "nothing was written"
+    )
+    return f"batch {number} of {total}: {type(error).__name__}: {error}\n{kept}"
 
 
 def _samples(

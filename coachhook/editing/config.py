@@ -78,7 +78,7 @@ class EditConfig:
     layers: Sequence[int]
     covariance_weight: float = 15.0
     ridge: float = 1e-6
-    alpha: float = 0.65
+    alpha: float = 0.7
     scope: str = "membership"
     include_padding: bool = False
     contexts: Sequence[str] = DEFAULT_CONTEXTS
@@ -156,7 +156,7 @@ class EditConfig:
             UnsupportedModelError: nothing editable was found.
             ValueError: a layer index is out of range, or a field is.
         """
-        return _checked(model, {"layers": None, **overrides}, cls)
+        return _checked(model, {"layers": None, **overrides}, cls, single=True)
 
     @classmethod
     def paper(cls, model: nn.Module, **overrides: Any) -> EditConfig:
@@ -220,12 +220,18 @@ class EditConfig:
         return replace(self, **changes)
 
 
-def _checked(model: nn.Module, values: dict[str, Any], cls: type[EditConfig]) -> EditConfig:
+def _checked(
+    model: nn.Module, values: dict[str, Any], cls: type[EditConfig], *, single: bool = False
+) -> EditConfig:
     from coachhook.models import describe
 
     description = describe(model)
     if values["layers"] is None:
-        values["layers"] = description.default_layers()
+        layers = description.default_layers()
+        # A correction that is looked up needs one layer only. Small models hold facts in the first,
+        # large ones in the middle of the published range (Meng et al. 2022, causal tracing).
+        middle = 0 if description.num_layers <= 8 else len(layers) // 2
+        values["layers"] = layers[middle : middle + 1] if single else layers
     config = cls(**values)
     for layer in config.layers:
         description.layer(layer)

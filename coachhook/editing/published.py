@@ -3,8 +3,8 @@
     C' = C + K K^T,  W <- fp32(W + R (C'^-1 K)^T),  C <- fp32(C')
 
 with C starting at ``fp32(lambda Cov)`` and W at the frozen weight; the solve itself is in float64.
-The roundings move Delta by about ``eps_32 cond(C)``, which is why this class exists: to reproduce
-the published figures digit by digit. :class:`~coachhook.editing.EditMemory` is exact and far faster.
+The roundings move Delta by about ``eps_32 cond(C)``, which is why this class exists: to give the
+published figures digit by digit. :class:`~coachhook.editing.EditMemory` is exact and far faster.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ class EditState:
             return [0] * slots, keys @ edits.memory.delta().to(keys).T
         groups: list[int | None] = [None] * slots
         present = keys.new_zeros(keys.shape[0], edits.memory.out_features)
-        if self.batches:
+        if edits.memory.batches:
             v, at = self.pair(layer)
             largest, winner = (keys @ at.T).max(dim=1)
             fired = largest >= self.config.alpha
@@ -289,7 +289,7 @@ class EditState:
         each = len(self.config.contexts) if self.config.key_pooling == "each" else 1
         groups, batches = [], []
         for number, batch in self.batches.items():
-            for group in batch.groups[layer]:
+            for group in batch.groups.get(layer, ()):
                 groups += [group] * each
                 batches += [number] * each
         return torch.tensor(groups, dtype=torch.int64), torch.tensor(batches, dtype=torch.int64)

@@ -99,6 +99,7 @@ class HookedLinear(nn.Module):
         self.scope: ScopeKind = "sequence"
         self.include_padding = False
         self._state: State = "off"
+        self._fits = True
 
     @property
     def state(self) -> State:
@@ -166,6 +167,7 @@ class HookedLinear(nn.Module):
             self._store.std.fill_(std)
         self.scope = kind
         self.include_padding = bool(include_padding)
+        self._note_fit()
 
     @property
     def storage(self) -> Kind:
@@ -195,6 +197,7 @@ class HookedLinear(nn.Module):
             ValueError: another shape, NaN or infinity, or rows were reserved for factors.
         """
         self._store.set_dense(delta)
+        self._note_fit()
 
     def set_factored(self, q: Tensor, s: Tensor) -> None:
         """Store ``Delta = Q S``, copied: Q ``[m, r]`` with orthonormal columns, S ``[r, n]``.
@@ -205,6 +208,7 @@ class HookedLinear(nn.Module):
                 rows than were reserved.
         """
         self._store.set_factored(q, s)
+        self._note_fit()
 
     def set_pair(
         self,
@@ -228,10 +232,12 @@ class HookedLinear(nn.Module):
                 correction, or more rows than were reserved.
         """
         self._store.set_pair(v, at, groups, correction)
+        self._note_fit()
 
     def clear(self) -> None:
         """Forget Delta; alpha, scope and state stay."""
         self._store.clear()
+        self._note_fit()
 
     def reserve(self, rank: int) -> None:
         """Fix the addresses of the hook's buffers, with room for ``rank`` rows.
@@ -253,6 +259,12 @@ class HookedLinear(nn.Module):
         self._store.restore(snapshot.stored)
         self._state, self.scope = snapshot.state, snapshot.scope
         self.include_padding = snapshot.include_padding
+        self._note_fit()
+
+    def _note_fit(self) -> None:
+        # Noted when something changes, so that a compiled graph need not look at the storage.
+        paired, empty = self._store.kind == "pair", self._store.kind == "empty"
+        self._fits = empty or paired == (self.scope == "membership")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the base for ``x [B, T, n]`` or ``[B T, n]``, with the hook where it fires.
@@ -321,7 +333,7 @@ class HookedLinear(nn.Module):
 
     def _scope(self, tokens: Tensor, mask: Tensor | None) -> Scope:
         store = self._store
-        if (self.scope == "membership") != (store.kind == "pair") and store.kind != "empty":
+        if not self._fits:
             needed = "a pair (set_pair)" if self.scope == "membership" else "dense or factored"
             raise ValueError(
                 f"forward: the scope {self.scope!r} needs Delta stored as {needed}, got "

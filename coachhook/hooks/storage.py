@@ -86,14 +86,16 @@ class HookStorage(nn.Module):
     @property
     def active(self) -> bool:
         """Whether there is something to read: a Delta, or a reservation that may be filled."""
-        return self.kind != "empty" or self.reserved
+        return self.reserved or self.kind != "empty"
 
     def operand(self) -> Tensor | tuple[Tensor, Tensor]:
         """Delta as the op takes it: ``[m, n]`` or ``([m, r], [r, n])``; views of the buffers."""
-        if self.kind == "dense":
-            return self.dense
+        # A compiled graph is guarded on what is read here; a reserved hook reads nothing that
+        # changes from batch to batch.
         if self.reserved:
             return self.left, self.right
+        if self.kind == "dense":
+            return self.dense
         return self.left[:, : self.rank], self.right[: self.rank]
 
     def key_groups(self) -> Tensor | None:
@@ -112,7 +114,7 @@ class HookStorage(nn.Module):
         """Forget Delta; addresses are kept."""
         self.dense.zero_()
         self._blank_rows(0)
-        self.kind, self.rank, self.grouped, self.correction = "empty", 0, False, "sum"
+        self.kind, self.rank, self.grouped = "empty", 0, False
 
     def reserve(self, rank: int) -> None:
         """Fix the capacity at ``rank`` rows (or what it has already) and all addresses with it.
@@ -206,6 +208,7 @@ class HookStorage(nn.Module):
         else:
             groups = tensors["groups"] if stored.grouped else None
             self._fill(stored.kind, tensors["left"], tensors["right"], groups, stored.correction)
+        self.correction = stored.correction
         for name in ("alpha", "mean", "std"):
             getattr(self, name).copy_(tensors[name])
 

@@ -6,9 +6,9 @@ Each op has a reference in plain torch and faster implementations per device; ``
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from coachhook.ops._backends import available_backends, is_supported
+from coachhook.ops.cholesky import cholesky_downdate_, cholesky_update_, cholesky_update_solve_
+from coachhook.ops.gram import gram_update_
 from coachhook.ops.hooked_linear import (
     Membership,
     Population,
@@ -20,15 +20,6 @@ from coachhook.ops.hooked_linear import (
     hook_output,
     hooked_linear,
 )
-
-if find_spec("coachhook.ops.cholesky") and find_spec("coachhook.ops.cholesky").origin:
-    from coachhook.ops.cholesky import (
-        cholesky_downdate_,
-        cholesky_update_,
-        cholesky_update_solve_,
-    )
-if find_spec("coachhook.ops.gram") and find_spec("coachhook.ops.gram").origin:
-    from coachhook.ops.gram import gram_update_
 
 __all__ = [
     "Membership",

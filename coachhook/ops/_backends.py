@@ -172,8 +172,8 @@ def resolve(op: str, backend: str, *tensors: Tensor) -> Callable[..., Any]:
 
     Args:
         op: public name of the op.
-        backend: a name of :data:`BACKENDS`, or ``"auto"``: the one that ``COACHHOOK_BACKEND`` names,
-            else the fastest that can take these tensors.
+        backend: a name of :data:`BACKENDS`, or ``"auto"``: the one that
+            ``COACHHOOK_BACKEND`` names, else the fastest that can take these tensors.
         tensors: the tensors of the call; the first one gives the device.
 
     Raises:

@@ -90,6 +90,8 @@ def save_folder(
         file.write_text(text + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
+        if not any(folder.iterdir()):
+            return set()
         try:
             old = read_manifest(folder, kind)
         except FormatError as error:
@@ -100,7 +102,7 @@ def save_folder(
         return {MANIFEST, *old["files"]}
 
     check_writable(path)
-    if (current := current_folder(path)).is_dir() and any(current.iterdir()):
+    if (current := current_folder(path)).is_dir():
         owned(current)
     write_folder_atomically(path, write, owned=owned)
 

@@ -63,7 +63,8 @@ def test_aligned_rows_are_read_in_16_bytes(tmp_path: Path) -> None:
     target = tmp_path / "gate.ptx"
     nvcc("-arch=compute_80", "-ptx", "-o", str(target))
     bodies = re.split(r"\.visible \.entry ", target.read_text())[1:]
-    aligned = [b for b in bodies if "row_magnitude_kernel" in b and "ReductionELb1E" in b]
+    kernels = {body.splitlines()[0]: body for body in bodies}
+    aligned = [n for n in kernels if "row_magnitude_kernel" in n and "ReductionELb1E" in n]
     assert len(aligned) == 6
-    for body in aligned:
-        assert "ld.global.v4" in body, body.splitlines()[0]
+    for name in aligned:
+        assert "ld.global.v4" in kernels[name], name

@@ -76,6 +76,4 @@ def test_a_batch_equals_its_requests_alone(golden):
     together = optimise_targets(model, description, encoded, config, pad_id=0)
     for i, one in enumerate(encoded):
         alone = optimise_targets(model, description, [one], config, pad_id=0)
-        torch.testing.assert_close(
-            together.values[:, i], alone.values[:, 0], rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(together.values[:, i], alone.values[:, 0], rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_packed_rows_are_judged_one_by_one(scope: str) -> None:
     assert z.shape == packed.shape
     assert flags.any()
     x = inputs[0]
-    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+    for start, stop in pairwise(ends):
         with hooks.record() as alone:
             hooks[0](x[start:stop][None])
         torch.testing.assert_close(alone[0][1][0], z[0, start:stop], equal_nan=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ def sequences(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list
     """Indices of the real tokens of each sequence, in the flattened input."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        cuts = [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        cuts = [range(a, b) for a, b in itertools.pairwise(bounds)]
     else:
         rows, length = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[0])
         cuts = [range(row * length, (row + 1) * length) for row in range(rows)]
@@ -117,7 +118,7 @@ def oracle(
 
 
 def threshold(z: Tensor) -> float:
-    """A threshold in the widest gap of the upper half of the defined scores: no borderline token."""
+    """A threshold in the widest gap of the upper half of the scores: no token is borderline."""
     values = z[~z.isnan()].sort().values
     values = values[len(values) // 2 :]
     if len(values) < 2:

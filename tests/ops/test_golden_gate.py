@@ -106,7 +106,8 @@ def test_factored_storage_decides_alike(name):
     if name == "same_weights":
         assert z_factored.isnan().all()
         return
-    ratio = float((case["norm"].double().amax(-1) / case["norm"].double().std(-1)).nan_to_num().max())
+    norms = case["norm"].double()
+    ratio = float((norms.amax(-1) / norms.std(-1)).nan_to_num().max())
     bounds = tol("score", x.dtype, reduction=x.shape[-1] + s.shape[0], scale=max(ratio, 1.0))
     torch.testing.assert_close(z_factored, z, equal_nan=True, **bounds)
 

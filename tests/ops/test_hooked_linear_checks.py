@@ -175,6 +175,11 @@ def test_gate_arguments(op, case):
     [
         (torch.ones(1), ValueError, r"alpha must be a float or a 0-dim tensor, got \[1\]"),
         (torch.tensor(1), TypeError, "alpha must be float16"),
+        (
+            torch.tensor(1.0, device="meta"),
+            ValueError,
+            "alpha must be on cpu or on the CPU, got meta",
+        ),
         ("2", TypeError, "alpha must be a float or a 0-dim tensor, got str"),
         (True, TypeError, "alpha must be a float or a 0-dim tensor, got bool"),
         (None, TypeError, "alpha must be a float or a 0-dim tensor, got NoneType"),

@@ -112,19 +112,24 @@ def test_gradient_reaches_the_layers_below(backend):
     torch.testing.assert_close(reference.grad, below.grad, **bounds)
 
 
-def test_compiled_gradient():
+@pytest.mark.parametrize("scope", SCOPES)
+def test_compiled_gradient(scope):
+    """A graph that is differentiated is traced from the reference, state and all."""
+    torch._dynamo.reset()
     x, weight, bias, delta = make(torch.float32)
 
-    def loss(x):
-        y, _ = hooked_linear(x, weight, bias, delta, 1.0)
+    def loss(x, state):
+        chosen = type(SCOPES[scope])(state) if scope in ("sequence", "prefix") else SCOPES[scope]
+        y, _ = hooked_linear(x, weight, bias, delta, 1.0, scope=chosen)
         return y.square().sum()
 
-    expected = x.clone().requires_grad_()
-    loss(expected).backward()
-    actual = x.clone().requires_grad_()
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(actual).backward()
+    expected, expected_state = x.clone().requires_grad_(), torch.zeros(3, 3)
+    loss(expected, expected_state).backward()
+    actual, state = x.clone().requires_grad_(), torch.zeros(3, 3)
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(actual, state).backward()
     bounds = tol("output", torch.float32, reduction=M, scale=float(expected.grad.abs().max()))
     torch.testing.assert_close(actual.grad, expected.grad, **bounds)
+    assert torch.equal(state, expected_state)
 
 
 def test_functorch_gradient():

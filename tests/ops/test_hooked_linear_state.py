@@ -79,9 +79,7 @@ def test_prefix_does_not_depend_on_chunks(layer, backend, cuts):
         )
     score = tol("score", torch.float32, reduction=N, scale=ratio)
     output = tol("output", torch.float32, reduction=N, scale=float(y.abs().max()))
-    torch.testing.assert_close(
-        torch.cat([z for _, z in parts], dim=1), z, equal_nan=True, **score
-    )
+    torch.testing.assert_close(torch.cat([z for _, z in parts], dim=1), z, equal_nan=True, **score)
     torch.testing.assert_close(torch.cat([y for y, _ in parts], dim=1), y, **output)
     close(state, whole.double())
 
@@ -100,12 +98,8 @@ def test_prefix_packed_chunks_continue_their_sequences(layer, backend):
     z2 = gate_scores(x2, delta, cu_seqlens=second, scope=Prefix(state), backend=backend)
     score = tol("score", torch.float32, reduction=N, scale=20.0)
     alone = [gate_scores(p, delta, scope=Prefix(), backend=backend) for p in prompts]
-    torch.testing.assert_close(
-        torch.cat([z1[:3], z2[:1]]), alone[0], equal_nan=True, **score
-    )
-    torch.testing.assert_close(
-        torch.cat([z1[3:], z2[1:]]), alone[2], equal_nan=True, **score
-    )
+    torch.testing.assert_close(torch.cat([z1[:3], z2[:1]]), alone[0], equal_nan=True, **score)
+    torch.testing.assert_close(torch.cat([z1[3:], z2[1:]]), alone[2], equal_nan=True, **score)
     assert not state[1].any()
 
 

@@ -71,8 +71,9 @@ def cholesky_update_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> 
         BackendUnavailableError: the backend asked for cannot run here.
 
     After any error ``factor`` is bit-identical to before. No gradient is defined. The time is
-    O(n^2 k), the extra memory O(n k). float32 keeps about seven digits of ``L L^T``, so solves with
-    the factor are useful up to condition numbers of about 1e4; see ``docs/kernels/cholesky.md``.
+    O(n^2 k), the extra memory O(n k). float32 is not refined: it keeps six to seven digits of
+    ``L L^T``, and two to three digits fewer of a solve at a condition of 1e6; see
+    ``docs/kernels/cholesky.md``.
     """
     check_arguments("cholesky_update_", factor, keys)
     _UPDATE(factor, keys, backend)

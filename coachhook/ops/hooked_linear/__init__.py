@@ -270,9 +270,9 @@ def hooked_linear(
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``.
 
     Returns:
-        y ``[..., m]`` in the dtype of the linear layer's output, and z, float32 in the leading shape
-        of ``x``: NaN where undefined (fewer than two real tokens, a standard deviation of zero or
-        within rounding noise, NaN in x, a token that is not real). NaN never fires.
+        y ``[..., m]`` in the dtype of the linear layer's output, and z, float32, in the leading
+        shape of ``x``: NaN where undefined (fewer than two real tokens, a standard deviation of
+        zero or within rounding noise, NaN in x, a token that is not real). NaN never fires.
 
         y is differentiable in ``x``, ``weight`` and ``bias``, with the decision of the gate held
         constant.
@@ -308,8 +308,8 @@ def hook_output(
         x, delta, alpha, mask, cu_seqlens, scope, backend: as in :func:`hooked_linear`.
 
     Returns:
-        y and z as in :func:`hooked_linear`, y in the dtype of ``base_output``. In eager mode y may be
-        ``base_output`` itself where nothing fires.
+        y and z as in :func:`hooked_linear`, y in the dtype of ``base_output``. In eager mode y may
+        be ``base_output`` itself where nothing fires.
 
     Raises:
         TypeError, ValueError: an argument does not fit; nothing was changed.

@@ -67,9 +67,7 @@ def check_weight(op: str, x: Tensor, weight: Any, bias: Any) -> None:
     if bias is not None:
         _check_tensor(op, "bias", bias, 1, x.device)
         if bias.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"{op}: bias must be [{int(weight.shape[0])}], got {_shape(bias)}"
-            )
+            raise ValueError(f"{op}: bias must be [{int(weight.shape[0])}], got {_shape(bias)}")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
             if torch.is_autocast_enabled(x.device.type):
@@ -128,8 +126,12 @@ def _check_delta(op: str, x: Tensor, delta: Any, out_features: int | None, pair:
     return lift, projection
 
 
-def _check_alpha(op: str, alpha: Any) -> None:
+def _check_alpha(op: str, alpha: Any, device: torch.device) -> None:
     if isinstance(alpha, Tensor):
+        if alpha.device != device and alpha.device.type != "cpu":
+            raise ValueError(
+                f"{op}: alpha must be on {device} or on the CPU, got {alpha.device}; move it there"
+            )
         if alpha.dim() != 0:
             raise ValueError(f"{op}: alpha must be a float or a 0-dim tensor, got {_shape(alpha)}")
         _check_float(op, "alpha", alpha)
@@ -180,9 +182,7 @@ def _check_population(op: str, x: Tensor, rows: int, scope: Population) -> None:
 
 def _check_membership(op: str, x: Tensor, keys: int, scope: Membership) -> None:
     if scope.correction not in ("sum", "own"):
-        raise ValueError(
-            f"{op}: scope.correction must be 'sum' or 'own', got {scope.correction!r}"
-        )
+        raise ValueError(f"{op}: scope.correction must be 'sum' or 'own', got {scope.correction!r}")
     groups = scope.groups
     if groups is None:
         return
@@ -197,9 +197,7 @@ def _check_membership(op: str, x: Tensor, keys: int, scope: Membership) -> None:
         return
     low, high = (int(bound) for bound in torch.aminmax(groups))
     if low < 0 or high >= keys:
-        raise ValueError(
-            f"{op}: scope.groups must hold values in 0..{keys - 1}, got {low}..{high}"
-        )
+        raise ValueError(f"{op}: scope.groups must hold values in 0..{keys - 1}, got {low}..{high}")
 
 
 def check_gate(
@@ -216,7 +214,7 @@ def check_gate(
     if scope is None:
         scope = Sequence()
     delta = _check_delta(op, x, delta, out_features, isinstance(scope, Membership))
-    _check_alpha(op, alpha)
+    _check_alpha(op, alpha, x.device)
     if mask is not None:
         _check_tensor(op, "mask", mask, x.dim() - 1, x.device)
         if mask.dtype != torch.bool:

@@ -18,7 +18,6 @@ from coachhook.ops.hooked_linear.scopes import (
     Population,
     Prefix,
     Scope,
-    Sequence,
     Ungated,
 )
 
@@ -60,7 +59,7 @@ class Tokens:
         return per_token.view(self.rows, self.longest)
 
     def spread(self, per_row: Tensor) -> Tensor:
-        """Values of the sequences ``[B, ...]``, broadcasting with those of a grid ``[..., ...]``."""
+        """Values of the sequences ``[B, ...]``, shaped to broadcast with a grid."""
         if self.cu_seqlens is None:
             return per_row[:, None]
         token = torch.arange(self.longest, device=per_row.device)
@@ -77,7 +76,8 @@ class Tokens:
 
 def _combine(left: Tensor, right: Tensor) -> Tensor:
     """Moments of the union of two samples (Chan, Golub, LeVeque 1983), elementwise ``[..., 3]``."""
-    (n_left, mean_left, m2_left), (n_right, mean_right, m2_right) = left.unbind(-1), right.unbind(-1)
+    n_left, mean_left, m2_left = left.unbind(-1)
+    n_right, mean_right, m2_right = right.unbind(-1)
     count = n_left + n_right
     share = n_right / count.clamp(min=1)
     gap = mean_right - mean_left
@@ -132,12 +132,9 @@ def sequence_moments(norms: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Ten
         last = _last_moments(running_moments(norms, tokens, None), tokens, None)
         return last[:, 0], last[:, 1], last[:, 2]
     grid = tokens.grid(norms)
-    if tokens.real is None:
-        first = grid[:, 0]
-        variance, mean = torch.var_mean(grid - first[:, None], dim=-1, correction=0)
-        count = torch.full_like(mean, tokens.longest)
-        return count, first + mean, variance * count
-    real = tokens.grid(tokens.real)
+    real = (
+        torch.ones_like(grid, dtype=torch.bool) if tokens.real is None else tokens.grid(tokens.real)
+    )
     first = grid.gather(1, real.to(torch.uint8).argmax(dim=-1, keepdim=True))
     count = real.sum(dim=-1, dtype=torch.float64)
     shifted = torch.where(real, grid - first, 0.0)
@@ -154,7 +151,8 @@ def _sequence_statistics(
     norms: Tensor, tokens: Tokens, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Mean and std of each token's sequence, shaped to broadcast with the grid of the norms."""
-    if state is None and tokens.real is None and tokens.cu_seqlens is None and tokens.longest > 1:
+    plain = tokens.real is None and tokens.cu_seqlens is None and state is None
+    if plain and tokens.longest > 1 and norms.shape[0]:
         # The common case in few operations: at one token their number is what costs.
         grid = tokens.grid(norms)
         first = grid[:, :1]
@@ -166,7 +164,9 @@ def _sequence_statistics(
     return tokens.spread(mean), tokens.spread(_std(count, m2))
 
 
-def _prefix_statistics(norms: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _prefix_statistics(
+    norms: Tensor, tokens: Tokens, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Mean and std of what each token's sequence held up to the token, shaped as the grid."""
     before = None if state is None else state.double()
     moments = running_moments(norms, tokens, before)

@@ -1,8 +1,8 @@
 """The truth: a gated hook in plain torch, differentiable, without data-dependent shapes.
 
-    f = x S^T                    S the projection: Delta itself, S of Delta = Q S, or A^T of Delta = V A^T
-    z = score of ||f|| (or of the largest coefficient of f) in its scope
-    y = P + Q f where z >= alpha, else P
+    f = x S^T       S the projection: Delta itself, S of Delta = Q S, or A^T of Delta = V A^T
+    z = score       of ||f|| in its scope, or the largest coefficient of f
+    y = P + Q f     where z >= alpha, else P; Q the lift: none, Q or V
 
 Products are formed in the compute dtype: float64 for float64 input, else float32.
 """
@@ -57,7 +57,8 @@ def gate_scores(
 ) -> Tensor:
     """Scores z, float32, in the leading shape of ``x``."""
     with torch.no_grad():
-        z = scores(project(x.reshape(-1, x.shape[-1]), delta), Tokens.of(x, mask, cu_seqlens), scope)
+        features = project(x.reshape(-1, x.shape[-1]), delta)
+        z = scores(features, Tokens.of(x, mask, cu_seqlens), scope)
         return z.to(torch.float32).view(x.shape[:-1])
 
 

@@ -56,8 +56,8 @@ class Population:
 class Membership:
     """Fires on *which* edit: z is the largest coefficient of ``c = A^T x``.
 
-    The hook is given as the pair (V ``[m, N]``, A^T ``[N, n]``) with ``Delta = V A^T``. For an edited
-    key, c is close to a unit vector, because ``A^T K = G^-1 (G - I)``.
+    The hook is given as the pair (V ``[m, N]``, A^T ``[N, n]``) with ``Delta = V A^T``. For an
+    edited key, c is close to a unit vector, because ``A^T K = G^-1 (G - I)``.
 
     Attributes:
         groups: int64 ``[N]`` with values in 0..N-1: keys with one value belong to one edit, and

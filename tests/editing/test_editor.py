@@ -1,0 +1,308 @@
+"""The Editor on the bundled model: writing, atomicity, taking back, saving and loading."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import coachhook as ch
+from coachhook import EditConfig, Editor, EditRequest, Statistics
+from coachhook.editing import EditMemory
+from coachhook.editing.reading import read_states
+from coachhook.editing.targets import encode_requests
+from coachhook.errors import FingerprintMismatchError, FormatError
+from coachhook.models import describe
+
+
+@torch.no_grad()
+def answer(model, tokenizer, prompt, tokens=3):
+    encoded = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    out = model.generate(**encoded, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :]).strip()
+
+
+@torch.no_grad()
+def logits(model, tokenizer, prompt):
+    return model(**tokenizer(prompt, return_tensors="pt")).logits
+
+
+def state_bits(editor):
+    """Everything an edit may change, as a flat dictionary of tensors and values."""
+    found = {}
+    for layer in editor.config.layers:
+        hook = editor.hooks[layer]
+        found[f"{layer}.delta"] = hook.delta()
+        found[f"{layer}.alpha"] = torch.tensor(hook.alpha)
+        tensors, _ = editor._state.layers[layer].memory.state_dict()
+        found |= {f"{layer}.{k}": v.clone() for k, v in tensors.items()}
+    return found
+
+
+def assert_same_bits(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
+
+
+def test_writes_facts_into_the_answers_and_leaves_weights_alone(make_editor, requests):
+    editor, model, tokenizer = make_editor()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    before = [answer(model, tokenizer, r.text) for r in requests[:4]]
+    result = editor.edit(requests[:4])
+    for request, old, ok in zip(requests, before, result.converged, strict=False):
+        assert not old.startswith(request.target_new)
+        assert ok
+        assert answer(model, tokenizer, request.text).startswith(request.target_new)
+        with editor.hooks.disabled():
+            assert answer(model, tokenizer, request.text) == old
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_consecutive_batches_keep_earlier_ones(make_editor, requests):
+    editor, model, tokenizer = make_editor()
+    for start in (0, 3, 6):
+        editor.edit(requests[start : start + 3])
+    right = [answer(model, tokenizer, r.text).startswith(r.target_new) for r in requests[:9]]
+    assert sum(right) >= 8
+    assert list(editor.batches) == [1, 2, 3]
+
+
+def test_detaching_gives_the_model_back_to_the_bit(make_editor, requests):
+    editor, model, tokenizer = make_editor()
+    plain = logits(model, tokenizer, requests[0].text)
+    editor.edit(requests[:2])
+    assert not torch.equal(logits(model, tokenizer, requests[0].text), plain)
+    editor.detach()
+    assert torch.equal(logits(model, tokenizer, requests[0].text), plain)
+    editor.detach()
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_an_exception_leaves_everything_as_it_was(make_editor, requests, monkeypatch, preset):
+    editor, model, tokenizer = make_editor(preset)
+    editor.edit(requests[:2])
+    before, plain = state_bits(editor), logits(model, tokenizer, requests[0].text)
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(editor, "_bounds", fail)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(requests[2:4])
+    monkeypatch.undo()
+    assert_same_bits(state_bits(editor), before)
+    assert list(editor.batches) == [1]
+    assert torch.equal(logits(model, tokenizer, requests[0].text), plain)
+    result = editor.edit(requests[2:4])
+    again, _, _ = make_editor(preset)
+    again.edit(requests[:2])
+    assert torch.equal(again.edit(requests[2:4]).targets, result.targets)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_taking_a_batch_back_equals_never_adding_its_keys(make_editor, requests, batch):
+    editor, model, tokenizer = make_editor()
+    for start in (0, 2, 4):
+        editor.edit(requests[start : start + 2])
+    layer = editor.config.layers[0]
+    memory = editor._state.layers[layer].memory
+    tensors, _ = memory.state_dict()
+    columns = memory.column_batches() != batch
+    editor.revert(batch)
+    fresh = EditMemory(_prior_of(memory), memory.out_features)
+    fresh.append(tensors["keys"][columns].T, tensors["targets"][columns].T)
+    wanted = fresh.delta()
+    assert (memory.delta() - wanted).norm() <= 1e-9 * wanted.norm()
+    gone = requests[2 * (batch - 1)]
+    assert not answer(model, tokenizer, gone.text).startswith(gone.target_new)
+    with pytest.raises(ValueError, match="batch must be one of"):
+        editor.revert(batch)
+
+
+def _prior_of(memory):
+    factor = memory.state_dict()[0]["factor"].tril()
+    return factor @ factor.T
+
+
+def test_ten_batches_equal_one(make_editor, requests):
+    """Same keys, same absolute targets, float64: Delta agrees to 1e-9."""
+    editor, model, tokenizer = make_editor(dtype=torch.float64)
+    layer = editor.config.layers[0]
+    description = describe(model)
+    encoded = encode_requests(tokenizer, requests, ["{}"], description.max_positions)
+    prompts = [e.contexts[0] for e in encoded]
+    keys = read_states(model, description, prompts, layer, layer, pad_id=0).keys.T
+    targets = torch.randn(description.hidden_size, keys.shape[1], dtype=torch.float64)
+    prior = _prior_of(editor._state.layers[layer].memory)
+    joint, consecutive = EditMemory(prior, len(targets)), EditMemory(prior, len(targets))
+    joint.append(keys, targets)
+    for i in range(keys.shape[1]):
+        consecutive.append(keys[:, i : i + 1], targets[:, i : i + 1])
+    assert (consecutive.delta() - joint.delta()).norm() < 1e-9 * joint.delta().norm()
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_saved_edits_answer_and_go_on_alike(make_editor, requests, tmp_path, preset):
+    editor, model, tokenizer = make_editor(preset)
+    editor.edit(requests[:3])
+    editor.save(tmp_path / "edits")
+    edited = logits(model, tokenizer, requests[0].text)
+    alphas = editor.alphas
+    result = editor.edit(requests[3:5])
+    editor.detach()
+
+    with ch.attach(model, tmp_path / "edits") as handle:
+        assert torch.equal(logits(model, tokenizer, requests[0].text), edited)
+        with handle.disabled():
+            assert not torch.equal(logits(model, tokenizer, requests[0].text), edited)
+
+    loaded = Editor.load(model, tokenizer, tmp_path / "edits")
+    assert loaded.alphas == alphas
+    assert torch.equal(logits(model, tokenizer, requests[0].text), edited)
+    again = loaded.edit(requests[3:5])
+    assert torch.equal(again.targets, result.targets)
+    for layer in loaded.config.layers:
+        assert torch.equal(loaded.hooks[layer].delta(), editor.hooks[layer].delta())
+    loaded.detach()
+
+
+def test_swapping_edit_sets_in_place(make_editor, requests, tmp_path):
+    editor, model, tokenizer = make_editor()
+    editor.edit(requests[:2])
+    editor.save(tmp_path / "one")
+    editor.edit(requests[2:4])
+    editor.save(tmp_path / "two")
+    two = logits(model, tokenizer, requests[2].text)
+    editor.detach()
+    handle = ch.attach(model, tmp_path / "one")
+    assert not torch.equal(logits(model, tokenizer, requests[2].text), two)
+    handle.swap(tmp_path / "two")
+    assert torch.equal(logits(model, tokenizer, requests[2].text), two)
+    handle.detach()
+
+
+def test_edits_of_another_model_are_refused(make_editor, requests, tmp_path):
+    editor, model, tokenizer = make_editor()
+    editor.edit(requests[:1])
+    editor.save(tmp_path / "edits")
+    editor.detach()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.mul_(1.5)
+    with pytest.raises(FingerprintMismatchError) as error:
+        ch.attach(model, tmp_path / "edits")
+    assert len({word for word in str(error.value).split() if len(word.strip(",.;")) >= 12}) >= 2
+    with pytest.raises(FingerprintMismatchError):
+        Editor.load(model, tokenizer, tmp_path / "edits")
+
+
+def test_truncated_edits_are_refused(make_editor, requests, tmp_path):
+    editor, model, _ = make_editor()
+    editor.edit(requests[:1])
+    editor.save(tmp_path / "edits")
+    editor.detach()
+    file = next((tmp_path / "edits").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(FormatError, match=file.name):
+        ch.attach(model, tmp_path / "edits")
+
+
+@pytest.mark.parametrize("scope", ["sequence", "prefix", "population"])
+def test_other_scopes_write_facts_too(make_editor, requests, scope):
+    longer = [r for r in requests if len(r.text.split()) > 3][:4]
+    editor, model, tokenizer = make_editor(scope=scope, alpha=1.5)
+    result = editor.edit(longer)
+    assert all(math.isfinite(a) for a in result.alphas.values())
+    right = [answer(model, tokenizer, r.text).startswith(r.target_new) for r in longer]
+    assert sum(right) >= len(longer) - 1
+
+
+def test_several_layers_share_the_residual(make_editor, requests):
+    editor, model, tokenizer = make_editor(layers=[0, 1, 2])
+    editor.edit(requests[:3])
+    assert all(editor.hooks[layer].delta().norm() > 0 for layer in (0, 1, 2))
+    right = [answer(model, tokenizer, r.text).startswith(r.target_new) for r in requests[:3]]
+    assert sum(right) >= 2
+
+
+def test_editing_a_fact_again_replaces_it(make_editor, requests):
+    editor, model, tokenizer = make_editor()
+    first = requests[0]
+    editor.edit([first])
+    assert answer(model, tokenizer, first.text).startswith(first.target_new)
+    back = EditRequest(first.prompt, first.subject, first.target_true)
+    editor.edit([back])
+    assert answer(model, tokenizer, first.text).startswith(first.target_true)
+    editor.revert(2)
+    assert answer(model, tokenizer, first.text).startswith(first.target_new)
+
+
+def test_bfloat16(make_editor, requests):
+    editor, model, tokenizer = make_editor(dtype=torch.bfloat16)
+    editor.edit(requests[:4])
+    right = [answer(model, tokenizer, r.text).startswith(r.target_new) for r in requests[:4]]
+    assert sum(right) >= 3
+
+
+def test_bad_input_changes_nothing(make_editor, requests):
+    editor, model, tokenizer = make_editor()
+    editor.edit(requests[:1])
+    before = state_bits(editor)
+    good = requests[1]
+    long = EditRequest("word " * 2000 + "{} is", "Velmora", "there")
+    for bad, error, match in (
+        ([], ValueError, "at least one request, got none"),
+        (good, TypeError, "must be a list"),
+        ([good, "text"], TypeError, "a str in it"),
+        ([good, long], ValueError, "context window"),
+    ):
+        with pytest.raises(error, match=match):
+            editor.edit(bad)
+    assert_same_bits(state_bits(editor), before)
+    assert list(editor.batches) == [1]
+
+
+def test_wrong_statistics_and_layers_are_refused(bundled):
+    model, tokenizer, statistics = bundled
+    with pytest.raises(ValueError, match="layer"):
+        EditConfig.for_model(model, layers=[99])
+    config = EditConfig.for_model(model, layers=[0])
+    n = describe(model).layers[0].in_features
+    few = Statistics.from_covariances({1: torch.eye(n)}, tokens=10)
+    with pytest.raises(ValueError, match="layer"):
+        Editor(model, tokenizer, statistics=few, config=config)
+    other = Statistics(dict(statistics.covariances), statistics.tokens, fingerprint="0" * 16)
+    with pytest.raises(FingerprintMismatchError):
+        Editor(model, tokenizer, statistics=other, config=config)
+
+
+def test_nan_weights_are_refused(make_editor, bundled):
+    import copy
+
+    model, tokenizer, statistics = bundled
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        Editor(broken, tokenizer, statistics=statistics, config=EditConfig.for_model(broken))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"alpha_": 1}, "alpha_"),
+        ({"scope": "token"}, "scope must be one of"),
+        ({"contexts": ["Look: {}"]}, "must start with"),
+        ({"contexts": ["{}", "no slot"]}, "exactly one"),
+        ({"target_steps": 0}, "target_steps must be positive"),
+        ({"layers": []}, "layers must be"),
+        ({"layers": [2, 1]}, "layers must be"),
+        ({"places": ["prompt_last"]}, "places must start"),
+        ({"max_rank": 0}, "max_rank"),
+    ],
+)
+def test_bad_settings_are_refused(bundled, fields, match):
+    with pytest.raises((ValueError, TypeError), match=match):
+        EditConfig.for_model(bundled[0], **fields)

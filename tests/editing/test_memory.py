@@ -1,0 +1,243 @@
+"""EditMemory against joint solves: any order of appends, removals and folds gives the same Delta."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coachhook.editing.memory import EditMemory
+from coachhook.ops import cholesky_update_solve_
+from tests.ops.linalg_oracle import F64, batches, exact, joint, relative, spd
+
+N, M = 80, 12
+CAPS = [None, 0, 7, 10**6]
+
+
+def filled(prior, made, **options):
+    memory = EditMemory(prior, len(made[0][1]), **options)
+    for keys, targets in made:
+        memory.append(keys, targets)
+    return memory
+
+
+@pytest.mark.parametrize("max_keys", CAPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_consecutive_batches_equal_one(max_keys, dtype):
+    prior, root = spd(N, 1e3)
+    made = batches(root, 10, 10, M)
+    memory = filled(prior, made, max_keys=max_keys, dtype=dtype)
+    whole = EditMemory(prior, M, max_keys=max_keys, dtype=dtype)
+    assert whole.append(*(torch.cat(x, 1) for x in zip(*made, strict=True))) == 1
+    # 1e3 eps, times the condition's square root; the goal in float64 is 1e-9.
+    limit = 1e-11 if dtype == F64 else 1e-4
+    assert relative(memory.delta(), joint(prior, made)) < limit
+    assert relative(memory.delta(), whole.delta().double()) < limit
+    assert memory.batches == list(range(1, 11)) and memory.delta().dtype == dtype
+    assert memory.num_keys + memory.num_folded == 100
+    if max_keys is not None:
+        assert memory.num_keys <= max_keys
+
+
+@pytest.mark.parametrize("condition", [1e4, 1e6, 1e8, 1e10])
+@pytest.mark.parametrize("isotropic", [False, True], ids=["from_prior", "isotropic"])
+def test_error_is_within_ten_times_that_of_a_joint_solve(condition, isotropic):
+    prior, root = spd(128, condition)
+    made = batches(root, 100, 8, M, isotropic=isotropic)
+    truth = exact(prior, made)
+    error = relative(filled(prior, made).delta(), truth)
+    assert error < 10 * relative(joint(prior, made), truth)
+
+
+@pytest.mark.parametrize("max_keys", CAPS)
+def test_agrees_with_the_factor_path(max_keys):
+    prior, root = spd(N, 1e6)
+    made = batches(root, 30, 5, M)
+    factor, delta = torch.linalg.cholesky(prior), torch.zeros(M, N, dtype=F64)
+    for keys, targets in made:
+        delta += (targets - delta @ keys) @ cholesky_update_solve_(factor, keys).mT
+    assert relative(filled(prior, made, max_keys=max_keys).delta(), delta) < 1e-9
+
+
+@pytest.mark.parametrize("max_keys", CAPS)
+@pytest.mark.parametrize("isotropic", [False, True], ids=["from_prior", "isotropic"])
+def test_removed_in_random_order_as_if_never_added(max_keys, isotropic):
+    prior, root = spd(N, 1e4)
+    made = batches(root, 24, 5, M, isotropic=isotropic)
+    memory, order = filled(prior, made, max_keys=max_keys), random.Random(3)
+    gone = order.sample(range(24), 15)
+    for index in gone:
+        memory.remove(index + 1)
+    kept = [made[i] for i in range(24) if i not in gone]
+    never = filled(prior, kept, max_keys=max_keys)
+    assert relative(memory.delta(), never.delta()) < 1e-9
+    assert relative(memory.delta(), joint(prior, kept)) < 1e-9
+    assert memory.batches == [i + 1 for i in range(24) if i not in gone]
+    assert memory.append(*made[0]) == 25
+    memory.remove(25)
+    for batch in memory.batches:
+        memory.remove(batch)
+    assert memory.batches == [] and memory.num_keys == memory.num_folded == 0
+    assert float(memory.delta().abs().max()) < 1e-9
+    assert memory.append(*made[3]) == 26
+    assert relative(memory.delta(), joint(prior, [made[3]])) < 1e-7 * (10 if max_keys == 0 else 1)
+
+
+def test_removal_beside_the_prior_leaves_nothing_at_any_condition():
+    prior, root = spd(N, 1e10)
+    made = batches(root, 10, 4, M, isotropic=True)
+    memory = filled(prior, made)
+    assert memory.num_folded == 0
+    for batch in (4, 10, 1, 7):
+        memory.remove(batch)
+    never = filled(prior, [made[i] for i in (1, 2, 4, 5, 7, 8)])
+    assert relative(memory.delta(), never.delta()) < 1e-10
+
+
+@pytest.mark.parametrize("keep_folded", [True, False])
+def test_fold_keeps_delta(keep_folded):
+    prior, root = spd(N, 1e4)
+    made = batches(root, 9, 4, M)
+    memory = filled(prior, made, max_keys=10**6, keep_folded=keep_folded)
+    before = memory.delta()
+    for keys in (0, 3, 9, 24):
+        memory.fold(keys)
+        assert relative(memory.delta(), before) < 1e-11
+    assert memory.num_keys == 0 and memory.num_folded == 36 and len(memory.batches) == 9
+    memory.append(*made[0])
+    assert relative(memory.delta(), joint(prior, [*made, made[0]])) < 1e-11
+
+
+@pytest.mark.parametrize("max_keys", CAPS)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_forms_of_delta(max_keys, count):
+    prior, root = spd(N, 1e3)
+    made = batches(root, count, 5, M)
+    memory = filled(prior, made, max_keys=max_keys)
+    delta, probe = memory.delta(), torch.randn(N, 3, dtype=F64)
+    q, s = memory.factored()
+    assert q.shape == (M, min(M, 5 * count)) and s.shape == (q.shape[1], N)
+    torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1], dtype=F64), rtol=0, atol=1e-13)
+    v, at = memory.pair()
+    assert torch.equal(v, torch.cat([targets for _, targets in made], 1))
+    keys = torch.cat([keys for keys, _ in made], 1)
+    coefficients = torch.linalg.solve(prior + keys @ keys.mT, keys).mT
+    assert relative(at, coefficients) < 1e-11
+    for other in (q @ s, v @ at):
+        assert relative(other, delta) < 1e-11
+    assert relative(memory.apply(probe), delta @ probe) < 1e-11
+    assert memory.column_batches().tolist() == [b + 1 for b in range(count) for _ in range(5)]
+
+
+def test_empty_memory():
+    memory = EditMemory(spd(N)[0], M)
+    q, s = memory.factored()
+    v, at = memory.pair()
+    assert torch.equal(memory.delta(), torch.zeros(M, N, dtype=F64))
+    assert (q.shape, s.shape, v.shape, at.shape) == ((M, 0), (0, N), (M, 0), (0, N))
+    assert torch.equal(memory.apply(torch.ones(N, 2)), torch.zeros(M, 2, dtype=F64))
+    assert memory.batches == [] and memory.column_batches().shape == (0,)
+    memory.fold(0)
+
+
+def test_no_more_than_max_keys_and_the_newest_stay():
+    prior, root = spd(N)
+    memory = EditMemory(prior, M, max_keys=20)
+    for keys, targets in batches(root, 12, 6, M):
+        batch = memory.append(keys, targets)
+        assert memory.num_keys <= 20
+        assert int(memory.column_batches()[-1]) == batch
+    assert EditMemory(spd(8)[0], 1).max_keys == 64
+    assert EditMemory(spd(400)[0], 1).max_keys == 100
+
+
+def test_keys_that_outweigh_the_prior_are_folded():
+    prior, root = spd(40, 1e10)
+    made = batches(root, 25, 4, M, isotropic=True)
+    memory = filled(prior, made, max_keys=10**6)
+    assert memory.num_folded > 0
+    assert relative(memory.delta(), exact(prior, made)) < 1e-9
+
+
+class TestRepeatedKeys:
+    """The same key edited again: least squares averages, and says so."""
+
+    prior, root = spd(N, 1e4)
+    keys, first = batches(root, 1, 3, M)[0]
+    second = first + 2.0
+
+    @pytest.mark.parametrize("max_keys", CAPS)
+    @pytest.mark.parametrize("scale", [1.0, 1e3])
+    def test_contradiction(self, max_keys, scale):
+        keys = scale * self.keys
+        made = [(keys, self.first), (keys, self.second)]
+        memory = filled(self.prior, made, max_keys=max_keys)
+        assert relative(memory.delta(), exact(self.prior, made)) < 1e-8
+        if scale > 1:
+            average = (self.first + self.second) / 2
+            torch.testing.assert_close(memory.apply(keys), average, rtol=0, atol=1e-2)
+        memory.remove(1)
+        # The second batch leaves a gap of 1/2 in the prior: nothing is lost to a downdate either.
+        assert relative(memory.delta(), exact(self.prior, made[1:])) < 1e-7
+
+    def test_many_repeats(self):
+        made = [(self.keys, self.first)] * 50
+        memory = filled(self.prior, made, max_keys=10**6)
+        assert relative(memory.delta(), exact(self.prior, made)) < 1e-9
+
+    def test_overlaps(self):
+        memory = EditMemory(self.prior, M, max_keys=10**6)
+        other, target = batches(self.root, 1, 2, M, seed=5)[0]
+        memory.append(self.keys, self.first)
+        assert memory.overlaps(1) == []
+        batch = memory.append(
+            torch.cat([other, -3 * self.keys[:, 1:2], 2 * self.keys[:, 2:]], 1),
+            torch.cat([target, self.second[:, :2]], 1),
+        )
+        [(column, older, cosine)] = memory.overlaps(batch)
+        assert (column, older) == (3, 1) and cosine == pytest.approx(1.0)
+        assert memory.overlaps(batch, above=1.1) == []
+        memory.fold(3)
+        assert memory.overlaps(batch) == [] and memory.overlaps(1) == []
+        within = memory.append(other[:, [0, 0]], target[:, [0, 0]])
+        assert [(c, b) for c, b, _ in memory.overlaps(within)] == [(0, batch), (1, batch)]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 6)),
+        st.tuples(st.just("remove"), st.integers(0, 20)),
+        st.tuples(st.just("fold"), st.integers(0, 12)),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps=STEPS, max_keys=st.sampled_from(CAPS), seed=st.integers(0, 2**31))
+def test_any_history_equals_what_is_left(steps, max_keys, seed):
+    n, m = 24, 5
+    prior, root = spd(n, 1e3, seed)
+    memory = EditMemory(prior, m, max_keys=max_keys)
+    left: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index, (step, number) in enumerate(steps):
+        if step == "append":
+            [batch] = batches(root, 1, number, m, isotropic=bool(number % 2), seed=seed + index)
+            left[memory.append(*batch)] = batch
+        elif step == "remove" and left:
+            batch = list(left)[number % len(left)]
+            memory.remove(batch)
+            del left[batch]
+        elif step == "fold":
+            memory.fold(min(number, memory.num_keys))
+    assert memory.batches == list(left)
+    assert memory.num_keys + memory.num_folded == sum(k.shape[1] for k, _ in left.values())
+    expected = joint(prior, list(left.values())) if left else torch.zeros(m, n, dtype=F64)
+    torch.testing.assert_close(memory.delta(), expected, rtol=0, atol=1e-9)
+    v, at = memory.pair()
+    torch.testing.assert_close(v @ at, expected, rtol=0, atol=1e-9)
+    assert memory.column_batches().tolist() == [b for b, (k, _) in left.items() for _ in k.T]
