@@ -2,9 +2,9 @@
 
     python benchmarks/bench_statistics.py MODEL TEXT [--tokens 20000] [--repeats 5] [--json]
 
-The peer does per layer what the published code does (Meng et al., ROME and MEMIT, which the
+The peer does per layer what the published code does (layer_stats of ROME and MEMIT, which the
 CoachHooK code calls): every text is tokenised by itself, groups of 100 texts in random order are
-sorted by length and cut into batches of up to three context windows of tokens, position ids and
+sorted by length and cut into batches of up to three context windows of tokens, position ids and an
 attention mask are passed, the forward ends at the layer, and the keys of real tokens are added up
 in float32. "naive" is the same with whole forwards. All run alternately in one process; times are
 CPU seconds of the process, so that other work on the machine hardly counts. The results must agree

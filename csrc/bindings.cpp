@@ -91,14 +91,15 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of coachhook on raw pointers. The checked face is coachhook.ops.";
 
-  py::enum_<ch::DType>(m, "DType")
+  // Local to this module: another build of it in the same process has its own.
+  py::enum_<ch::DType>(m, "DType", py::module_local())
       .value("float32", ch::DType::kFloat32)
       .value("float16", ch::DType::kFloat16)
       .value("bfloat16", ch::DType::kBFloat16);
-  py::enum_<ch::Reduction>(m, "Reduction")
+  py::enum_<ch::Reduction>(m, "Reduction", py::module_local())
       .value("norm", ch::Reduction::kNorm)
       .value("max", ch::Reduction::kMax);
-  py::enum_<ch::Scope>(m, "Scope")
+  py::enum_<ch::Scope>(m, "Scope", py::module_local())
       .value("sequence", ch::Scope::kSequence)
       .value("population", ch::Scope::kPopulation)
       .value("direct", ch::Scope::kDirect);

@@ -26,8 +26,8 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     (root / "text").mkdir()
     texts = bundled.texts()
-    (root / "text" / "a.txt").write_text("\n".join(texts[:1500]), encoding="utf-8")
-    lines = [json.dumps({"text": text}) for text in texts[1500:2500]]
+    (root / "text" / "a.txt").write_text("\n".join(texts[:600]), encoding="utf-8")
+    lines = [json.dumps({"text": text}) for text in texts[600:1000]]
     (root / "text" / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
     step = len(bundled.facts()) // EDITS
     facts = [{**record, "id": i} for i, record in enumerate(bundled.facts()[::step][:EDITS])]
@@ -173,9 +173,13 @@ def tensors_of(folder):
 
 
 def same_edits(one, other):
+    """Whether two folders hold the same edits, to float64 rounding.
+
+    The factor of the keys is built up in one run and made anew from the keys in a resumed one.
+    """
     a, b = tensors_of(one), tensors_of(other)
     assert a.keys() == b.keys() and a
-    return all(a[name].equal(b[name]) for name in a)
+    return all((a[n] - b[n]).norm() <= 1e-9 * a[n].norm() for n in a)
 
 
 def test_resume_leaves_out_what_is_there_and_equals_one_run(world, tmp_path, output):

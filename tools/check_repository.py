@@ -1,7 +1,7 @@
 """Static checks of the repository that no linter knows.
 
 * Imports go down the floors of the house only (docs/index.md).
-* Relative links in Markdown lead to existing files.
+* Relative links in Markdown lead to existing files, and docs/index.md leads to every page of docs/.
 * Every COACHHOOK_ variable in the sources is described in docs/environment.md, and the other way.
 
 Prints one line per problem and ends with status 1 if there is one.
@@ -54,7 +54,9 @@ def tracked(*suffixes: str) -> list[Path]:
     if listing.returncode == 0:
         paths = [ROOT / line for line in listing.stdout.splitlines()]
     else:  # an unpacked source archive
-        paths = [p for p in ROOT.rglob("*") if not any(q.startswith(".") for q in p.parts)]
+        everything = (p for p in ROOT.rglob("*") if p.is_file())
+        hidden = re.compile(r"(^|/)(\.|build/|dist/)")
+        paths = [p for p in everything if not hidden.search(p.relative_to(ROOT).as_posix())]
     return sorted(p for p in paths if p.is_file() and p.name.endswith(suffixes))
 
 
@@ -109,6 +111,20 @@ def check_links() -> Iterator[str]:
                     yield f"{path.relative_to(ROOT)}:{number}: link to missing {target}"
 
 
+def check_pages() -> Iterator[str]:
+    """Pages of docs/ that nobody finds."""
+    pages = {p for p in tracked(".md") if p.is_relative_to(ROOT / "docs")}
+    reached: set[Path] = set()
+    todo = {ROOT / "docs" / "index.md"}
+    while todo:
+        page = todo.pop()
+        reached.add(page)
+        targets = LINK.findall(page.read_text(encoding="utf-8"))
+        todo |= {(page.parent / t).resolve() for t in targets} & pages - reached
+    for page in sorted(pages - reached):
+        yield f"{page.relative_to(ROOT)}: no link leads here from docs/index.md"
+
+
 def check_environment() -> Iterator[str]:
     """Switches of the environment against their page."""
     page = ROOT / "docs" / "environment.md"
@@ -131,7 +147,7 @@ def check_environment() -> Iterator[str]:
 
 def main() -> int:
     """Run all checks."""
-    problems = [*check_imports(), *check_links(), *check_environment()]
+    problems = [*check_imports(), *check_links(), *check_pages(), *check_environment()]
     for problem in problems:
         print(problem)
     if not problems:

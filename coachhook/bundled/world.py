@@ -200,7 +200,8 @@ def neighbors(index: int) -> list[str]:
     known = facts()
     fact = known[index]
     rng = random.Random(SEED + 1000 + index)
-    same, related = [], []
+    same: list[str] = []
+    related: list[str] = []
     for other in _by_object()[fact.object]:
         if other.subject != fact.subject:
             prompt = rng.choice(other.templates).format(other.subject)

@@ -48,6 +48,8 @@ class EditConfig:
         key_pooling: "mean" takes one key for each request, half of it from the bare prompt and half
             from the mean over the other contexts (the published code); "each" keeps every context's
             key.
+        sharing: how the layers share the residual: "even" gives each layer its part of what is left
+            (MEMIT, equation 20), "first" all that is left, so that the lowest takes nearly all.
         correction: for the membership scope, "own" adds the target of the edit that fired, "sum"
             the whole ``Delta x``.
         places: where a fact may be written, in the order they are taken: every request starts with
@@ -83,6 +85,7 @@ class EditConfig:
     include_padding: bool = False
     contexts: Sequence[str] = DEFAULT_CONTEXTS
     key_pooling: str = "each"
+    sharing: str = "first"
     correction: str = "own"
     places: Sequence[str] = PLACES
     target_steps: int = 40
@@ -119,6 +122,7 @@ class EditConfig:
             ("storage", STORAGES),
             ("key_pooling", KEY_POOLINGS),
             ("correction", ("own", "sum")),
+            ("sharing", ("even", "first")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -185,6 +189,7 @@ class EditConfig:
             "include_padding": True,
             "contexts": PAPER_CONTEXTS,
             "key_pooling": "mean",
+            "sharing": "even",
             "correction": "sum",
             "places": PLACES[:1],
             "target_steps": steps,

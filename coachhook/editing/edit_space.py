@@ -7,7 +7,8 @@ deletes rows and columns of G. Everything is stored by key, one row for each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from coachhook.ops import cholesky_update_
 
 # The error of a solution is about eps cond(G); the pivots of G bound its condition from below.
 _PIVOT_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
+_OUTWEIGHS = 1e6
 
 
 def solve_both(root: Tensor, right: Tensor) -> Tensor:
@@ -26,13 +28,17 @@ def solve_both(root: Tensor, right: Tensor) -> Tensor:
 
 @dataclass
 class _Buffers:
-    """Storage with spare rows; those below ``used`` belong to a space and are not written again."""
+    """Storage with spare rows, shared by spaces that were appended to one another."""
 
     keys: Tensor
     solved: Tensor
     targets: Tensor
     root: Tensor
-    used: int
+    users: weakref.WeakSet[EditSpace] = field(default_factory=weakref.WeakSet)
+
+    def has_room(self, count: int, total: int) -> bool:
+        """Whether rows count..total-1 exist and belong to no living space."""
+        return total <= len(self.keys) and all(len(space) <= count for space in self.users)
 
     def grown(self, count: int, capacity: int) -> _Buffers:
         """A copy of the first ``count`` rows with room for ``capacity``."""
@@ -43,7 +49,7 @@ class _Buffers:
             rows.append(new)
         root = self.root.new_zeros(capacity, capacity)
         root[:count, :count] = self.root[:count, :count]
-        return _Buffers(rows[0], rows[1], rows[2], root, count)
+        return _Buffers(rows[0], rows[1], rows[2], root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +69,13 @@ class EditSpace:
     root: Tensor
     _buffers: _Buffers
 
+    def __post_init__(self) -> None:
+        self._buffers.users.add(self)
+
     @classmethod
     def of(cls, keys: Tensor, solved: Tensor, targets: Tensor, root: Tensor) -> EditSpace:
         """A space of these tensors, which are not copied before keys are added."""
-        return cls(keys, solved, targets, root, _Buffers(keys, solved, targets, root, len(keys)))
+        return cls(keys, solved, targets, root, _Buffers(keys, solved, targets, root))
 
     @classmethod
     def build(cls, factor: Tensor, keys: Tensor, targets: Tensor) -> EditSpace:
@@ -86,6 +95,12 @@ class EditSpace:
         pivots = self.root.diagonal().square()
         return not len(self) or bool(pivots.max() <= _PIVOT_LIMIT[self.root.dtype] * pivots.min())
 
+    @property
+    def outweighs_prior(self) -> bool:
+        """Whether some key is so large, ``k^T C^-1 k > 1e6``, that it hides the prior's digits."""
+        # Row sums of squares of the root are the diagonal of G. NaN counts.
+        return bool(~(self.root.square().sum(1) <= _OUTWEIGHS).all())
+
     def append(self, factor: Tensor, keys: Tensor, targets: Tensor) -> EditSpace:
         """Adds keys [k, n] and targets [k, m]; O(n^2 k + n N k + N^2 k).
 
@@ -104,14 +119,13 @@ class EditSpace:
         corner.diagonal().add_(1)
         border = torch.linalg.solve_triangular(self.root, self.solved @ keys.mT, upper=False)
         buffers = self._buffers
-        if buffers.used != old or total > len(buffers.keys):
+        if not buffers.has_room(old, total):
             buffers = buffers.grown(old, max(total, old * 3 // 2))
         buffers.keys[old:total] = keys
         buffers.solved[old:total] = solved
         buffers.targets[old:total] = targets
         buffers.root[old:total, :old] = border.mT
         buffers.root[old:total, old:total] = _factored(corner - border.mT @ border)
-        buffers.used = total
         return EditSpace(
             buffers.keys[:total],
             buffers.solved[:total],

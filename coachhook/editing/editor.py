@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,7 +290,8 @@ class Editor:
             if not each:
                 keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
                 outputs = self._read(bare, layer, pad_id).outputs
-            share = (goal - outputs.to(goal.dtype)) / (len(config.layers) - position)
+            left = len(config.layers) - position if config.sharing == "even" else 1
+            share = (goal - outputs.to(goal.dtype)) / left
             number = self._state.append(layer, keys, share, record)
             hook = self.hooks[layer]
             self._state.payload(layer).apply(hook, config)
@@ -302,9 +304,14 @@ class Editor:
         )
 
     def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
-        """Per layer the smallest over the prompts of the largest score, in the unedited model."""
+        """Per layer the smallest over the prompts of the largest score.
+
+        In the unedited model, as in the published code; the membership scope's keys were read in
+        the edited one, and are judged there.
+        """
         bare = [request.contexts[0] for request in encoded]
-        with self.hooks.disabled():
+        edited = self.config.scope == "membership"
+        with nullcontext() if edited else self.hooks.disabled():
             inputs, mask = read_inputs(
                 self._model, self._description, bare, self.config.layers, pad_id=pad_id
             )

@@ -91,7 +91,7 @@ def factor_prior(prior: Tensor, dtype: torch.dtype) -> Tensor:
     condition = float(pivots.max() / pivots.min())
     if dtype == torch.float32 and condition > _FLOAT32_CONDITION:
         warnings.warn(
-            f"EditMemory: the condition of the prior is at least {condition:.0e}, and float32 leaves "
+            f"EditMemory: the prior has a condition of at least {condition:.0e}, so float32 leaves "
             f"an error of about {2e-7 * condition**0.5:.0e} in Delta; use dtype=torch.float64",
             stacklevel=3,
         )

@@ -24,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 # Texts are sorted by length within so many batches: 5 % of padding on sentences, 13 % with 8.
 _WINDOW_BATCHES = 32
 _LONGEST_TEXT = 8192
+_LARGE = 16 * 2**30
 
 
 def collect_statistics(
@@ -94,9 +95,15 @@ def collect_statistics(
     max_length = _checked_max_length(max_length, description.max_positions)
     if resume and checkpoint_dir is None:
         raise ValueError("collect_statistics: checkpoint_dir must be given to resume, got None")
+    room = sum(8 * layer.in_features**2 for layer in chosen)
+    if room > _LARGE:
+        _LOG.warning(
+            "the sums of %d layers take %.0f GiB; name fewer layers if that is too much",
+            len(chosen),
+            room / 2**30,
+        )
     weights = fingerprint(model)
     settings = {
-        "fingerprint": weights,
         "dtype": str(first_parameter.dtype).removeprefix("torch."),
         "vocabulary": len(tokenizer),
         "layers": [layer.index for layer in chosen],
@@ -105,7 +112,9 @@ def collect_statistics(
         "max_length": max_length,
         "sample_size": sample_size,
     }
-    checkpoint = Checkpoint(checkpoint_dir, settings, checkpoint_seconds)
+    checkpoint = Checkpoint(
+        checkpoint_dir, {"fingerprint": weights, **settings}, checkpoint_seconds
+    )
     reader = read_texts(texts)
     stream = TokenStream(
         reader,

@@ -21,7 +21,7 @@ def fill(hooks: HookSet, scope: str, size: float = 5.0) -> None:
         q, _ = torch.linalg.qr(torch.randn(m, RANK, generator=generator, dtype=torch.float64))
         s = torch.randn(RANK, n, generator=generator, dtype=torch.float64) * size
         if scope == "membership":
-            layer.set_pair(q * 20, s, torch.tensor([0, 0, 1, 2]), "own")
+            layer.set_pair(q * 4 * size, s, torch.tensor([0, 0, 1, 2]), "own")
         else:
             layer.set_factored(q, s)
         layer.set_scope(scope)

@@ -12,7 +12,7 @@ F64 = torch.float64
 
 
 def spd(n: int, condition: float = 10.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A float64 matrix C [n, n] with eigenvalues from 1 down to 1/condition, and H with C = H H^T."""
+    """A float64 C [n, n] with eigenvalues from 1 down to 1/condition, and H with C = H H^T."""
     generator = torch.Generator().manual_seed(seed)
     q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=F64))
     root = q * torch.logspace(0, -math.log10(condition), n, dtype=F64).sqrt()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,11 +58,11 @@ def test_a_real_model_on_real_text(shared_dir, name, dtype):
 
     model, tokenizer = load_model(shared_dir / "models" / name, dtype=dtype)
     corpus = shared_dir / "data" / "corpus.txt"
-    statistics = _collect(model, tokenizer, corpus, layers=[1], max_tokens=1500)
+    statistics = _collect(model, tokenizer, corpus, layers=[1], max_tokens=600)
     texts = corpus.read_text(encoding="utf-8").splitlines()
-    keys = _keys_one_by_one(model, tokenizer, texts[:120], 1)[:1500]
+    keys = _keys_one_by_one(model, tokenizer, texts[:60], 1)[:600]
     expected = _second_moment(keys)
-    assert statistics.tokens == 1500
+    assert statistics.tokens == 600
     # A bfloat16 forward rounds each key to 8 bits, differently in batches of other shapes.
     bound = 1e-5 if dtype == "float32" else 2e-2
     error = torch.linalg.norm(statistics.covariances[1] - expected)
@@ -175,6 +177,34 @@ def test_texts_are_read_no_further_than_needed(model, tokenizer, make_texts):
     statistics = _collect(model, tokenizer, stream(), max_tokens=500)
     assert statistics.tokens == 500
     assert len(read) < 500
+
+
+_STREAM = """
+import resource, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from coachhook.statistics import collect_statistics
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+count = int(sys.argv[2])
+texts = (" ".join(f"w{(i * j) % 60}" for j in range(1, 25)) for i in range(count))
+tokens = collect_statistics(model, tokenizer, texts, batch_tokens=256, progress=False).tokens
+print(tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    peaks = []
+    for count in (1_000, 20_000):
+        command = [sys.executable, "-c", _STREAM, str(tmp_path), str(count)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        tokens, peak = map(int, output.split())
+        assert tokens == 25 * count
+        peaks.append(peak)
+    assert peaks[1] < peaks[0] + 20_000  # KiB; 19,000 more texts are 2 MB, their tokens 4 MB
 
 
 def test_long_texts_are_cut_counted_and_reported(model, tokenizer, caplog):

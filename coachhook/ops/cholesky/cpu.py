@@ -32,7 +32,7 @@ _ROW_BLOCK = 1024
 # Elements of the batched k x k temporaries of `_rotations`, 32 MiB in float64.
 _BATCH_ELEMENTS = 1 << 22
 # Squared pivots of chol(I + X^T X) may differ by this much for the solve that shares X.
-_CONDITION_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
+_PIVOT_LIMIT = 100.0
 
 
 def _panel_width(k: int) -> int:
@@ -44,8 +44,8 @@ def _factored(op: str, matrix: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):
         raise NotPositiveDefiniteError(
-            f"{op}: the result must be positive definite, got a matrix that is not, to rounding; "
-            "the factor is unchanged"
+            f"{op}: the result must be positive definite, got a matrix that is not, to rounding: "
+            "the keys outweigh the factored matrix by more than 1 / eps; the factor is unchanged"
         )
     return lower
 
@@ -139,9 +139,9 @@ def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
     """CPU form of :func:`coachhook.ops.cholesky_update_solve_`.
 
     ``C'^-1 K = L^-T X (I + X^T X)^-1`` shares X with the update and solves once more with the old
-    factor. Measured against long double it is up to 1e3 times as accurate as two solves with the
-    new factor, until ``I + X^T X`` itself is badly conditioned: keys that outweigh the prior and
-    depend on each other. Then the new factor is used.
+    factor. Measured against long double its error is down to a hundredth of that of two solves with
+    the new factor, as long as ``I + X^T X`` is well conditioned. Where it is not, because the keys
+    outweigh the matrix and depend on each other, the new factor is the better one.
     """
     op = "cholesky_update_solve_"
     check_values(op, factor, keys)
@@ -153,7 +153,7 @@ def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
     gram.diagonal().add_(1)
     inner = _factored(op, gram)
     pivots = inner.diagonal().square()
-    if bool(pivots.max() <= _CONDITION_LIMIT[keys.dtype] * pivots.min()):
+    if bool(pivots.max() <= _PIVOT_LIMIT * pivots.min()):
         scaled = torch.cholesky_solve(solved.mT, inner).mT
         result = torch.linalg.solve_triangular(factor.mT, scaled, upper=True)
         _apply_(factor, keys, solved, rotations)

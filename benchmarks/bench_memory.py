@@ -1,0 +1,27 @@
+"""pytest-benchmark face of ``coachhook bench memory``.
+
+    pytest benchmarks/bench_memory.py --benchmark-group-by=param:case
+
+Ratios are to be read from ``coachhook bench memory --json``, which times op, floor and peer in turns;
+here each is timed on its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coachhook.bench.memory import cases
+
+CASES = {
+    f"{case.op} {case.shape} {str(case.dtype).removeprefix('torch.')}": case
+    for case in cases(torch.device("cpu"), None, True)
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("what", ["run", "floor", "peer"])
+def test_memory(benchmark, case, what):
+    function = getattr(CASES[case], what)
+    with torch.inference_mode():
+        benchmark(function)
