@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_cholesky.py --benchmark-group-by=param:case
 
-Ratios are to be read from ``coachhook bench cholesky --json``, which times op, floor and peer in turns;
-here each is timed on its own.
+Ratios are to be read from ``coachhook bench cholesky --json``, which times op, floor and peer in
+turns; here each is timed on its own.
 """
 
 from __future__ import annotations

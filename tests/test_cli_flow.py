@@ -187,7 +187,7 @@ def test_resume_leaves_out_what_is_there_and_equals_one_run(world, tmp_path, out
     found, _ = output(*edit(world, out, "--limit", 2 * BATCH))
     assert found["edits"] == 2 * BATCH
     argv = ["edit", bundled.model_path(), world / "facts.jsonl", "--out", out, "--resume"]
-    found, _ = output(*argv, "--batch-size", BATCH)
+    found, _ = output(*edit(world, out, "--resume", "--preset", "default"))
     assert (found["edits"], found["already_there"]) == (EDITS - 2 * BATCH, 2 * BATCH)
     assert same_edits(out, world / "edits")
     found, _ = output(*argv)

@@ -320,8 +320,8 @@ def test_settings_that_make_no_sense(world, refused):
     argv = ["edit", world / "model", facts, "--out", world / "new"]
     refused(*argv, message="--stats is needed")
     argv = ["edit", world / "model", facts, "--out", world / "edits", "--resume"]
-    refused(*argv, "--alpha", "1", message="--resume keeps the settings")
-    refused(*argv, "--preset", "paper", message="--resume keeps the settings")
+    refused(*argv, "--alpha", "1", message="got other ones: alpha 1.0")
+    refused(*argv, "--preset", "paper", message="scope 'sequence'")
 
 
 def test_a_device_that_is_not_there(world, refused):

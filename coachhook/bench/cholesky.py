@@ -1,4 +1,4 @@
-"""The Cholesky ops against a pass over the factor (floor) and the dense solve or factoring (peer)."""
+"""The Cholesky ops against a pass over the factor (floor) and dense LU or Cholesky (peer)."""
 
 from __future__ import annotations
 

@@ -6,9 +6,15 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import available_backends, gram_update_
+
+
+def _whole_product(gram: Tensor, x: Tensor) -> Tensor:
+    wide = x.to(gram.dtype)
+    return gram.addmm_(wide.mT, wide)
 
 
 @benchmark("gram")
@@ -29,5 +35,5 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
                     run=partial(gram_update_, gram, x, backend=backend),
                     floor=partial(torch.mm, wide.mT, wide[:, : n // 2]),
                     peer_name="addmm_",
-                    peer=lambda g=gram, x=x: g.addmm_(x.to(g.dtype).mT, x.to(g.dtype)),
+                    peer=partial(_whole_product, gram, x),
                 )

@@ -51,11 +51,15 @@ CaseFactory = Callable[[torch.device, torch.dtype | None, bool], Iterable[Case]]
 _FACTORIES: dict[str, CaseFactory] = {}
 
 
-def benchmark(op: str) -> Callable[[CaseFactory], CaseFactory]:
-    """Decorator: the function yields the cases of ``op`` for (device, dtype or None, quick)."""
+def benchmark(name: str) -> Callable[[CaseFactory], CaseFactory]:
+    """Decorator: the function yields cases for (device, dtype or None, quick).
+
+    Args:
+        name: what ``coachhook bench`` calls them: the folder of the op, or of a family of ops.
+    """
 
     def add(factory: CaseFactory) -> CaseFactory:
-        _FACTORIES[op] = factory
+        _FACTORIES[name] = factory
         return factory
 
     return add

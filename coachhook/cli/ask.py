@@ -62,7 +62,8 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--oracle",
         action="store_true",
-        help="also the optimised targets patched in alone: what no such edit can exceed",
+        help="also the optimised targets patched in at the last subject token of the unedited "
+        "model: what no edit of that position alone can exceed",
     )
     parser.set_defaults(run=run_eval)
 
@@ -125,7 +126,7 @@ def run_eval(args: argparse.Namespace) -> int:
     if args.oracle and result["oracle"] is None:
         show("\noracle: EDITS holds none of these facts")
     elif args.oracle:
-        show("\noracle, the optimised targets alone (teacher-forced):\n")
+        show("\noracle, the targets put in at the last subject token alone (teacher-forced):\n")
         names = ("reliability", "generality")
         show(table(names, [[result["oracle"][name] for name in names]]))
     return 0

@@ -39,6 +39,7 @@ of another file to a finished folder.
 # EditConfig fields that can be set from the command line, with their types or choices.
 _OVERRIDES: dict[str, tuple[Any, str]] = {
     "covariance_weight": (float, "weight lambda of the covariance"),
+    "ridge": (float, "share of the covariance's mean diagonal added to its diagonal"),
     "alpha": (float, "initial gate threshold"),
     "false_fire": (float, "population scope: share of unrelated tokens that may fire"),
     "target_steps": (positive_int, "most optimisation steps of a target"),
@@ -48,6 +49,10 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "target_clamp": (float, "largest change of a target, as a share of its norm"),
     "target_kl": (float, "weight of the KL term of a target"),
     "target_stop": (float, "a target is done when its loss is below this"),
+    "places": (
+        lambda text: text.split(","),
+        "where a fact may be written, in the order they are taken",
+    ),
     "max_rank": (positive_int, "largest rank of a factored hook"),
     "max_keys": (positive_int, "keys kept apart before the oldest are folded away"),
 }
@@ -56,6 +61,8 @@ _CHOICES = {
     "storage": ("auto", "dense", "factored"),
     "key_pooling": ("mean", "each"),
     "correction": ("own", "sum"),
+    "sharing": ("even", "first"),
+    "state_dtype": ("float64", "float32"),
 }
 _SAMPLES = 3
 
@@ -107,19 +114,11 @@ def run(args: argparse.Namespace) -> int:
         overrides = _overrides(args)
         requests = read_requests(args)
         resumed = check_output(args.out, resume=args.resume)
-        if resumed and (overrides or args.preset):
-            given = [*overrides, *(["preset"] if args.preset else [])]
-            raise InputError(
-                f"--resume keeps the settings of {args.out}, got also {', '.join(given)}"
-            )
         if not resumed and args.stats is None:
             raise InputError("--stats is needed; `coachhook stats` writes it")
         model, tokenizer = open_model(args)
-        editor = (
-            _resume(args, model, tokenizer)
-            if resumed
-            else _start(args, model, tokenizer, overrides)
-        )
+        start = _resume if resumed else _start
+        editor = start(args, model, tokenizer, overrides)
         todo = _not_yet(editor, requests) if resumed else requests
         check_prompts(model, tokenizer, todo, editor.config)
     summary = _edit(args, editor, todo)
@@ -146,19 +145,38 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 def _start(
     args: argparse.Namespace, model: Any, tokenizer: Any, overrides: dict[str, Any]
 ) -> Editor:
-    from coachhook.editing import EditConfig, Editor
+    from coachhook.editing import Editor
     from coachhook.statistics import Statistics
 
     statistics = Statistics.load(args.stats)
-    preset = EditConfig.paper if args.preset == "paper" else EditConfig.for_model
-    config = preset(model, **overrides)
+    config = _config(args, model, overrides)
     return Editor(model, tokenizer, statistics=statistics, config=config)
 
 
-def _resume(args: argparse.Namespace, model: Any, tokenizer: Any) -> Editor:
+def _config(args: argparse.Namespace, model: Any, overrides: dict[str, Any]) -> EditConfig:
+    from coachhook.editing import EditConfig
+
+    preset = EditConfig.paper if args.preset == "paper" else EditConfig.for_model
+    return preset(model, **overrides)
+
+
+def _resume(
+    args: argparse.Namespace, model: Any, tokenizer: Any, overrides: dict[str, Any]
+) -> Editor:
+    """The editor of a finished folder; settings given again must be those of the folder."""
     from coachhook.editing import Editor
 
-    return Editor.load(model, tokenizer, args.out)
+    asked = _config(args, model, overrides).to_dict()
+    editor = Editor.load(model, tokenizer, args.out)
+    kept = editor.config.to_dict()
+    names = [name for name in kept if args.preset or name in overrides]
+    other = [f"{name} {asked[name]!r}" for name in names if asked[name] != kept[name]]
+    if other:
+        raise InputError(
+            f"--resume keeps the settings of {args.out}, got other ones: {', '.join(other)}; "
+            "leave them out, or write to another folder"
+        )
+    return editor
 
 
 def _not_yet(editor: Editor, requests: Sequence[EditRequest]) -> list[EditRequest]:
@@ -176,23 +194,17 @@ def check_prompts(
         InputError: in one of the contexts, with its target, a prompt is longer than the context
             window, or the tokenizer does not show where its subject ends.
     """
-    from coachhook.editing.prompts import encode_in_context, encode_target
+    from coachhook.editing.targets import encode_requests
     from coachhook.models import describe
 
     window = describe(model).max_positions
     problems = []
     for request in requests:
         try:
-            room = (
-                None
-                if window is None
-                else window - len(encode_target(tokenizer, request.target_new))
-            )
-            for context in config.contexts:
-                encode_in_context(tokenizer, request, context, room)
+            encode_requests(tokenizer, [request], config.contexts, window)
         except ValueError as error:
             name = "" if request.id is None else f" (id {request.id})"
-            problems.append(f"  {request.text[:60]!r}{name}: {error}")
+            problems.append(f"  {request.text[:60]!r}{name}: {error.__cause__ or error}")
     if problems:
         raise InputError("facts that cannot be edited:\n" + "\n".join(problems))
 

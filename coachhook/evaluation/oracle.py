@@ -1,8 +1,8 @@
 """The oracle: what an edit could reach at best, whatever the weights and the gate do.
 
 The optimised targets v* are written straight over the output of their block at the last subject
-token of the unedited model. No closed-form edit of that position can beat it, so results are to be
-read as a share of the oracle.
+token of the unedited model. No closed-form edit of that position alone can beat it, so results are
+to be read as a share of the oracle; edits that write at further places may exceed it.
 """
 
 from __future__ import annotations

@@ -21,20 +21,52 @@ Key = tuple[int, str]
 
 
 @dataclass
-class Chunk:
-    """One forward's worth of columns of one layer, kept so that a prefix can be taken back.
+class History:
+    """Norms of the tokens of one layer, kept so that a running mean can be taken back.
+
+    The norm of a token that came alone is not asked of the gate a second time: it follows from the
+    moments before and after it.
 
     Attributes:
-        columns: number of columns T of the forward.
-        before: moments ``[B, 3]`` before it.
-        norms: ``[B, T]`` the norms of its tokens, None for a chunk of one.
-        mask: ``[B, T]`` bool, None where every token is real.
+        start: moments ``[B, 3]`` before the first column.
+        norms: ``[B, columns]`` float64, NaN for padding.
+        before: moments before the last token, where its norm is still to be worked out.
     """
 
-    columns: int
-    before: Tensor
-    norms: Tensor | None
-    mask: Tensor | None
+    start: Tensor
+    norms: Tensor
+    before: Tensor | None = None
+
+    def append(self, norms: Tensor) -> None:
+        """Add the columns of a forward of several tokens."""
+        self.norms = torch.cat((self.norms, norms.to(self.norms.dtype)), dim=1)
+
+    def settle(self, moments: Tensor) -> None:
+        """Add the column of a token that came alone, given the moments after it."""
+        if self.before is None:
+            return
+        (count_before, mean_before, _), (count, mean, _) = self.before.T, moments.T
+        norm = mean_before + (mean - mean_before) * count
+        self.append(torch.where(count > count_before, norm, float("nan"))[:, None])
+        self.before = None
+
+    def take_back(self, columns: int) -> Tensor:
+        """Drop the last columns; the moments ``[B, 3]`` of what is left."""
+        self.norms = self.norms[:, : self.norms.shape[1] - columns]
+        real = ~self.norms.isnan()
+        count = real.sum(1).to(self.norms.dtype)
+        mean = self.norms.nansum(1) / count.clamp(min=1)
+        m2 = (self.norms - mean[:, None]).square().nansum(1)
+        # Two samples joined: Chan, Golub, LeVeque 1983.
+        count_start, mean_start, m2_start = self.start.T
+        total, gap = count_start + count, mean - mean_start
+        share = count / total.clamp(min=1)
+        joined = (
+            total,
+            mean_start + gap * share,
+            m2_start + m2 + gap.square() * count_start * share,
+        )
+        return torch.stack(joined, dim=-1)
 
 
 @dataclass
@@ -43,11 +75,11 @@ class GateState:
 
     Attributes:
         moments: the prompt's moments for ``sequence``, the running ones for ``prefix``.
-        chunks: what ``prefix`` needs to be taken back column by column, oldest first.
+        histories: what ``prefix`` needs to be taken back, per layer.
     """
 
     moments: dict[Key, Tensor] = field(default_factory=dict)
-    chunks: dict[int, list[Chunk]] = field(default_factory=dict)
+    histories: dict[int, History] = field(default_factory=dict)
 
     def get(self, key: Key, rows: int) -> Tensor | None:
         """The moments kept for a layer, None if this is the first it sees of the cache.
@@ -71,17 +103,25 @@ class GateState:
     def clear(self) -> None:
         """Forget everything, as if the cache were new."""
         self.moments.clear()
-        self.chunks.clear()
+        self.histories.clear()
+
+    def history(self, layer: int, moments: Tensor) -> History:
+        """The history of a layer up to ``moments``, begun here if there is none."""
+        history = self.histories.get(layer)
+        if history is None:
+            history = History(moments.clone(), moments.new_zeros(moments.shape[0], 0))
+            self.histories[layer] = history
+        history.settle(moments)
+        return history
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply ``change`` to every tensor's rows."""
         for key, moments in self.moments.items():
             self.moments[key] = change(moments)
-        for chunks in self.chunks.values():
-            for chunk in chunks:
-                chunk.before = change(chunk.before)
-                chunk.norms = None if chunk.norms is None else change(chunk.norms)
-                chunk.mask = None if chunk.mask is None else change(chunk.mask)
+        for history in self.histories.values():
+            history.start = change(history.start)
+            history.norms = change(history.norms)
+            history.before = None if history.before is None else change(history.before)
 
     def take_back(self, columns: int) -> None:
         """Undo the last ``columns`` columns of the running moments.
@@ -91,45 +131,18 @@ class GateState:
         Raises:
             ValueError: the tokens to take back were not recorded.
         """
-        for (layer, kind), moments in self.moments.items():
-            if kind == "prefix":
-                moments.copy_(_rewound(self.chunks.get(layer, []), columns, moments))
-
-
-def _rewound(chunks: list[Chunk], columns: int, moments: Tensor) -> Tensor:
-    while columns:
-        if not chunks:
-            raise ValueError(
-                "crop: the scope 'prefix' can take back only what was read into a cache passed to "
-                "the model; pass an empty DynamicCache with the prompt, or use the scope "
-                "'population' or 'membership'"
-            )
-        chunk = chunks.pop()
-        moments = chunk.before
-        if chunk.columns > columns and chunk.norms is not None:
-            left = chunk.columns - columns
-            norms = chunk.norms[:, :left]
-            mask = None if chunk.mask is None else chunk.mask[:, :left]
-            chunks.append(Chunk(left, chunk.before, norms, mask))
-            return extended(chunk.before, norms, mask)
-        columns -= chunk.columns
-    return moments
-
-
-def extended(moments: Tensor, norms: Tensor, mask: Tensor | None) -> Tensor:
-    """Moments ``[B, 3]`` after the real ones of ``norms [B, T]`` have joined (Welford 1962)."""
-    count, mean, m2 = moments.unbind(-1)
-    for column in range(norms.shape[1]):
-        gap = norms[:, column].to(mean.dtype) - mean
-        real = torch.ones_like(count)
-        if mask is not None:
-            real = mask[:, column].to(count.dtype)
-            gap = torch.where(mask[:, column], gap, 0.0)
-        count = count + real
-        step = gap / count.clamp(min=1)
-        m2 = m2 + step * gap * (count - 1)
-        mean = mean + step
-    return torch.stack((count, mean, m2), dim=-1)
+        if columns == 0:
+            return
+        running = {layer: kept for (layer, kind), kept in self.moments.items() if kind == "prefix"}
+        for layer, moments in running.items():
+            if self.history(layer, moments).norms.shape[1] < columns:
+                raise ValueError(
+                    "crop: the scope 'prefix' can take back only what was read, not compiled, into "
+                    "a cache passed to the model; pass an empty DynamicCache with the prompt, or "
+                    "use the scope 'population' or 'membership'"
+                )
+        for layer, moments in running.items():
+            moments.copy_(self.histories[layer].take_back(columns))
 
 
 class _FollowedMethod:

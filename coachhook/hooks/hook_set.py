@@ -166,7 +166,8 @@ def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookS
     The instance is changed, not its class: each down-projection is replaced on its parent module by
     a :class:`HookedLinear` around it, and the base model gets two forward hooks that read its mask
     and cache. Attach before ``torch.compile``. A deep copy of a hooked model is hooked by itself;
-    :func:`attached_hooks` finds its hooks.
+    :func:`attached_hooks` finds its hooks. Gradient checkpointing runs blocks again when the mask
+    is no longer known: train hooked models without it.
 
     Args:
         model: a causal language model of transformers.

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from coachhook.hooks.cache_state import Chunk
+from coachhook.hooks.cache_state import GateState
 from coachhook.hooks.context import GateContext
 from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
 from coachhook.ops import (
@@ -278,8 +278,10 @@ class HookedLinear(nn.Module):
             return output
         context = self.context
         rows, columns = self._grid(x)
-        packed = context.cu_seqlens is not None
-        grid = (columns,) if packed else (rows, columns)
+        cu_seqlens = context.cu_seqlens
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.to(x.device)
+        grid = (rows, columns) if cu_seqlens is None else (columns,)
         tokens = x.reshape(*grid, self.in_features)
         mask, scope = None, cast("Scope", Ungated())
         if self._state == "validated":
@@ -291,7 +293,7 @@ class HookedLinear(nn.Module):
             self._store.operand(),
             self._store.alpha,
             mask=mask,
-            cu_seqlens=context.cu_seqlens,
+            cu_seqlens=cu_seqlens,
             scope=scope,
         )
         for sink in context.sinks:
@@ -356,18 +358,23 @@ class HookedLinear(nn.Module):
             return Population(kept[:, 1], (kept[:, 2] / (kept[:, 0] - 1)).sqrt())
         if kept is None:
             kept = state.open(key, rows, tokens.device)
-        if self.context.can_crop and not torch.compiler.is_compiling():
-            chunks = state.chunks.setdefault(self.index, [])
-            chunks.append(self._chunk(tokens, mask, kept))
+        self._remember(state, tokens, mask, kept)
         return Prefix(kept)
 
-    def _chunk(self, tokens: Tensor, mask: Tensor | None, kept: Tensor) -> Chunk:
-        norms = None
-        if tokens.shape[1] > 1:
-            # Speculative decoding takes back the rejected end of such a chunk.
+    def _remember(
+        self, state: GateState, tokens: Tensor, mask: Tensor | None, moments: Tensor
+    ) -> None:
+        """Prepare for a crop of the cache, as speculative decoding does after every guess."""
+        if torch.compiler.is_compiling() or not self.context.can_crop:
+            state.histories.pop(self.index, None)
+            return
+        history = state.history(self.index, moments)
+        if tokens.shape[1] == 1:
+            history.before = moments.clone()
+        else:
             plain = Population(0.0, 1.0)
             norms = gate_scores(tokens, self._store.operand(), mask=mask, scope=plain)
-        return Chunk(tokens.shape[1], kept.clone(), norms, mask)
+            history.append(norms)
 
     # Everything below keeps the wrapper transparent: the base answers under its own names.
 

@@ -110,6 +110,7 @@ class HookStorage(nn.Module):
             return self.dense.clone()
         return self.left[:, : self.rank] @ self.right[: self.rank]
 
+    @torch.no_grad()
     def clear(self) -> None:
         """Forget Delta; addresses are kept."""
         self.dense.zero_()
@@ -132,6 +133,7 @@ class HookStorage(nn.Module):
             self._resize(rank)
         self.reserved = True
 
+    @torch.no_grad()
     def set_dense(self, delta: Tensor) -> None:
         """Copy in ``delta [m, n]``."""
         self._check("set_delta", "delta", delta, (self.out_features, self.in_features))
@@ -179,6 +181,7 @@ class HookStorage(nn.Module):
                 )
         self._fill("pair", v, at, groups, correction)
 
+    @torch.no_grad()
     def set_dtype(self, dtype: torch.dtype) -> None:
         """Change the compute dtype of all floating buffers."""
         if dtype != self.dtype:
@@ -198,6 +201,7 @@ class HookStorage(nn.Module):
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         return StoredHook(self.kind, rank, self.grouped, self.correction, copies)
 
+    @torch.no_grad()
     def restore(self, stored: StoredHook) -> None:
         """Bring back a :meth:`snapshot`, into the buffers as they are now."""
         tensors = stored.tensors
@@ -212,6 +216,7 @@ class HookStorage(nn.Module):
         for name in ("alpha", "mean", "std"):
             getattr(self, name).copy_(tensors[name])
 
+    @torch.no_grad()
     def _fill(
         self, kind: Kind, left: Tensor, right: Tensor, groups: Tensor | None, correction: Correction
     ) -> None:
@@ -240,6 +245,7 @@ class HookStorage(nn.Module):
         else:
             self.groups.zero_()
 
+    @torch.no_grad()
     def _resize(self, capacity: int) -> None:
         kept = min(capacity, self.rank)
         with torch.inference_mode(False):

@@ -141,6 +141,8 @@ class KeySums:
                 self._scratch[place] = torch.empty(n, n, dtype=torch.float32, device=keys.device)
             gram_update_(self._scratch[place].zero_(), keys)
         except ValueError as error:
+            if bool(keys.isfinite().all()):
+                raise
             raise _not_finite(layer) from error
         total.add_(self._scratch[place].to(total.device))
 

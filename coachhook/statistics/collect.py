@@ -155,9 +155,9 @@ def collect_statistics(
                     now = Position(before.counts, before.texts, done, window_digest(window))
                     checkpoint.save(now, sums)
             resumed = None
-    checkpoint.save(before, sums)
     if not sums.tokens:
         raise ValueError("collect_statistics: texts must hold text, got none")
+    checkpoint.save(before, sums)
     counts = stream.counts
     if counts["truncated"]:
         _LOG.warning(

@@ -13,29 +13,50 @@ from coachhook.evaluation import evaluate
 from coachhook.evaluation.intervals import harmonic_mean, wilson
 from coachhook.evaluation.metrics import begins_with
 from coachhook.evaluation.scoring import encode_pairs, encode_prompts, greedy, score
+from coachhook.hooks import attach_hooks
 
-
-class Perturbed:
-    """Stands where hooks stand: the "edits" are a change of one weight, off inside ``disabled``."""
-
-    def __init__(self, model, amount=0.3):
-        self.weight = model.transformer.h[1].mlp.c_proj.weight
-        self.amount = amount
-        self.shift(amount)
-
-    def shift(self, amount):
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            self.weight += amount * torch.randn(self.weight.shape, generator=generator)
+ALPHA = 3.0
 
 
 @pytest.fixture
-def two_models(model):
-    """The tiny model, and a copy whose second MLP differs."""
-    other = type(model)(model.config).eval()
-    other.load_state_dict(model.state_dict())
-    Perturbed(other)
-    return model, other
+def hooks(model):
+    """Real hooks with random corrections, which fire where ``||Delta x|| >= ALPHA``."""
+    hooks = attach_hooks(model, [1, 2])
+    generator = torch.Generator().manual_seed(1)
+    for layer, hook in hooks.items():
+        hook.set_scope("population", population=(0.0, 1.0))
+        hook.set_alpha(ALPHA)
+        scale = 0.25 if layer == 1 else 0.2
+        hook.set_delta(scale * torch.randn(32, 128, generator=generator))
+    hooks.set_state("validated")
+    yield hooks
+    hooks.detach()
+
+
+class Off:
+    """The model with its hooks off."""
+
+    def __init__(self, model, hooks):
+        self.model, self.hooks, self.config = model, hooks, model.config
+
+    def __call__(self, ids):
+        with self.hooks.disabled():
+            return self.model(ids)
+
+
+def fired_tokens(model, tokenizer, hooks, prompt):
+    """Per token, whether the correction of any layer is at least ALPHA: from the hooks' inputs."""
+    norms = {}
+
+    def note(module, args, output):
+        norms[module.index] = (args[0] @ module.delta().T).norm(dim=-1)[0]
+
+    handles = [hook.register_forward_hook(note) for hook in hooks.values()]
+    with torch.no_grad():
+        model(torch.tensor([tokenizer(prompt)["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    return [max(at) >= ALPHA for at in zip(*(n.tolist() for n in norms.values()), strict=True)]
 
 
 def naive_pair(model, tokenizer, prompt, target):
@@ -106,75 +127,30 @@ def naive(before, after, tokenizer, requests, limit, locality_tokens):
     return {name: mean(values) for name, values in out.items()}
 
 
-class Swapped:
-    """Hooks whose ``disabled`` puts the unedited weights back, and whose gate never fires."""
-
-    def __init__(self, model, off):
-        self.model, self.off = model, off
-
-    def disabled(self):
-        return _Exchange(self.model, self.off)
-
-    def record(self):
-        return _Recording(self.model)
-
-
-class _Exchange:
-    def __init__(self, model, off):
-        self.model, self.off = model, off
-
-    def __enter__(self):
-        self.kept = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.off.state_dict())
-
-    def __exit__(self, *error):
-        self.model.load_state_dict(self.kept)
-
-
-class _Recording:
-    """Says that the first token of every prompt fired, in one of two layers."""
-
-    def __init__(self, model):
-        self.model, self.records = model, []
-
-    def __enter__(self):
-        self.handle = self.model.register_forward_pre_hook(self.note, with_kwargs=True)
-        return self.records
-
-    def note(self, module, args, kwargs):
-        z = torch.zeros(kwargs["input_ids"].shape)
-        fired = torch.zeros_like(z, dtype=torch.bool)
-        self.records.append((0, z, fired))
-        fired = fired.clone()
-        fired[:, 0] = True
-        self.records.append((1, z, fired))
-
-    def __exit__(self, *error):
-        self.handle.remove()
-
-
-def test_every_number_follows_its_definition(two_models, tokenizer, requests):
-    plain, edited = two_models
-    expected = naive(plain, edited, tokenizer, requests, 12, 3)
-    # With answers the edited model really gives, no number is trivially zero.
+def test_every_number_follows_its_definition(model, hooks, tokenizer, requests):
+    plain, edited = Off(model, hooks), model
+    # With an answer the edited model really gives, no number is trivially zero.
     given = tokenizer.decode(naive_greedy(edited, tokenizer, requests[1].text, 12)).split()[0]
     requests[1] = EditRequest(
         prompt="{} speaks", subject="Ann Art", target_new=given, paraphrases=["Ann Art says"]
     )
-    expected = naive(plain, edited, tokenizer, requests, 12, 3)
-    expected_before = naive(plain, plain, tokenizer, requests, 12, 3)
-    assert 0 < expected["tl"] < 1 and expected["tr"] > 0
+    expected = {
+        "before": naive(plain, plain, tokenizer, requests, 12, 3),
+        "after": naive(plain, edited, tokenizer, requests, 12, 3),
+    }
+    assert 0 < expected["after"]["tl"] < 1 and 0 < expected["after"]["gl"] < 1
+    assert expected["after"]["tr"] > 0 and expected["after"]["gr"] > 0
     result = evaluate(
-        edited,
+        model,
         tokenizer,
         requests,
-        hooks=Swapped(edited, plain),
+        hooks=hooks,
         batch_size=2,
         max_new_tokens=12,
         locality_tokens=3,
         progress=False,
     )
-    for state, wanted in (("after", expected), ("before", expected_before)):
+    for state, wanted in expected.items():
         for family, keys in (
             ("teacher_forced", "tr tg tl"),
             ("probability", "pe pp pn"),
@@ -187,9 +163,12 @@ def test_every_number_follows_its_definition(two_models, tokenizer, requests):
             )
     assert result["teacher_forced"]["before"]["locality"] == 1.0
     assert result["generated"]["before"]["locality"] == 1.0
-    lengths = [len(tokenizer(p)["input_ids"]) for r in requests for p in r.neighborhood]
-    assert result["gate"]["fired_unrelated"] == pytest.approx(len(lengths) / sum(lengths))
-    assert result["gate"]["fired_edited"] == 1.0
+    near = [fired_tokens(model, tokenizer, hooks, p) for r in requests for p in r.neighborhood]
+    edited = [fired_tokens(model, tokenizer, hooks, r.text) for r in requests]
+    share = sum(map(sum, near)) / sum(map(len, near))
+    assert 0 < share < 1
+    assert result["gate"]["fired_unrelated"] == pytest.approx(share)
+    assert result["gate"]["fired_edited"] == sum(map(any, edited)) / len(edited)
 
 
 def test_the_pinned_keys_and_extras(model, tokenizer, requests):

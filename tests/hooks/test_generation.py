@@ -252,6 +252,12 @@ def test_a_cropped_prefix_goes_on_as_if_never_longer() -> None:
         torch.testing.assert_close(step(cache, 8, 16).logits, whole[:, 8:])
         cache.crop(-11)
         torch.testing.assert_close(step(cache, 5, 16).logits, whole[:, 5:])
+        cache.crop(-8)
+        for column in range(8, 13):
+            step(cache, column, column + 1)
+        cache.reorder_cache(torch.arange(3))
+        cache.crop(-6)
+        torch.testing.assert_close(step(cache, 7, 16).logits, whole[:, 7:])
         unseen = step(None, 0, 8).past_key_values
         with pytest.raises(ValueError, match="pass an empty DynamicCache"):
             unseen.crop(-4)

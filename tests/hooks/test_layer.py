@@ -195,6 +195,16 @@ def test_the_buffers_are_copies_and_stay_where_they_are() -> None:
     assert layer._store.capacity == 0
 
 
+def test_the_buffers_join_no_graph() -> None:
+    layer = hook(nn.Linear(N, M))
+    layer.set_delta(nn.Parameter(torch.randn(M, N)))
+    assert not layer._store.dense.requires_grad
+    q, s = factors(3)
+    layer.set_factored(q.requires_grad_(), s.requires_grad_())
+    assert not any(buffer.requires_grad for buffer in layer._store.buffers())
+    layer.restore(layer.snapshot())
+
+
 def test_the_capacity_grows_geometrically() -> None:
     layer = hook(nn.Linear(N, M))
     sizes = set()
@@ -216,6 +226,9 @@ def test_reserved_rows_change_nothing_but_fix_the_addresses(scope: str) -> None:
         layer.set_alpha(-0.2)
         layer.state = "validated"
     assert torch.equal(reserved(x), base(x)), "empty, but live"
+    scores: list = []
+    plain.context.sinks.append(scores)
+    reserved.context.sinks.append(scores)
     for rank in (2, 6, 3):
         q, s = factors(rank, torch.float64)
         for layer in (plain, reserved):
@@ -224,7 +237,9 @@ def test_reserved_rows_change_nothing_but_fix_the_addresses(scope: str) -> None:
                 layer.set_pair(q, s, groups, "own")
             else:
                 layer.set_factored(q, s)
+        scores.clear()
         torch.testing.assert_close(reserved(x), plain(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(scores[0][1], scores[1][1], equal_nan=True)
         assert not torch.equal(plain(x), base(x))
         assert [b.data_ptr() for b in reserved._store.buffers()] == addresses
     before = reserved.delta()

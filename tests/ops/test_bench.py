@@ -44,10 +44,11 @@ def test_rows_have_the_pinned_form():
         assert math.isclose(row["ratio"], row["peer_ms"] / row["median_ms"])
 
 
-def test_every_case_of_every_op_runs():
-    assert "hooked_linear" in bench.benchmarked_ops()
-    rows = bench.run(quick=True)
-    assert {row["op"] for row in rows} == set(bench.benchmarked_ops())
+@pytest.mark.parametrize("name", bench.benchmarked_ops())
+def test_every_quick_case_runs(name):
+    rows = bench.run(name, quick=True)
+    assert rows
+    assert all(list(row) == KEYS and row["median_ms"] > 0 for row in rows)
 
 
 def test_unknown_op():

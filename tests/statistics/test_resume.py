@@ -21,7 +21,7 @@ from coachhook.statistics import collect_statistics, read_texts
 
 def slowly(texts):
     for text in texts:
-        time.sleep(0.002)
+        time.sleep(0.005)
         yield text
 
 folder, resume = sys.argv[1], sys.argv[2] == "resume"
@@ -87,17 +87,19 @@ class _Killed(Exception):
 @pytest.fixture
 def interrupted(model, tokenizer, make_texts, tmp_path):
     """A checkpoint of a run that ended in the midst of a window, and the texts of that run."""
-    texts = make_texts(400)
+    texts, forwards = make_texts(400), []
 
-    def dying():
-        yield from texts[:200]
-        raise _Killed
+    def die(module, arguments):
+        forwards.append(1)
+        if len(forwards) == 45:
+            raise _Killed
 
+    handle = model.transformer.h[1].register_forward_pre_hook(die)
     with pytest.raises(_Killed):
-        _collect(
-            model, tokenizer, dying(), checkpoint_dir=tmp_path / "state", checkpoint_seconds=0.0
-        )
-    assert _position(tmp_path / "state")["batches"] > 0
+        _collect(model, tokenizer, texts, checkpoint_dir=tmp_path / "state", checkpoint_seconds=0.0)
+    handle.remove()
+    position = _position(tmp_path / "state")
+    assert position["counts"]["read"] > 0 and position["batches"] > 0
     return tmp_path / "state", texts
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from coachhook.ops import _backends
 from coachhook.ops._registry import is_plain_eager, register_op
-from coachhook.ops.hooked_linear import cpu, cuda, reference
+from coachhook.ops.hooked_linear import cpu, cuda, reference, triton
 from coachhook.ops.hooked_linear.checks import (
     check_base_output,
     check_gate,
@@ -57,6 +57,8 @@ _backends.register("gate_scores", "reference", reference.gate_scores)
 _backends.register("hooked_linear", "cuda", cuda.hook_output, supports=cuda.supports)
 _backends.register("gate_scores", "cpu", reference.gate_scores)
 _backends.register("gate_scores", "cuda", cuda.gate_scores, supports=cuda.supports)
+_backends.register("hooked_linear", "triton", triton.hook_output, supports=triton.supports)
+_backends.register("gate_scores", "triton", triton.gate_scores, supports=triton.supports)
 
 
 def _exact_products(device: torch.device) -> Any:

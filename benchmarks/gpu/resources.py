@@ -1,0 +1,320 @@
+"""What the compiler makes of the shipped Triton kernels, per architecture; needs no GPU.
+
+    python benchmarks/gpu/resources.py                   print the table
+    python benchmarks/gpu/resources.py --write           write docs/kernels/resources.md
+    python benchmarks/gpu/resources.py --only project correct --arch 90
+
+Every kernel is compiled ahead of time with the sizes of the launch policy and the hints the
+launcher's arguments give. The exit status is 1 where a configuration spills registers, asks for more
+shared memory than a block may use, lacks tensor-core instructions or 16-byte loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "kernels" / "resources.md"
+ARCHS = (80, 90, 100)
+
+# The instructions of tensor-core products: warp, warp group (sm_90), tensor memory (sm_100).
+MMA = ("HMMA", "HGMMA", "UTCHMMA")
+# What the heavy products must use: mma.sync runs at a fraction of the rate on sm_90 and sm_100.
+NATIVE_MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+_FEATURES = {"pitch", "features", "stride_x", "stride_s", "stride_y", "stride_lift", "chunk"}
+_SIZES = {"depth", "outputs", *_FEATURES}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of one kernel.
+
+    Attributes:
+        name: what the table calls it.
+        kernel: name in ``triton_kernels``.
+        pointers: element types of its pointers; a pointer left out is None.
+        constants: its constexpr arguments.
+        options: warps and stages.
+        mma: ``"native"``, ``"any"`` or ``""``: tensor-core instructions it must have.
+        wide: whether it must load 16 bytes at a time.
+    """
+
+    name: str
+    kernel: str
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+    mma: str = ""
+    wide: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a configuration became."""
+
+    name: str
+    arch: int
+    sizes: str
+    registers: int
+    spills: int
+    shared: int
+    limit: int
+    mma: str
+    wide_loads: int
+    narrow_loads: int
+    problems: list[str]
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every shipped configuration for an architecture."""
+    from coachhook.ops.hooked_linear import triton as launcher
+    from coachhook.ops.hooked_linear import triton_kernels as kernels
+    from coachhook.ops.hooked_linear.policy import LaunchPolicy
+
+    policy = LaunchPolicy.for_arch(arch // 10, arch % 10)
+
+    def project(name: str, kind: str, x: str, s: str, features: int, squares: bool) -> Case:
+        tile = policy.project(kind, features)
+        pointers = {"x_ptr": x, "s_ptr": s, "part_ptr": "fp32"}
+        if squares:
+            pointers["squares_ptr"] = "fp32"
+        constants = {
+            "PAIR": kind == "pair",
+            "GROUP": policy.group,
+            "BT": tile.tokens,
+            "BF": tile.width,
+            "BK": tile.depth,
+        }
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        mma = "" if kind == "full" else "native"
+        return Case(f"project, {name}", "_project_kernel", pointers, constants, options, mma)
+
+    yield project("bf16 x, fp32 S", "pair", "bf16", "fp32", 128, False)
+    yield project("bf16 x, fp32 S, r <= 64", "pair", "bf16", "fp32", 64, False)
+    yield project("bf16 x, fp32 dense", "pair", "bf16", "fp32", 4096, True)
+    yield project("fp16 x, fp32 S", "pair", "fp16", "fp32", 128, False)
+    yield project("bf16 x, bf16 S", "single", "bf16", "bf16", 128, False)
+    yield project("bf16 x, bf16 dense", "single", "bf16", "bf16", 4096, True)
+    yield project("fp16 x, fp16 S", "single", "fp16", "fp16", 128, False)
+    yield project("fp32", "full", "fp32", "fp32", 128, False)
+
+    def correct(name: str, y: str, full: bool, lift: bool, own: bool) -> Case:
+        tile = policy.correct_full if full else policy.correct
+        pointers = {"y_ptr": y, "feature_ptr": "fp32", "index_ptr": "i32", "count_ptr": "i32"}
+        if lift:
+            pointers["lift_ptr"] = "fp32"
+        if own:
+            pointers |= {"winner_ptr": "i32", "groups_ptr": "i64", "magnitude_ptr": "fp32"}
+        constants = {
+            "PRECISION": "ieee" if full else "tf32x3",
+            "BT": tile.tokens,
+            "BM": tile.width,
+            "BK": tile.depth,
+        }
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        mma = "any" if lift and not full else ""
+        return Case(f"correct, {name}", "_correct_kernel", pointers, constants, options, mma)
+
+    yield correct("bf16 y", "bf16", full=False, lift=True, own=False)
+    yield correct("fp16 y", "fp16", full=False, lift=True, own=False)
+    yield correct("bf16 y, own group", "bf16", full=False, lift=True, own=True)
+    yield correct("bf16 y, dense", "bf16", full=False, lift=False, own=False)
+    yield correct("fp32 y", "fp32", full=True, lift=True, own=False)
+
+    per_token = {"magnitude_ptr": "fp32", "z_ptr": "fp32", "fired_ptr": "u8"}
+    reduce_sizes = {"BT": launcher._REDUCE_TOKENS, "BF": launcher._REDUCE_FEATURES}
+    for name, splits, reduction, more in (
+        ("norm of 8 chunks", 8, kernels.NORM, {}),
+        ("norm, dense", 1, kernels.NORM, {"squares_ptr": "fp32"}),
+        ("largest of 8 chunks", 8, kernels.LARGEST, {"winner_ptr": "i32"}),
+    ):
+        constants = {"SPLITS": splits, "REDUCTION": reduction.value, **reduce_sizes}
+        pointers = {"part_ptr": "fp32", **per_token, **more}
+        # The squares of a token's tiles are few and start anywhere.
+        wide = "squares_ptr" not in more
+        yield Case(f"reduce, {name}", "_reduce_kernel", pointers, constants, wide=wide)
+    group_sizes = {"BT": launcher._GROUP_TOKENS, "BF": launcher._GROUP_FEATURES}
+    group = {"feature_ptr": "fp32", "groups_ptr": "i64", "magnitude_ptr": "fp32"}
+    yield Case("group sums", "_group_max_kernel", {**group, "winner_ptr": "i32"}, group_sizes)
+
+    packed = {**per_token, "mask_ptr": "u8", "cu_seqlens_ptr": "i32", "alpha_ptr": "fp32"}
+    for name, scope, more in (
+        ("sequence", kernels.SEQUENCE, {"state_ptr": "fp64"}),
+        ("prefix", kernels.PREFIX, {"state_ptr": "fp64"}),
+        ("population", kernels.POPULATION, {"mean_ptr": "fp64", "std_ptr": "fp64"}),
+        ("membership", kernels.DIRECT, {}),
+        ("ungated", kernels.UNGATED, {}),
+    ):
+        constants = {"SCOPE": scope.value, "BT": launcher._GATE_TOKENS}
+        pointers = {**packed, **more}
+        yield Case(f"gate, {name}", "_gate_kernel", pointers, constants, wide=False)
+    listing = {"fired_ptr": "u8", "index_ptr": "i32", "count_ptr": "i32"}
+    yield Case("list", "_list_kernel", listing, {"BT": launcher._LIST_TOKENS}, wide=False)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    result = subprocess.run([str(path), *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{name} failed: {result.stderr.strip()}")
+    return result.stdout
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+
+
+def compile_case(case: Case, arch: int) -> Row:
+    """Compile one configuration and read what became of it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from coachhook.ops.hooked_linear import triton_kernels as kernels
+    from coachhook.ops.hooked_linear.policy import LaunchPolicy
+
+    function = getattr(kernels, case.kernel)
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    hints: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(function.arg_names):
+        if name in case.pointers:
+            signature[name] = "*" + case.pointers[name]
+            hints[(i,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_ptr") or name in case.constants:
+            signature[name] = "constexpr"
+            constants[(i,)] = case.constants.get(name)
+        elif name == "alpha":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name in _SIZES:
+                hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    usage, sass = _disassemble(compiled.asm["cubin"])
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, sass))
+
+    found = {name: count(rf"\b{name}\b") for name in MMA}
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    spills = stack + count(r"\bSTL\b") + count(r"\bLDL\b")
+    limit = LaunchPolicy.for_arch(arch // 10, arch % 10).shared_memory
+    wide = count(r"\b(?:LDG|LDGSTS)\.\S*128")
+    narrow = count(r"\b(?:LDG|LDGSTS)\.\S*(?:U8|U16)\b")
+    problems = []
+    if spills:
+        problems.append(f"{spills} spills (stack bytes and local accesses)")
+    if compiled.metadata.shared > limit:
+        problems.append("too much shared memory")
+    if case.mma == "native" and not found[NATIVE_MMA[arch]]:
+        problems.append(f"no {NATIVE_MMA[arch]}")
+    if case.mma == "any" and not any(found.values()):
+        problems.append("no tensor-core instruction")
+    if case.wide and not wide:
+        problems.append("no 16-byte loads")
+    sizes = "x".join(str(case.constants[k]) for k in ("BT", "BF", "BM", "BK") if k in case.constants)
+    if case.options:
+        sizes += f", {case.options['num_warps']} warps, {case.options['num_stages']} stages"
+    return Row(
+        case.name,
+        arch,
+        sizes,
+        int(re.search(r"REG:(\d+)", usage)[1]),
+        spills,
+        compiled.metadata.shared,
+        limit,
+        " ".join(f"{n} {name}" for name, n in found.items() if n) or "-",
+        wide,
+        narrow,
+        problems,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| kernel | sm | tile | registers | spills | shared, KiB (limit) | tensor cores | 16-byte loads |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        shared = f"{row.shared / 1024:.4g} ({row.limit // 1024})"
+        lines.append(
+            f"| {row.name} | {row.arch} | {row.sizes} | {row.registers} | {row.spills} "
+            f"| {shared} | {row.mma} | {row.wide_loads} |"
+        )
+    return "\n".join(lines)
+
+
+def page(rows: list[Row]) -> str:
+    """``docs/kernels/resources.md``."""
+    import triton
+
+    return f"""# What the Triton kernels compile to
+
+Written by `python benchmarks/gpu/resources.py --write` with Triton {triton.__version__}; no GPU is
+needed. The gate in `tests/ops/test_triton_aot.py` compiles the same configurations and fails on a
+spill, on more shared memory than a block may use, on a product without tensor-core instructions
+(`HMMA` on sm_80, `HGMMA` on sm_90, `UTCHMMA` on sm_100; any of them in the correction, whose tiles
+of tokens are narrow), and where no 16-byte load is left.
+
+Tiles are tokens x features, then x terms per step. Sizes and pitches are taken as divisible by 16, as
+they are in the models the kernels are made for; other sizes are correct and load narrower. float32
+products run on the CUDA cores by intent: the frozen layer's do too. Gate and list read one value
+per token and have no 16-byte loads to lose.
+
+{table(rows)}
+"""
+
+
+def main() -> int:
+    """Compile, print, and say whether all is well."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--only", nargs="+", default=None, help="first words of configurations")
+    parser.add_argument("--json", action="store_true", help="print JSON, one row a line")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    # Interpreted kernels cannot be compiled; the switch is read when triton is imported.
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT))
+
+    rows = []
+    for case_index in range(len(list(cases(arguments.arch[0])))):
+        for arch in arguments.arch:
+            case = list(cases(arch))[case_index]
+            if arguments.only and not any(case.name.startswith(only) for only in arguments.only):
+                continue
+            row = compile_case(case, arch)
+            rows.append(row)
+            if arguments.json:
+                print(json.dumps(asdict(row)), flush=True)
+            elif row.problems:
+                print(f"{row.name}, sm_{row.arch}: {'; '.join(row.problems)}", flush=True)
+    if arguments.write:
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(page(rows), encoding="utf-8")
+    if not arguments.json:
+        print(table(rows))
+    return int(any(row.problems for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

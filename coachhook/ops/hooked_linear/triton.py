@@ -1,0 +1,344 @@
+"""The gated hook in Triton: tensor-core products for many tokens, on the GPU alone.
+
+The frozen product stays the library's own, and only the rows of tokens that fire are written to:
+the others are bit-identical to the unhooked layer. Features and norms are formed in float32,
+statistics in float64. Nothing is read back to the host and no shape depends on data, so a call can
+be captured in a CUDA graph; Python numbers are baked into a graph, tensors (alpha, hook, population,
+state) are read at every replay. Design and floors: ``docs/kernels/hooked_linear.md``.
+
+Every argument was checked by the op; what is left to this file is layout and launches.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.ops.hooked_linear import reference
+from coachhook.ops.hooked_linear.policy import MIN_CAPABILITY, LaunchPolicy, Tile, policy
+from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
+from coachhook.ops.hooked_linear.scopes import Membership, Population, Prefix, Scope, Ungated
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Tokens and features a program of the reductions holds, tokens one of the gate and the list.
+_REDUCE_TOKENS, _REDUCE_FEATURES = 16, 128
+_GROUP_TOKENS, _GROUP_FEATURES = 32, 32
+_GATE_TOKENS = 1024
+_LIST_TOKENS = 1024
+# Rows of float32 features start on 64 bytes: a pitch divisible by 16 makes 16-byte accesses.
+_PITCH = 16
+
+
+@cache
+def _kernels() -> ModuleType:
+    from coachhook.ops.hooked_linear import triton_kernels
+
+    return triton_kernels
+
+
+def supports(x: Tensor) -> str | None:
+    """Why the kernels cannot take these tokens, or None."""
+    if x.dtype not in _DTYPES:
+        return f"it computes in float32, x is {x.dtype}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < MIN_CAPABILITY:
+        wanted, got = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
+        return f"it needs compute capability {wanted}, {x.device} has {got}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """What the gate leaves for the correction.
+
+    Attributes:
+        features: float32 ``[N, f]``, rows padded to 64 bytes.
+        z: float32 ``[N]``.
+        fired: uint8 ``[N]``.
+        magnitude: float32 ``[N]``, norm or largest coefficient.
+        winner: int32 ``[N]``, the best key or group of :class:`Membership`; else None.
+    """
+
+    features: Tensor
+    z: Tensor
+    fired: Tensor
+    magnitude: Tensor
+    winner: Tensor | None
+
+
+def _device(x: Tensor) -> Any:
+    """Context in which kernels launch on the device of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``[N, k]`` with adjacent elements in a row; a copy only where there is no such view."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.reshape(-1).view(torch.uint8)
+
+
+def _per_sequence(value: float | Tensor, device: torch.device) -> Tensor:
+    """float64 ``[1]`` or ``[B]``; neither a number nor a tensor on the device waits for the host."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64).reshape(-1)
+    return torch.full((1,), value, dtype=torch.float64, device=device)
+
+
+def _threshold(alpha: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
+    if not isinstance(alpha, Tensor):
+        return None, float(alpha)
+    if alpha.device == device:
+        return alpha, 0.0
+    return None, float(alpha)  # on the CPU: reading it waits for nothing
+
+
+def _kind(x: Tensor, projection: Tensor) -> str:
+    if x.dtype == torch.float32:
+        return "full"
+    return "single" if projection.dtype == x.dtype else "pair"
+
+
+def projection_sizes(
+    sizes: LaunchPolicy, kind: str, features: int, depth: int
+) -> tuple[Tile, int, int]:
+    """Tile, length of the chunks of n, and their number; see :class:`LaunchPolicy`."""
+    tile = sizes.project(kind, features)
+    chunk = sizes.chunk(tile, features, depth)
+    return tile, chunk, -(-depth // chunk)
+
+
+def _features(
+    x: Tensor, projection: Tensor, scope: Scope
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Features ``[N, f]``, magnitude, winner, and z and fired as they are outside any sequence."""
+    kernels = _kernels()
+    tokens, depth = x.shape
+    count = projection.shape[0]
+    if projection.dtype == torch.float64:
+        projection = projection.to(torch.float32)
+    projection = _rows(projection)
+    kind = _kind(x, projection)
+    sizes = policy(x.device)
+    tile, chunk, splits = projection_sizes(sizes, kind, count, depth)
+    tiles = -(-count // tile.width)
+    pitch = -(-count // _PITCH) * _PITCH
+
+    membership = isinstance(scope, Membership)
+    reduction = kernels.LARGEST if membership else kernels.NORM
+    if isinstance(scope, Ungated):
+        reduction = kernels.NO_REDUCTION
+    part = x.new_empty(splits, tokens, pitch, dtype=torch.float32)
+    squares = None
+    if splits == 1 and reduction == kernels.NORM:
+        squares = x.new_empty(tokens, tiles, dtype=torch.float32)
+    magnitude = x.new_empty(tokens, dtype=torch.float32)
+    winner = x.new_empty(tokens, dtype=torch.int32) if membership else None
+    z = torch.empty_like(magnitude)
+    fired = x.new_empty(tokens, dtype=torch.uint8)
+
+    token_tiles = -(-tokens // tile.tokens)
+    kernels._project_kernel[(token_tiles * tiles, splits)](
+        x,
+        projection,
+        part,
+        squares,
+        tokens,
+        count,
+        depth,
+        x.stride(0),
+        projection.stride(0),
+        pitch,
+        chunk,
+        PAIR=kind == "pair",
+        GROUP=sizes.group,
+        BT=tile.tokens,
+        BF=tile.width,
+        BK=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    kernels._reduce_kernel[(-(-tokens // _REDUCE_TOKENS),)](
+        part,
+        squares,
+        magnitude,
+        winner,
+        z,
+        fired,
+        tokens,
+        count,
+        pitch,
+        tiles,
+        SPLITS=splits,
+        REDUCTION=reduction.value,
+        BT=_REDUCE_TOKENS,
+        BF=_REDUCE_FEATURES,
+    )
+    features = part[0, :, :count]
+    if isinstance(scope, Membership) and scope.groups is not None:
+        kernels._group_max_kernel[(-(-tokens // _GROUP_TOKENS),)](
+            part,
+            scope.groups.contiguous(),
+            magnitude,
+            winner,
+            tokens,
+            count,
+            pitch,
+            BT=_GROUP_TOKENS,
+            BF=_GROUP_FEATURES,
+        )
+    return features, magnitude, winner, z, fired
+
+
+def _gate(
+    x: Tensor,
+    projection: Tensor,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> _Gate:
+    """Features, scores and decisions of the tokens of ``x``; updates the state of the scope."""
+    kernels = _kernels()
+    features, magnitude, winner, z, fired = _features(_rows(x), projection, scope)
+    device = x.device
+    mean = std = state = None
+    kind = kernels.SEQUENCE
+    if isinstance(scope, Membership):
+        kind = kernels.DIRECT
+    elif isinstance(scope, Ungated):
+        kind = kernels.UNGATED
+    elif isinstance(scope, Population):
+        kind = kernels.POPULATION
+        mean, std = _per_sequence(scope.mean, device), _per_sequence(scope.std, device)
+    else:
+        kind = kernels.PREFIX if isinstance(scope, Prefix) else kernels.SEQUENCE
+        state = scope.state
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+        sequences = cu_seqlens.shape[0] - 1
+    else:
+        sequences = x.shape[0] if x.dim() == 3 else 1
+    alpha_tensor, alpha_number = _threshold(alpha, device)
+    kernels._gate_kernel[(sequences,)](
+        magnitude,
+        _bytes(mask),
+        cu_seqlens,
+        mean,
+        std,
+        state,
+        alpha_tensor,
+        alpha_number,
+        z,
+        fired,
+        magnitude.shape[0],
+        x.shape[-2],
+        0 if mean is None or mean.shape[0] == 1 else mean.stride(0),
+        0 if std is None or std.shape[0] == 1 else std.stride(0),
+        0 if state is None else state.stride(0),
+        0 if state is None else state.stride(1),
+        SCOPE=kind.value,
+        BT=_GATE_TOKENS,
+    )
+    return _Gate(features, z, fired, magnitude, winner)
+
+
+def _add_correction_(y: Tensor, lift: Tensor | None, gate: _Gate, scope: Scope) -> None:
+    """In place ``y[t] += lift @ features[t]`` for the tokens that fired; y ``[N, m]``."""
+    kernels = _kernels()
+    tokens, outputs = y.shape
+    if lift is not None:
+        lift = _rows(lift)
+    own = isinstance(scope, Membership) and scope.correction == "own"
+    groups = scope.groups if isinstance(scope, Membership) and own else None
+    sizes = policy(y.device)
+    full = y.dtype not in (torch.float16, torch.bfloat16)
+    tile = sizes.correct_full if full else sizes.correct
+    index = y.new_empty(tokens, dtype=torch.int32)
+    count = y.new_empty(1, dtype=torch.int32)
+    kernels._list_kernel[(1,)](gate.fired, index, count, tokens, BT=_LIST_TOKENS)
+    kernels._correct_kernel[(-(-tokens // tile.tokens), -(-outputs // tile.width))](
+        y,
+        gate.features,
+        lift,
+        index,
+        count,
+        gate.winner if own else None,
+        None if groups is None else groups.contiguous(),
+        gate.magnitude if own else None,
+        outputs,
+        gate.features.shape[1],
+        gate.features.stride(0),
+        y.stride(0),
+        0 if lift is None else lift.stride(0),
+        PRECISION="ieee" if full else "tf32x3",
+        BT=tile.tokens,
+        BM=tile.width,
+        BK=tile.depth,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _is_empty(x: Tensor, delta: Delta) -> bool:
+    """Nothing to launch: no token, no input feature, or a hook without a feature."""
+    projection = delta if isinstance(delta, Tensor) else delta[1]
+    return x.numel() == 0 or projection.shape[0] == 0
+
+
+def gate_scores(
+    x: Tensor, delta: Delta, mask: Tensor | None, cu_seqlens: Tensor | None, scope: Scope
+) -> Tensor:
+    """As :func:`reference.gate_scores`."""
+    if _is_empty(x, delta):
+        return reference.gate_scores(x, delta, mask, cu_seqlens, scope)
+    projection = delta if isinstance(delta, Tensor) else delta[1]
+    with torch.no_grad(), _device(x):
+        gate = _gate(x, projection, 0.0, mask, cu_seqlens, scope)
+    return gate.z.view(x.shape[:-1])
+
+
+def hook_output(
+    base_output: Tensor,
+    x: Tensor,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+    owned: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.hook_output`.
+
+    Args:
+        owned: whether ``base_output`` may be overwritten.
+    """
+    if _is_empty(x, delta) or base_output.numel() == 0:
+        return reference.hook_output(base_output, x, delta, alpha, mask, cu_seqlens, scope)
+    lift, projection = (None, delta) if isinstance(delta, Tensor) else delta
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    with torch.no_grad(), _device(x):
+        gate = _gate(x, projection, alpha, mask, cu_seqlens, scope)
+    z = gate.z.view(x.shape[:-1])
+    if differentiates(base_output, x, *parts):
+        features = project(x.reshape(-1, x.shape[-1]), delta)
+        added = correction(features, delta, scope).view(base_output.shape)
+        hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
+        return torch.where(gate.fired.bool().view(z.shape)[..., None], hooked, base_output), z
+    if owned and base_output.is_contiguous():
+        y = base_output
+    else:
+        y = base_output.clone(memory_format=torch.contiguous_format)
+    with torch.no_grad(), _device(x):
+        _add_correction_(y.view(-1, y.shape[-1]), lift, gate, scope)
+    return y, z
