@@ -175,7 +175,7 @@ def _share(z: float, alpha: float) -> float:
 
 
 def _plot(pictures: Sequence[GatePicture], path: Path) -> None:
-    Figure, FigureCanvasAgg = _matplotlib()
+    Figure, FigureCanvasAgg, Rectangle = _matplotlib()
     longest = max(len(p.tokens) for p in pictures)
     height = sum(1.2 + 0.4 * len(p.rows) for p in pictures)
     figure = Figure(figsize=(min(100.0, 2 + 0.55 * longest), height), layout="constrained")
@@ -186,11 +186,12 @@ def _plot(pictures: Sequence[GatePicture], path: Path) -> None:
         axis.imshow(shares, cmap="Oranges", vmin=0, vmax=1, aspect="auto")
         for y, row in enumerate(picture.rows):
             for x, (z, fired) in enumerate(zip(row.z, row.fired, strict=True)):
-                label = "" if math.isnan(z) else f"{z:.1f}"
-                weight = "bold" if fired else "normal"
-                axis.text(x, y, label, ha="center", va="center", fontsize=7, fontweight=weight)
+                label = "" if math.isnan(z) else f"{z:.2f}"
+                ink = "white" if shares[y][x] > 0.6 else "black"
+                axis.text(x, y, label, ha="center", va="center", fontsize=7, color=ink)
                 if fired:
-                    axis.plot(x, y, "s", ms=18, mfc="none", mec="#b00020", mew=1.5)
+                    frame = {"fill": False, "edgecolor": "#b00020", "linewidth": 3}
+                    axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **frame))
         # A "$" would start mathematics in matplotlib's text.
         names = [token.replace("$", r"\$") for token in picture.tokens]
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
@@ -202,12 +203,13 @@ def _plot(pictures: Sequence[GatePicture], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def _matplotlib() -> tuple[Any, Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
     except ImportError as error:
         raise ImportError(
             "inspect: a .png needs matplotlib (pip install 'coachhook[plot]'); .html does not"
         ) from error
-    return Figure, FigureCanvasAgg
+    return Figure, FigureCanvasAgg, Rectangle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -100,7 +101,10 @@ def test_compiled_decoding_with_a_static_cache(scope: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=False)
 
     def decode(step) -> list[torch.Tensor]:
-        cache = transformers.StaticCache(config=model.config, max_cache_len=24)
+        sizes = {"max_cache_len": 24, "max_batch_size": 4, "dtype": model.dtype}
+        known = inspect.signature(transformers.StaticCache).parameters
+        sizes = {name: size for name, size in sizes.items() if name in known}
+        cache = transformers.StaticCache(config=model.config, **sizes)
         seen = mask
         inputs = batch["input_ids"]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)

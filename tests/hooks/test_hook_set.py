@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 import weakref
 from itertools import pairwise
@@ -72,7 +73,8 @@ def test_temporary_is_writing_delta_into_the_weights(name: str) -> None:
     batch = padded(prompts(), "left")
     with hooks.record() as records:
         moved = answer(model, **batch)
-    torch.testing.assert_close(moved, answer(written, **batch))
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(moved[real], answer(written, **batch)[real])
     assert all(flags.all() and z.isnan().all() for _, z, flags in records)
 
 
@@ -372,7 +374,9 @@ def test_inputs_embeds_and_positional_arguments() -> None:
     )
     with torch.no_grad(), hooks.record() as records:
         mask[:, -2:] = 0
-        model.transformer(IDS, None, mask)
+        names = list(inspect.signature(model.transformer.forward).parameters)
+        between = [None] * (names.index("attention_mask") - 1)
+        model.transformer(IDS, *between, mask)
     assert records[0][1][:, -2:].isnan().all()
     assert not records[0][1][:, :-2].isnan().any()
 

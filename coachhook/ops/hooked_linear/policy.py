@@ -122,7 +122,7 @@ class LaunchPolicy:
             return LaunchPolicy(
                 arch,
                 shared_memory,
-                pair=Tile(128, 128, 64, warps=8, stages=3),
+                pair=Tile(128, 128, 64, warps=8, stages=4),
                 single=Tile(128, 128, 64, warps=8, stages=4),
                 full=full,
                 correct=Tile(32, 128, 32, warps=4, stages=3),
@@ -132,7 +132,7 @@ class LaunchPolicy:
             arch,
             shared_memory,
             pair=Tile(64, 64, 32, warps=4, stages=4),
-            single=Tile(64, 128, 64, warps=4, stages=3),
+            single=Tile(64, 128, 64, warps=8, stages=3),
             full=full,
             correct=Tile(32, 64, 32, warps=4, stages=3),
             correct_full=correct_full,

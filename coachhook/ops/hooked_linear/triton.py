@@ -28,7 +28,7 @@ from coachhook.ops.hooked_linear.scopes import Membership, Population, Prefix, S
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tokens and features a program of the reductions holds, tokens one of the gate and the list.
-_REDUCE_TOKENS, _REDUCE_FEATURES = 16, 128
+_REDUCE_TOKENS, _REDUCE_FEATURES = 8, 128
 _GROUP_TOKENS, _GROUP_FEATURES = 32, 32
 _GATE_TOKENS = 1024
 _LIST_TOKENS = 1024

@@ -1,0 +1,288 @@
+"""The Triton kernels in the interpreter; run by ``test_hooked_linear_triton.py`` in its own process.
+
+The interpreter is chosen when triton is imported, so these cases never share a process with others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from coachhook.ops import Membership, Population, Prefix, Scope, Sequence, Ungated
+from coachhook.ops.hooked_linear import policy as launch
+from coachhook.ops.hooked_linear import reference, triton
+from tests.ops.gate_oracle import oracle, threshold
+from tests.tolerances import tol
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+M, N, RANK = 53, 37, 7
+SCOPES = {
+    "sequence": lambda rows: Sequence(),
+    "prefix": lambda rows: Prefix(),
+    "population": lambda rows: Population(2.0, 0.5),
+    "population_rows": lambda rows: Population(
+        torch.linspace(1.5, 2.5, rows), torch.linspace(0.3, 0.7, rows)
+    ),
+    "membership": lambda rows: Membership(),
+    "membership_own": lambda rows: Membership(correction="own"),
+    "membership_groups": lambda rows: Membership(torch.tensor([0, 0, 2, 2, 2, 4, 5])),
+    "membership_groups_own": lambda rows: Membership(torch.tensor([1, 3, 3, 0, 0, 0, 1]), "own"),
+    "ungated": lambda rows: Ungated(),
+}
+LAYOUTS = ["batch", "left_padded", "gaps", "packed", "packed_tail", "single"]
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled(nan_filled_memory):
+    pass
+
+
+def make_layout(name: str, dtype: torch.dtype, n: int = N):
+    """x, mask, cu_seqlens and the number of sequences."""
+    if name in ("packed", "packed_tail"):
+        lengths = [5, 0, 1, 12, 2, 0]
+        cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+        total = sum(lengths) + (3 if name == "packed_tail" else 0)
+        return torch.randn(total, n).to(dtype), None, cu_seqlens, len(lengths)
+    if name == "single":
+        return torch.randn(17, n).to(dtype), None, None, 1
+    rows, length = 4, 11
+    mask = None
+    if name == "left_padded":
+        mask = torch.arange(length) >= length - torch.tensor([11, 7, 1, 0])[:, None]
+    elif name == "gaps":
+        mask = torch.rand(rows, length) < 0.6
+    return torch.randn(rows, length, n).to(dtype), mask, None, rows
+
+
+def make_pair(m: int = M, n: int = N, rank: int = RANK, dtype: torch.dtype = torch.float32):
+    q = torch.linalg.qr(torch.randn(m, rank, dtype=torch.float64))[0]
+    return q.to(dtype), (torch.randn(rank, n) / math.sqrt(n)).to(dtype)
+
+
+def pair_error(x: Tensor, delta: Tensor | tuple[Tensor, Tensor]) -> float:
+    """Relative error of a coefficient that the kernels keep as a pair of x's dtype."""
+    projection = delta if isinstance(delta, Tensor) else delta[1]
+    if x.dtype == torch.float32 or projection.dtype == x.dtype:
+        return 0.0
+    return torch.finfo(x.dtype).eps ** 2
+
+
+def check(
+    x: Tensor,
+    delta: Tensor | tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> None:
+    """Both outputs against float64, with a threshold that no token is near."""
+    m = delta.shape[0] if isinstance(delta, Tensor) else delta[0].shape[0]
+    base = torch.randn(*x.shape[:-1], m).to(x.dtype)
+    n = x.shape[-1]
+    ignored = oracle(base.double(), x, delta, 0.0, mask, cu_seqlens, scope)
+    alpha = threshold(ignored.z)
+    want = oracle(base.double(), x, delta, alpha, mask, cu_seqlens, scope)
+    scores = tol("score", x.dtype, reduction=n, scale=want.ratio)
+    scores["atol"] += pair_error(x, delta) * want.ratio
+    kept = base.clone()
+    y, z = triton.hook_output(base, x, delta, alpha, mask, cu_seqlens, scope)
+    assert z.dtype == torch.float32 and y.dtype == base.dtype
+    torch.testing.assert_close(z.double(), want.z, equal_nan=True, **scores)
+    outputs = tol("output", x.dtype, reduction=n, scale=float(want.y.abs().max()))
+    torch.testing.assert_close(y.double(), want.y, **outputs)
+    assert torch.equal(y[~want.taken], base[~want.taken])  # bit for bit
+    assert torch.equal(base, kept)
+    again = triton.gate_scores(x, delta, mask, cu_seqlens, scope)
+    assert torch.equal(again.nan_to_num(-9.0), z.nan_to_num(-9.0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES.keys())
+def test_scopes_and_layouts(scope, layout) -> None:
+    x, mask, cu_seqlens, rows = make_layout(layout, torch.float32)
+    check(x, make_pair(), mask, cu_seqlens, scope(rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", ["own", "float32", "dense_own", "dense_float32"])
+def test_dtypes_and_storage(dtype, stored) -> None:
+    kept = torch.float32 if stored.endswith("float32") else dtype
+    q, s = make_pair(dtype=kept)
+    delta = (q.float() @ s.float()).to(kept) if stored.startswith("dense") else (q, s)
+    x, mask, _, _ = make_layout("left_padded", dtype)
+    check(x, delta, mask, None, Sequence())
+
+
+@pytest.mark.parametrize("rank", [1, 16, 65, 130])
+def test_ranks(rank) -> None:
+    x, _, cu_seqlens, _ = make_layout("packed", torch.float16)
+    check(x, make_pair(m=140, rank=rank), None, cu_seqlens, Sequence())
+
+
+def test_long_sums_are_cut_and_wide_dense_hooks_are_tiled() -> None:
+    x, _, _, _ = make_layout("batch", torch.float32, n=2070)
+    sizes = launch.policy(x.device)
+    assert triton.projection_sizes(sizes, "full", 7, 2070)[2] > 1
+    check(x, make_pair(n=2070), None, None, Sequence())
+    check(x, make_pair(n=2070), None, None, Membership())
+    q, s = make_pair(m=300, n=70, rank=9)
+    x, _, _, _ = make_layout("batch", torch.float32, n=70)
+    check(x, q @ s, None, None, Sequence())
+
+
+def test_sequences_longer_than_a_block() -> None:
+    tokens = 2 * triton._GATE_TOKENS + 5
+    x = torch.randn(1, tokens, 8)
+    mask = torch.arange(tokens)[None] > triton._GATE_TOKENS + 2
+    for scope in (Sequence(), Prefix()):
+        check(x, make_pair(n=8, m=9), mask, None, scope)
+    x = torch.randn(tokens, 8)
+    check(x, make_pair(n=8, m=9), None, torch.tensor([0, 3, tokens]), Prefix())
+
+
+def test_state_is_kept_and_continued() -> None:
+    x, mask, _, rows = make_layout("left_padded", torch.float32)
+    delta = make_pair()
+    norms = (x.double() @ delta[1].double().T).norm(dim=-1)
+    for dtype in (torch.float32, torch.float64):
+        state = torch.full((rows, 3), 7.0, dtype=dtype)
+        triton.gate_scores(x, delta, mask, None, Sequence(state))
+        assert state[:, 0].tolist() == [11.0, 7.0, 1.0, 0.0]
+        rounding = tol("statistic", torch.float32, reduction=N, scale=float(norms.max()))
+        for row in (0, 1):
+            mean = norms[row][mask[row]].mean()
+            torch.testing.assert_close(state[row, 1].double(), mean, **rounding)
+        whole = torch.zeros(rows, 6, dtype=dtype)[:, ::2]
+        z = triton.gate_scores(x, delta, mask, None, Prefix(whole))
+        cut = torch.zeros(rows, 3, dtype=dtype)
+        parts = [
+            triton.gate_scores(x[:, a:b], delta, mask[:, a:b], None, Prefix(cut))
+            for a, b in ((0, 4), (4, 5), (5, 11))
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), z, rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(cut, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_an_empty_packed_sequence_keeps_its_prefix_state() -> None:
+    x, _, cu_seqlens, rows = make_layout("packed", torch.float32)
+    state = torch.rand(rows, 3, dtype=torch.float64) + 1
+    before = state.clone()
+    triton.gate_scores(x, make_pair(), None, cu_seqlens, Prefix(state))
+    torch.testing.assert_close(state[1], before[1], rtol=1e-15, atol=0)
+    assert not torch.equal(state[0], before[0])
+
+
+def test_equal_norms_and_single_tokens_are_undefined() -> None:
+    x = torch.randn(1, 1, N).expand(2, 9, N)
+    for scope in (Sequence(), Prefix()):
+        y, z = triton.hook_output(torch.ones(2, 9, M), x, make_pair(), -9.0, None, None, scope)
+        assert z.isnan().all() and torch.equal(y, torch.ones(2, 9, M))
+    _, z = triton.hook_output(torch.ones(2, 1, M), x[:, :1], make_pair(), -9.0, None, None, scope)
+    assert z.isnan().all()
+
+
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES.keys())
+def test_nan_stays_in_its_token_or_sequence(scope) -> None:
+    x, _, _, rows = make_layout("batch", torch.float32)
+    x[1, 3, 5] = float("nan")
+    base = torch.randn(rows, 11, M)
+    delta = make_pair()
+    want_y, want_z = reference.hook_output(base, x, delta, 0.3, None, None, scope(rows))
+    y, z = triton.hook_output(base, x, delta, 0.3, None, None, scope(rows))
+    torch.testing.assert_close(z, want_z, rtol=1e-4, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(y, want_y, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_ties_go_to_the_first_and_values_beyond_float16_saturate() -> None:
+    q, s = make_pair(rank=4)
+    s[2] = s[1]
+    x = torch.randn(1, 6, N)
+    scope = Membership(correction="own")
+    want, _ = reference.hook_output(torch.zeros(1, 6, M), x, (q, s), -9.0, None, None, scope)
+    y, _ = triton.hook_output(torch.zeros(1, 6, M), x, (q, s), -9.0, None, None, scope)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    s = torch.full((1, N), 1e6)
+    z = triton.gate_scores(x.half(), (q[:, :1], s), None, None, Membership())
+    assert not z.isnan().any()
+
+
+def test_small_coefficients_survive_float16() -> None:
+    q, s = make_pair()
+    x = torch.randn(2, 9, N).half()
+    for scale in (1e-2, 1e-4):
+        z = triton.gate_scores(x, (q, s * scale), None, None, Membership())
+        want = (x.float() @ s.T).amax(-1) * scale
+        torch.testing.assert_close(z, want, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_views_owned_outputs_and_alpha_tensors() -> None:
+    wide = torch.randn(3, 9, 2 * N)
+    delta = make_pair()
+    base = torch.randn(3, 9, M)
+    for x in (wide[..., :N], wide[..., ::2], wide[..., :N].transpose(0, 1)):
+        frozen = base if x.shape[:2] == base.shape[:2] else base.transpose(0, 1)
+        want, _ = reference.hook_output(frozen, x, delta, 0.5, None, None, Sequence())
+        y, _ = triton.hook_output(frozen, x, delta, torch.tensor(0.5), None, None, Sequence())
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    want, _ = reference.hook_output(base, wide[..., :N], delta, 0.5, None, None, Sequence())
+    y, _ = triton.hook_output(base, wide[..., :N], delta, 0.5, None, None, Sequence(), True)
+    assert y is base
+    torch.testing.assert_close(base, want, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_compute() -> None:
+    for x, m, rank in (
+        (torch.randn(2, 0, N), M, RANK),
+        (torch.randn(0, 5, N), M, RANK),
+        (torch.randn(2, 5, N), M, 0),
+        (torch.randn(2, 5, N), 0, RANK),
+    ):
+        delta = torch.ones(m, rank), torch.ones(rank, x.shape[-1])
+        base = torch.randn(*x.shape[:-1], m)
+        y, z = triton.hook_output(base, x, delta, 0.5, None, None, Sequence())
+        assert torch.equal(y, base) and z.shape == x.shape[:-1]
+
+
+def test_gradients_are_those_of_the_reference() -> None:
+    x, base = torch.randn(2, 9, N), torch.randn(2, 9, M)
+    delta = make_pair()
+    found = []
+    for hook in (reference.hook_output, triton.hook_output):
+        leaves = [x.clone().requires_grad_(), base.clone().requires_grad_()]
+        y, _ = hook(leaves[1], leaves[0], delta, 0.5, None, None, Sequence())
+        y.square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_bits_alone_in_a_batch_and_behind_padding(dtype) -> None:
+    # Enough tokens for two tiles, so that a row changes its tile and its place in it.
+    x = torch.randn(30, 9, N).to(dtype)
+    delta = make_pair()
+    z = triton.gate_scores(x, delta, None, None, Sequence())
+    assert torch.equal(triton.gate_scores(x, delta, None, None, Sequence()), z)
+    for row in (0, 17, 29):
+        alone = triton.gate_scores(x[row], delta, None, None, Sequence())
+        assert torch.equal(alone, z[row])
+    padded = torch.cat((torch.randn(30, 4, N).to(dtype), x), dim=1)
+    mask = (torch.arange(13) >= 4).expand(30, 13)
+    assert torch.equal(triton.gate_scores(padded, delta, mask, None, Sequence())[:, 4:], z)
+
+
+def test_sizes_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"tokens": 16, "width": 16, "depth": 16, "warps": 4, "stages": 2}
+    path = tmp_path / "sizes.json"
+    values = {"full": small, "correct_full": small, "min_chunk": 16, "group": 2}
+    path.write_text(json.dumps({"sm_90": values}))
+    monkeypatch.setenv(launch.ENVIRONMENT_SWITCH, str(path))
+    x, mask, _, _ = make_layout("gaps", torch.float32, n=100)
+    assert triton.projection_sizes(launch.policy("cpu"), "full", 20, 100)[2] == 4
+    check(x, make_pair(n=100, rank=20), mask, None, Sequence())
+    check(x, make_pair(n=100, rank=20), mask, None, Membership(correction="own"))
