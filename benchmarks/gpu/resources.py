@@ -5,8 +5,8 @@
     python benchmarks/gpu/resources.py --only project correct --arch 90
 
 Every kernel is compiled ahead of time with the sizes of the launch policy and the hints the
-launcher's arguments give. The exit status is 1 where a configuration spills registers, asks for more
-shared memory than a block may use, lacks tensor-core instructions or 16-byte loads.
+launcher's arguments give. The exit status is 1 where a configuration spills registers, asks for
+more shared memory than a block may use, lacks tensor-core instructions or 16-byte loads.
 """
 
 from __future__ import annotations
@@ -230,7 +230,9 @@ def compile_case(case: Case, arch: int) -> Row:
         problems.append("no tensor-core instruction")
     if case.wide and not wide:
         problems.append("no 16-byte loads")
-    sizes = "x".join(str(case.constants[k]) for k in ("BT", "BF", "BM", "BK") if k in case.constants)
+    sizes = "x".join(
+        str(case.constants[k]) for k in ("BT", "BF", "BM", "BK") if k in case.constants
+    )
     if case.options:
         sizes += f", {case.options['num_warps']} warps, {case.options['num_stages']} stages"
     return Row(
@@ -251,7 +253,7 @@ def compile_case(case: Case, arch: int) -> Row:
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| kernel | sm | tile | registers | spills | shared, KiB (limit) | tensor cores | 16-byte loads |",
+        "| kernel | sm | tile | registers | spills | shared, KiB (limit) | tensor cores | wide loads |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -275,10 +277,11 @@ spill, on more shared memory than a block may use, on a product without tensor-c
 (`HMMA` on sm_80, `HGMMA` on sm_90, `UTCHMMA` on sm_100; any of them in the correction, whose tiles
 of tokens are narrow), and where no 16-byte load is left.
 
-Tiles are tokens x features, then x terms per step. Sizes and pitches are taken as divisible by 16, as
-they are in the models the kernels are made for; other sizes are correct and load narrower. float32
-products run on the CUDA cores by intent: the frozen layer's do too. Gate and list read one value
-per token and have no 16-byte loads to lose.
+Tiles are tokens x features (or outputs), then x terms per step; wide loads are those of 16 bytes,
+counted in the code. Sizes and pitches are taken as
+divisible by 16, as they are in the models the kernels are made for; other sizes are correct and
+load narrower. float32 products run on the CUDA cores by intent: the frozen layer's do too. Gate and
+list read one value per token and have no 16-byte loads to lose.
 
 {table(rows)}
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coachhook.cli.ask import check_window
 from coachhook.cli.common import (
@@ -16,6 +16,9 @@ from coachhook.cli.common import (
     positive_int,
     show,
 )
+
+if TYPE_CHECKING:
+    from coachhook.inspecting import GatePicture
 
 _INSPECT = """\
 Shows what a folder of edits holds: batches, thresholds, ranks, sizes. With --model and --text also
@@ -66,36 +69,35 @@ def register(commands: Any) -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Summary of a folder, and the gates over texts."""
-    from coachhook.inspecting import gate_pictures, save_pictures, to_text
+    from coachhook.inspecting import save_pictures, to_text
 
     with checking():
         summary = _summary(args.edits)
         _check_picture(args)
-        handle = None
-        if args.text:
-            from coachhook.editing import attach
-
-            model, tokenizer = open_model(args)
-            check_window(model, tokenizer, args.text)
-            handle = attach(model, args.edits)
-    if handle is not None:
-        with handle:
-            pictures = gate_pictures(model, tokenizer, handle.hooks, args.text)
-        summary["gates"] = [picture.to_dict() for picture in pictures]
-        if args.out is not None:
-            save_pictures(pictures, args.out)
-            summary["out"] = str(args.out)
+    pictures = _pictures(args) if args.text else []
+    if args.out is not None:
+        save_pictures(pictures, args.out)
     if args.json:
-        emit(summary)
+        emit({**summary, "gates": [picture.to_dict() for picture in pictures]})
         return 0
     _show_summary(summary, facts=args.facts)
-    if handle is not None:
-        for picture in pictures:
-            show(f"\n{picture.text}")
-            show(to_text(picture))
-        if args.out is not None:
-            show(f"\npicture: {args.out}")
+    for picture in pictures:
+        show(f"\n{picture.text}\n{to_text(picture)}")
+    if args.out is not None:
+        show(f"\npicture: {args.out}")
     return 0
+
+
+def _pictures(args: argparse.Namespace) -> list[GatePicture]:
+    from coachhook.editing import attach
+    from coachhook.inspecting import gate_pictures
+
+    with checking():
+        model, tokenizer = open_model(args)
+        check_window(model, tokenizer, args.text)
+        handle = attach(model, args.edits)
+    with handle:
+        return gate_pictures(model, tokenizer, handle.hooks, args.text)
 
 
 def _check_picture(args: argparse.Namespace) -> None:

@@ -70,8 +70,9 @@ class EditConfig:
             break-even.
         max_keys: keys kept beside the prior before the oldest are folded into it; None is the
             memory's own rule. Not for the membership scope, which needs all keys.
-        false_fire: for the population scope, the share of unrelated tokens that may fire; alpha
-            does not fall below the score that goes with it.
+        false_fire: the share of unrelated tokens that may fire. In the population scope alpha does
+            not fall below the score that goes with it; in the membership scope a further place is
+            taken only where its key keeps to it.
 
     Raises:
         ValueError: a field is out of range.

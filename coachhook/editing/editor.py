@@ -40,6 +40,9 @@ from coachhook.ops import Sequence as SequenceScope
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
 
+# Unrelated keys a further place is tried on; enough to see a share of 1 in 1,000.
+_SPECIFICITY_SAMPLE = 2048
+
 
 @dataclass(frozen=True)
 class EditResult:
@@ -104,7 +107,9 @@ class Editor:
         statistics.check(model)
         layers = {}
         for layer in config.layers:
-            sample = statistics.samples.get(layer) if config.scope == "population" else None
+            sample = statistics.samples.get(layer)
+            if sample is not None and config.scope != "population":
+                sample = sample[:_SPECIFICITY_SAMPLE]
             memory = _new_memory(model, description.layers[layer], statistics, config)
             layers[layer] = LayerEdits(memory, sample)
         self._start(model, tokenizer, EditState(config, layers))
@@ -240,7 +245,12 @@ class Editor:
         self._model.eval()
         try:
             targets = optimise_targets(
-                self._model, self._description, encoded, config, pad_id=pad_id
+                self._model,
+                self._description,
+                encoded,
+                config,
+                pad_id=pad_id,
+                admit=lambda chosen, place: self._admit([encoded[i] for i in chosen], place),
             )
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
@@ -297,6 +307,13 @@ class Editor:
             self._state.payload(layer).apply(hook, config)
             hook.state = "validated"
         return number
+
+    def _admit(self, encoded: list[EncodedRequest], place: str) -> list[bool]:
+        """Whether the keys of some requests at a further place would leave other text alone."""
+        prompts = [request.contexts[0].at(place) for request in encoded]
+        pad_id = self._tokenizer.pad_token_id
+        lowest = self.config.layers[0]
+        return self._state.specific(lowest, self._read(prompts, lowest, pad_id).keys)
 
     def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
         return read_states(

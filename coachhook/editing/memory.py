@@ -38,9 +38,9 @@ __all__ = ["EditMemory", "MemorySnapshot", "regularized_prior"]
 
 # Beyond n / 4 keys the factor is cheaper than the edit space; this many are cheap at any n.
 _LEAST_MAX_KEYS = 64
-# Keys per pass over the factor while folding: more are no faster. Where keys outweigh the prior, 8
-# at a time keep two to four digits more than 128.
-_FOLD_COLUMNS = 32
+# Keys per pass over the factor while folding. More are faster for each key; where keys outweigh the
+# prior, few at a time keep two to four digits more.
+_FOLD_COLUMNS = 128
 _CAREFUL_FOLD_COLUMNS = 8
 
 

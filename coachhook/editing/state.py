@@ -124,7 +124,7 @@ class LayerEdits:
 
     Attributes:
         memory: keys, targets and prior.
-        sample: unrelated keys ``[s, n]``, for the population scope; may be None.
+        sample: unrelated keys ``[s, n]``; may be None.
     """
 
     memory: EditMemory | PublishedMemory
@@ -215,6 +215,28 @@ class EditState:
             numbers.append(group)
         return numbers, present
 
+    def specific(self, layer: int, keys: Tensor) -> list[bool]:
+        """Whether keys ``[R, n]`` would fire on at most ``false_fire`` of the unrelated sample.
+
+        Judged by their coefficients as if they were edited now, relative to the key's own. Only the
+        membership scope looks at single keys; in the others, and without a sample, none is found
+        specific.
+        """
+        edits = self.layers[layer]
+        if self.config.scope != "membership" or edits.sample is None or not len(edits.sample):
+            return [False] * keys.shape[0]
+        keys = keys.detach().to(edits.memory.device, torch.float64)
+        snapshot: Any = edits.memory.snapshot()
+        try:
+            edits.memory.append(keys.T, keys.new_zeros(edits.memory.out_features, keys.shape[0]))
+            rows = self._memory_pair(edits)[1][-keys.shape[0] :]
+        finally:
+            edits.memory.restore(snapshot)
+        own = (rows * keys).sum(dim=1)
+        scores = edits.sample.to(rows) @ rows.T / own
+        share = (scores >= self.config.alpha).to(rows).mean(dim=0)
+        return (share <= self.config.false_fire).tolist()
+
     def remove(self, number: int) -> None:
         """Takes batch ``number`` back from every layer.
 
@@ -265,9 +287,7 @@ class EditState:
         rows of A^T are. Its column of V is the mean of the targets of the batch that wrote it last.
         """
         edits = self.layers[layer]
-        if isinstance(edits.memory, PublishedMemory):
-            raise ValueError("pair: state_dtype must be 'float64' for a pair, got 'float32'")
-        v, at = edits.memory.pair()
+        v, at = self._memory_pair(edits)
         group_of_column, batch_of_column = self._column_groups(layer)
         groups, position = torch.unique(group_of_column, return_inverse=True)
         rows = at.new_zeros(len(groups), at.shape[1]).index_add_(0, position.to(at.device), at)
@@ -280,6 +300,12 @@ class EditState:
         columns = v.new_zeros(v.shape[0], len(groups))
         columns.index_add_(1, position.to(v.device), v * weights)
         return columns, rows
+
+    @staticmethod
+    def _memory_pair(edits: LayerEdits) -> tuple[Tensor, Tensor]:
+        if isinstance(edits.memory, PublishedMemory):
+            raise ValueError("pair: state_dtype must be 'float64' for a pair, got 'float32'")
+        return edits.memory.pair()
 
     def group_ids(self, layer: int) -> Tensor:
         """The edit number of each row of the membership pair, int64 ``[E]``."""

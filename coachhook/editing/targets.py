@@ -15,7 +15,7 @@ further place (``EditConfig.places``), its deltas so far kept as the start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -278,7 +278,11 @@ def _optimise(
 
 
 def _optimise_chunk(
-    suffix: Suffix, problem: _Problem, config: EditConfig, dtype: torch.dtype
+    suffix: Suffix,
+    problem: _Problem,
+    config: EditConfig,
+    dtype: torch.dtype,
+    admit: Callable[[list[int], str], list[bool]],
 ) -> _Solution:
     hidden, places = problem.captured.hidden, problem.places
     start = hidden[problem.bare, places[problem.bare, 0]].to(dtype)
@@ -292,11 +296,17 @@ def _optimise_chunk(
         torch.zeros(count, dtype=torch.int64, device=device),
     )
     requests = torch.arange(count, device=device)
+    offsets = torch.arange(problem.group, device=device)
     for number in range(1, places.shape[1] + 1):
         # A request whose prompt has no token for the new place has nothing to gain from it.
-        here = places[problem.bare[requests], number - 1] >= 0
-        if here.any():
-            _optimise(suffix, problem, config, solution, requests[here], number)
+        here = requests[places[problem.bare[requests], number - 1] >= 0]
+        if number > 1 and len(here):
+            admitted = torch.tensor(admit(here.tolist(), config.places[number - 1]), device=device)
+            rows = (here[~admitted, None] * problem.group + offsets).flatten()
+            problem.places[rows, number - 1] = -1
+            here = here[admitted]
+        if len(here):
+            _optimise(suffix, problem, config, solution, here, number)
         wrong = ~solution.correct.all(dim=1)
         requests = wrong.nonzero().flatten()
         if not len(requests):
@@ -311,6 +321,7 @@ def optimise_targets(
     config: EditConfig,
     *,
     pad_id: int,
+    admit: Callable[[list[int], str], list[bool]] | None = None,
     max_tokens: int = 16384,
 ) -> Targets:
     """Finds v* of every request, with the hooks of the model as they are.
@@ -321,6 +332,8 @@ def optimise_targets(
         encoded: the k requests.
         config: contexts, places, step count, learning rate and penalties.
         pad_id: id used for padding.
+        admit: asked, with the numbers of requests that need it and the place, which of them may
+            take a further place; None admits all.
         max_tokens: most padded tokens differentiated at once; bounds the memory.
 
     Returns:
@@ -345,7 +358,15 @@ def optimise_targets(
             pad_id,
             parameter.device,
         )
-        solutions.append(_optimise_chunk(suffix, problem, config, dtype))
+
+        def admit_here(requests: list[int], place: str, chunk: list[int] = chunk) -> list[bool]:
+            return (
+                [True] * len(requests)
+                if admit is None
+                else admit([chunk[i] for i in requests], place)
+            )
+
+        solutions.append(_optimise_chunk(suffix, problem, config, dtype, admit_here))
     losses = torch.cat([s.losses for s in solutions])
     if not torch.isfinite(losses).all():
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()

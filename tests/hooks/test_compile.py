@@ -116,9 +116,10 @@ def test_compiled_decoding_with_a_static_cache(scope: str) -> None:
             own = torch.arange(seen.shape[1] - width, seen.shape[1])
             four = (torch.arange(24) <= own[:, None])[None, None] & full[:, None, None].bool()
             call = model if i == 0 else step
-            logits = call(
-                input_ids=inputs, attention_mask=four, position_ids=positions, past_key_values=cache
-            ).logits
+            given = {"position_ids": positions, "past_key_values": cache}
+            if "cache_position" in inspect.signature(model.forward).parameters:
+                given["cache_position"] = own
+            logits = call(input_ids=inputs, attention_mask=four, **given).logits
             out.append(logits[:, -1])
             inputs = logits[:, -1:].argmax(-1)
             seen = torch.cat([seen, torch.ones(4, 1, dtype=torch.long)], 1)

@@ -70,7 +70,7 @@ def test_temporary_is_writing_delta_into_the_weights(name: str) -> None:
         weight = weight_of(get_submodule(written, describe(written).layer(index).path))
         with torch.no_grad():
             weight += layer.delta()
-    batch = padded(prompts(), "left")
+    batch = padded(prompts(), "right")
     with hooks.record() as records:
         moved = answer(model, **batch)
     real = batch["attention_mask"].bool()

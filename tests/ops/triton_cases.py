@@ -1,6 +1,6 @@
-"""The Triton kernels in the interpreter; run by ``test_hooked_linear_triton.py`` in its own process.
+"""The Triton kernels in the interpreter; ``test_hooked_linear_triton.py`` runs them as a process.
 
-The interpreter is chosen when triton is imported, so these cases never share a process with others.
+The interpreter is chosen when triton is imported, so these cases share a process with no others.
 """
 
 from __future__ import annotations

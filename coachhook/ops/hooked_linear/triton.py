@@ -3,8 +3,8 @@
 The frozen product stays the library's own, and only the rows of tokens that fire are written to:
 the others are bit-identical to the unhooked layer. Features and norms are formed in float32,
 statistics in float64. Nothing is read back to the host and no shape depends on data, so a call can
-be captured in a CUDA graph; Python numbers are baked into a graph, tensors (alpha, hook, population,
-state) are read at every replay. Design and floors: ``docs/kernels/hooked_linear.md``.
+be captured in a CUDA graph; Python numbers are baked into a graph, tensors (alpha, hook,
+population, state) are read at every replay. Design and floors: ``docs/kernels/hooked_linear.md``.
 
 Every argument was checked by the op; what is left to this file is layout and launches.
 """
@@ -85,11 +85,11 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.reshape(-1).view(torch.uint8)
+    return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
 def _per_sequence(value: float | Tensor, device: torch.device) -> Tensor:
-    """float64 ``[1]`` or ``[B]``; neither a number nor a tensor on the device waits for the host."""
+    """float64 ``[1]`` or ``[B]``; a Python number never waits for the host."""
     if isinstance(value, Tensor):
         return value.to(device, torch.float64).reshape(-1)
     return torch.full((1,), value, dtype=torch.float64, device=device)

@@ -14,6 +14,8 @@ back to the host. This module imports triton; only ``triton.py`` imports it, on 
 Prefixes: ``i_`` program index, ``o_`` offsets, ``m_`` masks, ``p_`` pointers, ``b_`` values. Tiles
 are ``BT`` tokens, ``BF`` features, ``BK`` steps of a sum, ``BM`` outputs.
 """
+# Types of kernel arguments are the comments beside them.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -104,9 +106,7 @@ def _project_kernel(
         if PAIR:
             b_s = b_s.to(tl.float32)
             if b_x.dtype == tl.float16:
-                b_s = tl.clamp(
-                    b_s, -_FLOAT16_MAX, _FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL
-                )
+                b_s = tl.clamp(b_s, -_FLOAT16_MAX, _FLOAT16_MAX, propagate_nan=tl.PropagateNan.ALL)
             b_high = b_s.to(b_x.dtype)
             b_low = ((b_s - b_high.to(tl.float32)) * _LOW_SCALE).to(b_x.dtype)
             b_f = _dot(b_high, b_x, b_f)
@@ -340,9 +340,7 @@ def _gate_kernel(
             b_std = tl.where(b_count > 1, b_std, float("nan"))
             b_z = _standard_score(b_magnitude, shift, b_mean, b_std)
             tl.store(z_ptr + t + o, tl.where(m_t, b_z, float("nan")), mask=t + o < end)
-            tl.store(
-                fired_ptr + t + o, (m_t & (b_z >= threshold)).to(tl.uint8), mask=t + o < end
-            )
+            tl.store(fired_ptr + t + o, (m_t & (b_z >= threshold)).to(tl.uint8), mask=t + o < end)
             count += tl.sum(b_one, axis=0)
             total += tl.sum(b_d, axis=0)
             squares += tl.sum(b_d * b_d, axis=0)
@@ -384,7 +382,7 @@ def _list_kernel(fired_ptr, index_ptr, count_ptr, tokens, BT: tl.constexpr):
 def _correct_kernel(
     y_ptr,  # [tokens, outputs], rows `stride_y` apart, holds the frozen output
     feature_ptr,  # float32 [tokens, pitch]
-    lift_ptr,  # [outputs, features], rows `stride_lift` apart; None: the features are the correction
+    lift_ptr,  # [outputs, features], rows `stride_lift` apart; None: features are outputs
     index_ptr,  # int32 [tokens]
     count_ptr,  # int32 [1]
     winner_ptr,  # int32 [tokens]; None: every feature counts
