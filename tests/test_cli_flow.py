@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ import pytest
 from coachhook import bundled
 from coachhook.cli import main
 
-BATCH, EDITS = 4, 12
+BATCH, EDITS = 3, 9
 
 
 def call(*argv):
@@ -34,7 +36,11 @@ def world(tmp_path_factory):
     (root / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
     model = bundled.model_path()
     assert call("stats", model, "--text", root / "text", "--out", root / "stats") == 0
-    assert call(*edit(root, root / "edits")) == 0
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert call(*edit(root, root / "edits", "--json")) == 0
+    (root / "edit.json").write_text(out.getvalue())
+    (root / "edit.err").write_text(err.getvalue())
     return root
 
 
@@ -75,8 +81,9 @@ def test_stats_refuses_and_resumes_an_interrupted_run(world, tmp_path, capsys):
     assert not partial.exists()
 
 
-def test_edit_reports_each_batch_and_a_summary(world, tmp_path, output):
-    found, err = output(*edit(world, tmp_path / "edits"))
+def test_edit_reports_each_batch_and_a_summary(world):
+    found, err = (world / "edit.json").read_text(), (world / "edit.err").read_text()
+    found = json.loads(found)
     assert found["edits"] == EDITS and found["batches"] == EDITS // BATCH
     for number in range(1, EDITS // BATCH + 1):
         assert f"batch {number}/{EDITS // BATCH}: {BATCH} facts" in err

@@ -134,10 +134,11 @@ def cases(arch: int) -> Iterator[Case]:
 
     per_token = {"magnitude_ptr": "fp32", "z_ptr": "fp32", "fired_ptr": "u8"}
     reduce_sizes = {"BT": launcher._REDUCE_TOKENS, "BF": launcher._REDUCE_FEATURES}
+    chunks = policy.programs_per_token_tile
     for name, splits, reduction, more in (
-        ("norm of 8 chunks", 8, kernels.NORM, {}),
+        (f"norm of {chunks} chunks", chunks, kernels.NORM, {}),
         ("norm, dense", 1, kernels.NORM, {"squares_ptr": "fp32"}),
-        ("largest of 8 chunks", 8, kernels.LARGEST, {"winner_ptr": "i32"}),
+        (f"largest of {chunks} chunks", chunks, kernels.LARGEST, {"winner_ptr": "i32"}),
     ):
         constants = {"SPLITS": splits, "REDUCTION": reduction.value, **reduce_sizes}
         pointers = {"part_ptr": "fp32", **per_token, **more}
@@ -253,7 +254,7 @@ def compile_case(case: Case, arch: int) -> Row:
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| kernel | sm | tile | registers | spills | shared, KiB (limit) | tensor cores | wide loads |",
+        "| kernel | sm | tile | registers | spills | KiB (limit) | tensor cores | wide loads |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -277,11 +278,11 @@ spill, on more shared memory than a block may use, on a product without tensor-c
 (`HMMA` on sm_80, `HGMMA` on sm_90, `UTCHMMA` on sm_100; any of them in the correction, whose tiles
 of tokens are narrow), and where no 16-byte load is left.
 
-Tiles are tokens x features (or outputs), then x terms per step; wide loads are those of 16 bytes,
-counted in the code. Sizes and pitches are taken as
-divisible by 16, as they are in the models the kernels are made for; other sizes are correct and
-load narrower. float32 products run on the CUDA cores by intent: the frozen layer's do too. Gate and
-list read one value per token and have no 16-byte loads to lose.
+Tiles are tokens x features (or outputs), then x terms per step. KiB is shared memory, with the
+limit of a block; wide loads are those of 16 bytes, counted in the code. Sizes and pitches are taken
+as divisible by 16, as they are in the models the kernels are made for; other sizes are correct and
+load narrower. float32 products run on the CUDA cores by intent: the frozen layer's do too. The gate
+and the list read one value per token, the norm of a dense hook one per tile: no wide loads there.
 
 {table(rows)}
 """

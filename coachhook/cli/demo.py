@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +42,7 @@ layers, which answer only where one of the edited facts is meant, and can be tak
 """
 _SHOWN = 6
 # Enough to settle the covariance of the bundled model's keys; the rest of the text only costs time.
-_STATISTICS_TOKENS = 60_000
+_STATISTICS_TOKENS = 30_000
 
 
 def register(commands: Any) -> None:
@@ -160,19 +162,21 @@ def _show_scores(result: dict[str, Any]) -> None:
 
 
 def _show_next(args: argparse.Namespace, requests: Sequence[EditRequest]) -> None:
+    # Inside an environment that is not activated the command is not found by its name.
+    program = "coachhook" if shutil.which("coachhook") else f"{sys.executable} -m coachhook"
     show("How to go on:\n")
     if args.out is None:
         show("  keep the edits of this demo in a folder, and ask the model beside them")
-        show("    coachhook demo --out EDITS")
+        show(f"    {program} demo --out EDITS")
     else:
         show("  ask the model with and without the edits")
     folder = args.out if args.out is not None else "EDITS"
-    show(f"    coachhook generate {args.model} \\")
+    show(f"    {program} generate {args.model} \\")
     show(f'      --edits {folder} --compare "{requests[0].text}"\n')
     show("  the same with your own model and facts")
-    show("    coachhook stats MODEL --text TEXT --out STATS")
-    show("    coachhook edit MODEL FACTS --stats STATS --out EDITS")
-    show("    coachhook eval MODEL --edits EDITS FACTS")
+    show(f"    {program} stats MODEL --text TEXT --out STATS")
+    show(f"    {program} edit MODEL FACTS --stats STATS --out EDITS")
+    show(f"    {program} eval MODEL --edits EDITS FACTS")
 
 
 def _indent(text: str) -> str:

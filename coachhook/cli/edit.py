@@ -41,6 +41,7 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "covariance_weight": (float, "weight lambda of the covariance"),
     "ridge": (float, "share of the covariance's mean diagonal added to its diagonal"),
     "alpha": (float, "initial gate threshold"),
+    "alpha_ceiling": (float, "membership scope: highest threshold of a single edit"),
     "false_fire": (float, "population scope: share of unrelated tokens that may fire"),
     "target_steps": (positive_int, "most optimisation steps of a target"),
     "target_lr": (float, "learning rate of a target"),

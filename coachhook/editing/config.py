@@ -43,6 +43,9 @@ class EditConfig:
         alpha: threshold of the gate: a z-score, or a coefficient for the membership scope. Where it
             is a z-score it falls with the batches, see :class:`~coachhook.editing.Editor`.
         scope: "sequence" (the paper), "prefix", "population" or "membership".
+        alpha_ceiling: in the membership scope with the correction "own", an edit that some key of
+            the unrelated sample comes near has its threshold raised to midway between that key's
+            coefficient and its own, at most to this.
         include_padding: whether padding enters the sequence statistics, as in the published code.
         contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``.
         key_pooling: "mean" takes one key for each request, half of it from the bare prompt and half
@@ -82,6 +85,7 @@ class EditConfig:
     covariance_weight: float = 15.0
     ridge: float = 1e-6
     alpha: float = 0.7
+    alpha_ceiling: float = 0.95
     scope: str = "membership"
     include_padding: bool = False
     contexts: Sequence[str] = DEFAULT_CONTEXTS

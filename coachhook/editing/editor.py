@@ -40,9 +40,6 @@ from coachhook.ops import Sequence as SequenceScope
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
 
-# Unrelated keys a further place is tried on; enough to see a share of 1 in 1,000.
-_SPECIFICITY_SAMPLE = 2048
-
 
 @dataclass(frozen=True)
 class EditResult:
@@ -108,8 +105,8 @@ class Editor:
         layers = {}
         for layer in config.layers:
             sample = statistics.samples.get(layer)
-            if sample is not None and config.scope != "population":
-                sample = sample[:_SPECIFICITY_SAMPLE]
+            if sample is not None and config.scope == "membership":
+                sample = sample.bfloat16()  # coefficients to 1 in 256 are enough
             memory = _new_memory(model, description.layers[layer], statistics, config)
             layers[layer] = LayerEdits(memory, sample)
         self._start(model, tokenizer, EditState(config, layers))

@@ -50,7 +50,8 @@ def _check_square(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be [n, n] with n >= 1, got {list(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
-    if not bool(torch.isfinite(value).all()):
+    # In parts: torch.isfinite makes temporaries of the size of its argument.
+    if not all(bool(torch.isfinite(rows).all()) for rows in value.split(_ROWS)):
         raise ValueError(f"{op}: {name} must be finite, got NaN or Inf")
 
 

@@ -84,6 +84,18 @@ class PublishedMemory:
             raise ValueError(f"remove: batch must be one of {self.batches}, got {batch!r}")
         self._replay({k: v for k, v in self._batches.items() if k != batch})
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Not available: rounding the weight leaves no exact pair.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("pair: state_dtype must be 'float64' for a pair, got 'float32'")
+
+    def keys(self) -> Tensor:
+        """All keys K ``[n, N]``, oldest batch first."""
+        return torch.cat([keys for keys, _ in self._batches.values()], dim=1)
+
     def delta(self) -> Tensor:
         """Delta ``[m, n]``, float64, a new tensor."""
         return self._weight.double() - self._frozen.double()

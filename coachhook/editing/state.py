@@ -25,6 +25,11 @@ from coachhook.ops import Population, gate_scores
 BREAK_EVEN = 0.45
 
 
+# A prompt alone and in a padded batch differ in the last bits of a 16-bit model; the prompt that
+# sets the threshold must fire in both. The published code has no such margin.
+_MARGIN = 1e-3
+
+
 @dataclass(frozen=True)
 class HookPayload:
     """What one layer's hook is set to.
@@ -159,12 +164,13 @@ class EditState:
         coefficient of the membership scope is on a fixed scale, and its threshold stays.
         """
         alpha = self.config.alpha
+        margin = 0.0 if self.config.include_padding else _MARGIN
         if self.config.scope == "membership":
             return alpha
         for batch in self.batches.values():
             bound = batch.bounds.get(layer, float("nan"))
             if bound == bound:
-                alpha = min(alpha, bound)
+                alpha = min(alpha, bound - margin * abs(bound))
         alpha = float(torch.tensor(alpha, dtype=torch.float32))
         if self.config.scope == "population":
             alpha = max(alpha, self._false_fire_score(layer))
@@ -234,7 +240,8 @@ class EditState:
             edits.memory.restore(snapshot)
         own = (rows * keys).sum(dim=1)
         scores = edits.sample.to(rows) @ rows.T / own
-        share = (scores >= self.config.alpha).to(rows).mean(dim=0)
+        ceiling = max(self.config.alpha, self.config.alpha_ceiling)
+        share = (scores >= ceiling).to(rows).mean(dim=0)
         return (share <= self.config.false_fire).tolist()
 
     def remove(self, number: int) -> None:
@@ -285,26 +292,39 @@ class EditState:
 
         The coefficients of an edit's keys are summed, ``sum_j a_j^T x = (sum_j a_j)^T x``, so its
         rows of A^T are. Its column of V is the mean of the targets of the batch that wrote it last.
+        With the correction "own" only the order of coefficients matters to the output, and the rows
+        are scaled: the edit's own keys give 1, and an edit that unrelated keys come near is
+        scaled down so that all edits share the threshold alpha, see ``EditConfig.alpha_ceiling``.
         """
         edits = self.layers[layer]
         v, at = self._memory_pair(edits)
         group_of_column, batch_of_column = self._column_groups(layer)
         groups, position = torch.unique(group_of_column, return_inverse=True)
-        rows = at.new_zeros(len(groups), at.shape[1]).index_add_(0, position.to(at.device), at)
         newest = torch.zeros(len(groups), dtype=torch.int64).scatter_reduce_(
             0, position, batch_of_column, "amax", include_self=False
         )
-        counts = (batch_of_column == newest[position]).to(v.dtype)
-        total = torch.zeros(len(groups), dtype=v.dtype).index_add_(0, position, counts)
-        weights = (counts / total[position]).to(v.device)
-        columns = v.new_zeros(v.shape[0], len(groups))
-        columns.index_add_(1, position.to(v.device), v * weights)
+        latest = batch_of_column == newest[position]
+        position, latest = position.to(at.device), latest.to(at)
+        rows = at.new_zeros(len(groups), at.shape[1]).index_add_(0, position, at)
+        total = at.new_zeros(len(groups)).index_add_(0, position, latest)
+        weights = latest / total[position]
+        columns = v.new_zeros(v.shape[0], len(groups)).index_add_(1, position, v * weights)
+        if self.config.correction == "own":
+            own = (rows[position] * edits.memory.keys().mT).sum(dim=1)
+            rows /= at.new_zeros(len(groups)).index_add_(0, position, own * weights)[:, None]
+            rows *= (self.config.alpha / self._thresholds(edits, rows))[:, None]
         return columns, rows
+
+    def _thresholds(self, edits: LayerEdits, rows: Tensor) -> Tensor:
+        """Threshold of each edit ``[E]`` for rows that give 1 for its own keys."""
+        floor, ceiling = self.config.alpha, max(self.config.alpha, self.config.alpha_ceiling)
+        if edits.sample is None or not len(edits.sample):
+            return rows.new_full((rows.shape[0],), floor)
+        nearest = (edits.sample.to(rows) @ rows.T).amax(dim=0)
+        return ((1 + nearest) / 2).clamp(floor, ceiling)
 
     @staticmethod
     def _memory_pair(edits: LayerEdits) -> tuple[Tensor, Tensor]:
-        if isinstance(edits.memory, PublishedMemory):
-            raise ValueError("pair: state_dtype must be 'float64' for a pair, got 'float32'")
         return edits.memory.pair()
 
     def group_ids(self, layer: int) -> Tensor:

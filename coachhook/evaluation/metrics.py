@@ -37,6 +37,7 @@ from coachhook.evaluation.scoring import (
     decode_each,
     encode_pairs,
     encode_prompts,
+    evaluation_mode,
     greedy,
     score,
 )
@@ -141,14 +142,15 @@ def evaluate(
     prompts = _Prompts.of(requests)
     max_positions = describe(model).max_positions
     work = _Work(model, tokenizer, prompts, max_positions, batch_size, max_new_tokens, progress)
-    after = work.run("after" if hooks is not None else "unedited")
-    if hooks is None:
-        before = after
-        gate: dict[str, float | None] = {"fired_unrelated": None, "fired_edited": None}
-    else:
-        with hooks.disabled():
-            before = work.run("before")
-        gate = _gate(model, tokenizer, prompts, hooks, batch_size)
+    gate: dict[str, float | None] = {"fired_unrelated": None, "fired_edited": None}
+    with evaluation_mode(model):
+        if hooks is None:
+            before = after = work.run("unedited")
+        else:
+            with hooks.disabled():
+                before = work.run("before")
+            after = work.run("after")
+            gate = _gate(model, tokenizer, prompts, hooks, batch_size)
     result: dict[str, Any] = {"edits": len(requests)}
     measured = {
         state: _families(tokenizer, prompts, before, this, locality_tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from coachhook.editing.prompts import encode
 from coachhook.editing.requests import EditRequest
 from coachhook.evaluation.datasets import find_subject
-from coachhook.evaluation.scoring import encode_pairs, score
+from coachhook.evaluation.scoring import encode_pairs, evaluation_mode, score
 from coachhook.models import describe, get_submodule
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def oracle(
     ]
     block = get_submodule(model, description.layer(layer).block_path)
     columns = [i for i, _, _ in asked]
-    with hooks.disabled() if hooks is not None else nullcontext():
+    with hooks.disabled() if hooks is not None else nullcontext(), evaluation_mode(model):
         scores = score(
             model,
             encode_pairs(tokenizer, pairs),

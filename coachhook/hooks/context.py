@@ -67,7 +67,8 @@ class GateContext:
         self._forget()
         if self.disabled:
             return
-        given = dict(zip(self._names, args, strict=False)) | kwargs
+        # Written so that dynamo of torch 2.4 follows it.
+        given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")

@@ -67,8 +67,6 @@ class RegisteredOp:
         registered: the ``torch.library`` overload (what compiled graphs hold).
     """
 
-    __slots__ = ("body", "name", "registered")
-
     def __init__(self, name: str, body: Callable[..., Any]) -> None:
         self.name = name
         self.body = body
@@ -78,7 +76,8 @@ class RegisteredOp:
         """Run the op; arguments are positional, in the order of the schema."""
         if is_plain_eager(*args):
             return self.body(*args)
-        return self.registered(*args)
+        registered = self.registered  # dynamo of torch 2.4 cannot call an attribute's result
+        return registered(*args)
 
 
 def register_op(

@@ -105,7 +105,7 @@ def test_knows_every_demo_fact_and_its_neighbors(model: Any, tokenizer: Any) -> 
 
 
 def test_bfloat16_knows_the_same(tokenizer: Any) -> None:
-    half = AutoModelForCausalLM.from_pretrained(bundled.model_path(), dtype=torch.bfloat16).eval()
+    half = AutoModelForCausalLM.from_pretrained(bundled.model_path()).to(torch.bfloat16).eval()
     assert known_share(half, tokenizer, trained_queries()) >= 0.98
 
 

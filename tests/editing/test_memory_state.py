@@ -50,14 +50,15 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("max_keys", [None, 0, 10])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("max_keys", "change"),
+    # With max_keys=0 there is nothing left to fold.
+    [(cap, name) for cap in (None, 0, 10) for name in CHANGES if (cap, name) != (0, "fold")],
+)
 def test_restore_is_bit_exact(max_keys, change):
     memory = filled(max_keys=max_keys)
     before = bits(memory)
     snapshot = memory.snapshot()
-    if change == "fold" and max_keys == 0:
-        pytest.skip("nothing beside the prior")
     for _ in range(2):
         CHANGES[change](memory)
         assert not same(bits(memory), before)

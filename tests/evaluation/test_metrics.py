@@ -189,6 +189,16 @@ def test_the_pinned_keys_and_extras(model, tokenizer, requests):
     assert result["counts"] == {"requests": 3, "paraphrases": 3, "neighborhood": 4}
 
 
+def test_a_model_in_training_mode_is_measured_without_dropout(model, tokenizer, requests):
+    expected = evaluate(model, tokenizer, requests, progress=False, max_new_tokens=4)
+    model.train()
+    try:
+        assert evaluate(model, tokenizer, requests, progress=False, max_new_tokens=4) == expected
+        assert model.training
+    finally:
+        model.eval()
+
+
 def test_undefined_numbers_are_none(model, tokenizer):
     lone = EditRequest(prompt="{} speaks", subject="Ann Art", target_new="Dutch")
     result = evaluate(model, tokenizer, [lone], progress=False, max_new_tokens=2)

@@ -124,6 +124,21 @@ def test_ranks(rank) -> None:
     check(x, make_pair(m=140, rank=rank), None, cu_seqlens, Sequence())
 
 
+def test_the_winner_may_be_in_any_block_of_keys() -> None:
+    x = torch.randn(1, 20, N)
+    check(x, make_pair(m=140, rank=130), None, None, Membership(correction="own"))
+    keys = 2 * triton._GROUP_FEATURES + 3
+    groups = torch.randint(0, keys, (keys,))
+    check(x, make_pair(m=80, rank=keys), None, None, Membership(groups, "own"))
+
+
+def test_norms_that_differ_by_rounding_are_equal() -> None:
+    x = torch.randn(N).mul(3)[torch.stack([torch.randperm(N) for _ in range(12)])][None]
+    identity = torch.eye(N), torch.eye(N)
+    for scope in (Sequence(), Prefix()):
+        assert triton.gate_scores(x, identity, None, None, scope).isnan().all()
+
+
 def test_long_sums_are_cut_and_wide_dense_hooks_are_tiled() -> None:
     x, _, _, _ = make_layout("batch", torch.float32, n=2070)
     sizes = launch.policy(x.device)
@@ -184,6 +199,19 @@ def test_equal_norms_and_single_tokens_are_undefined() -> None:
         assert z.isnan().all() and torch.equal(y, torch.ones(2, 9, M))
     _, z = triton.hook_output(torch.ones(2, 1, M), x[:, :1], make_pair(), -9.0, None, None, scope)
     assert z.isnan().all()
+
+
+def test_padding_enters_nothing_whatever_it_holds() -> None:
+    x, mask, _, _ = make_layout("left_padded", torch.float32)
+    delta = make_pair()
+    for scope in (Sequence(), Prefix(), Population(2.0, 0.5), Membership(), Ungated()):
+        want = triton.gate_scores(x, delta, mask, None, scope)
+        for content in (float("nan"), float("inf"), 1e30):
+            filled = torch.where(mask[..., None], x, content)
+            z = triton.gate_scores(filled, delta, mask, None, scope)
+            assert torch.equal(z.nan_to_num(-9.0), want.nan_to_num(-9.0))
+    same = torch.where(mask[..., None], x[:1, :1], 5 * x)
+    assert triton.gate_scores(same, delta, mask, None, Sequence()).isnan().all()
 
 
 @pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES.keys())

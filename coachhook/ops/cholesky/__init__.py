@@ -71,9 +71,8 @@ def cholesky_update_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> 
         BackendUnavailableError: the backend asked for cannot run here.
 
     After any error ``factor`` is bit-identical to before. No gradient is defined. The time is
-    O(n^2 k), the extra memory O(n k). float32 is not refined: it keeps six to seven digits of
-    ``L L^T``, and two to three digits fewer of a solve at a condition of 1e6; see
-    ``docs/kernels/cholesky.md``.
+    O(n^2 k), the extra memory O(n k). float32 is not refined: solves with the factor have errors of
+    about ``2e-7 sqrt(condition)``; see ``docs/kernels/cholesky.md``.
     """
     check_arguments("cholesky_update_", factor, keys)
     _UPDATE(factor, keys, backend)

@@ -233,7 +233,8 @@ def _hook(
         with _exact_products(x.device):
             return reference.hook_output(base_output, x, delta, alpha, mask, cu_seqlens, scope)
     packed = _pack(x, delta, mask, cu_seqlens, scope, backend)
-    y, z = _HOOK_OUTPUT.registered(base_output, x, _scalar(alpha, x), *packed)
+    registered = _HOOK_OUTPUT.registered
+    y, z = registered(base_output, x, _scalar(alpha, x), *packed)
     return y, z
 
 
@@ -350,5 +351,6 @@ def gate_scores(
     parts = (delta,) if isinstance(delta, Tensor) else delta
     if is_plain_eager(x, *parts):
         return _run_scores(x, delta, mask, cu_seqlens, scope, backend)
-    z = _GATE_SCORES.registered(x, *_pack(x, delta, mask, cu_seqlens, scope, backend))
+    registered = _GATE_SCORES.registered
+    z = registered(x, *_pack(x, delta, mask, cu_seqlens, scope, backend))
     return z

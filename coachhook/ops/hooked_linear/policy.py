@@ -97,8 +97,8 @@ class LaunchPolicy:
     correct: Tile
     correct_full: Tile
     group: int = 8
-    programs_per_token_tile: int = 8
-    min_chunk: int = 1024
+    programs_per_token_tile: int = 16
+    min_chunk: int = 512
     dense_from: float = 0.45
 
     @staticmethod
