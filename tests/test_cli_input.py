@@ -221,7 +221,7 @@ def test_truncated_files(world, refused, tmp_path):
     refused("revert", edits, "--batch", 1, message="truncated")
     argv = edit(world, world / "facts.json")
     argv[1] = damaged(model, tmp_path)
-    refused(*argv, message="damaged")
+    refused(*argv, message="whole safetensors")
 
 
 def test_a_damaged_manifest(world, refused, tmp_path):

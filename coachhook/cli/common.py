@@ -139,21 +139,15 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and tokenizer of a command, checked for NaN and infinite weights.
 
     Raises:
-        InputError: the model's files are damaged, or the device is not there.
-        OSError, ValueError: see :func:`coachhook.models.load_model`.
+        InputError: the device is not there.
+        FormatError, OSError, ValueError: see :func:`coachhook.models.load_model`.
     """
     quiet_transformers()
-    from safetensors import SafetensorError
-
     from coachhook.models import check_finite, load_model
 
     device = chosen_device(args)
-    try:
-        model, tokenizer = load_model(
-            args.model, device=device, dtype=None if args.dtype == "auto" else args.dtype
-        )
-    except SafetensorError as error:
-        raise InputError(f"the weights of {args.model} are damaged: {error}") from error
+    dtype = None if args.dtype == "auto" else args.dtype
+    model, tokenizer = load_model(args.model, device=device, dtype=dtype)
     check_finite(model)
     return model, tokenizer
 

@@ -104,6 +104,7 @@ class EditMemory:
         *("max_keys", "keep_folded"),
     )
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         prior: Tensor,
@@ -336,7 +337,8 @@ class EditMemory:
         Raises:
             ValueError: keys were folded and not kept.
         """
-        return self._all_rows("keys")[0].mT
+        rows = self._all_rows("keys")[0] if self._folded else self._space.keys
+        return rows.mT
 
     def column_batches(self) -> Tensor:
         """Batch number of each column of :meth:`pair`, int64 [N] on the CPU, oldest first."""
@@ -471,7 +473,9 @@ class EditMemory:
         """Restores the state if the block fails; a factor that was owned may be overwritten."""
         before = {name: getattr(self, name) for name in (*self._STATE, "_owns_factor")}
         try:
-            yield
+            # What is stored here is updated in place later, perhaps outside an inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                yield
         except BaseException:
             for name, value in before.items():
                 setattr(self, name, value)

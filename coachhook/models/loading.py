@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
+
+from coachhook.errors import FormatError
 
 _DTYPES = {
     "float64": torch.float64,
@@ -33,6 +36,7 @@ def load_model(
         ``(model, tokenizer)``: the model in evaluation mode, the tokenizer with a pad token.
 
     Raises:
+        FormatError: a weights file is truncated or damaged.
         FileNotFoundError: there is no such folder, or transformers finds no model under that name.
         ValueError: unknown dtype or device, or a tokenizer without pad and end-of-text token.
     """
@@ -44,6 +48,11 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, **{_dtype_keyword(): wanted})
+    except SafetensorError as error:
+        raise FormatError(
+            f"load_model: the weights of {name!r} must be whole safetensors files, got: {error}; "
+            "copy or download the model again"
+        ) from error
     except OSError as error:
         raise FileNotFoundError(
             "load_model: name_or_path must be a folder or hub name that transformers can load, "

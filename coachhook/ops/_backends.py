@@ -167,7 +167,9 @@ def check_backend(op: str, backend: str) -> None:
         )
 
 
-def resolve(op: str, backend: str, *tensors: Tensor) -> Callable[..., Any]:
+def resolve(
+    op: str, backend: str, *tensors: Tensor, first: str | None = None
+) -> Callable[..., Any]:
     """The function that runs ``op`` on ``tensors``.
 
     Args:
@@ -175,6 +177,7 @@ def resolve(op: str, backend: str, *tensors: Tensor) -> Callable[..., Any]:
         backend: a name of :data:`BACKENDS`, or ``"auto"``: the one that
             ``COACHHOOK_BACKEND`` names, else the fastest that can take these tensors.
         tensors: the tensors of the call; the first one gives the device.
+        first: the implementation that "auto" tries before the others.
 
     Raises:
         ValueError: unknown backend name, in the argument or in ``COACHHOOK_BACKEND``.
@@ -199,7 +202,10 @@ def resolve(op: str, backend: str, *tensors: Tensor) -> Callable[..., Any]:
             f"{op}: backend {asked!r} is not available: {reason}; "
             f"available for tensors on {device}: {', '.join(able)}"
         )
-    for candidate in _PREFERENCE.get(device.type, ("reference",)):
+    order = _PREFERENCE.get(device.type, ("reference",))
+    if first in order:
+        order = (first, *order)
+    for candidate in order:
         if candidate in table and _why_not(op, candidate, device, tensors) is None:
             return table[candidate].function
     raise BackendUnavailableError(f"{op}: no implementation for tensors on {device}")

@@ -254,6 +254,8 @@ def _open_checked(file: Path, entry: Mapping[str, Any]) -> Any:
         ) from error
     except SafetensorError as error:
         raise FormatError(f"load: {file} must be safetensors, got: {error}; {_REMEDY}") from error
+    except RuntimeError as error:  # torch maps the file once more, by name
+        raise FormatError(f"load: {file} must be readable, got: {error}; {_REMEDY}") from error
     if missing := set(entry["tensors"]) - set(handle.keys()):
         raise FormatError(
             f"load: {file} must hold {sorted(missing)}, got a file without; {_REMEDY}"

@@ -67,16 +67,31 @@ def test_restore_is_bit_exact(max_keys, change):
 
 
 def test_snapshots_may_be_restored_in_any_order():
-    memory = filled(2)
+    # After five batches there are spare rows, which both branches want to write to.
+    memory = filled(5)
     older = memory.snapshot(), bits(memory)
-    memory.append(*MADE[2])
+    memory.append(*MADE[6])
     newer = memory.snapshot(), bits(memory)
     memory.restore(older[0])
-    memory.append(*MADE[3])
+    memory.append(*MADE[7])
     memory.restore(newer[0])
     assert same(bits(memory), newer[1])
     memory.restore(older[0])
     assert same(bits(memory), older[1])
+
+
+def test_inference_mode_may_come_and_go():
+    with torch.inference_mode():
+        memory = filled(3, max_keys=6)
+    memory.append(*(x.clone().requires_grad_() for x in MADE[3]))
+    memory.fold(memory.num_keys)
+    memory.remove(2)
+    with torch.inference_mode():
+        memory.append(*MADE[4])
+        memory.remove(1)
+    delta = memory.delta()
+    assert not delta.requires_grad
+    assert relative(delta, joint(PRIOR, MADE[2:5])) < 1e-11
 
 
 def test_foreign_snapshot_is_refused():
@@ -211,6 +226,7 @@ def test_bad_priors():
     for prior, error, match in [
         (rank_deficient, NotPositiveDefiniteError, remedy),
         (-PRIOR, NotPositiveDefiniteError, remedy),
+        (torch.tensor([[1, 1], [1, 1 + 4e-16]], dtype=F64), NotPositiveDefiniteError, remedy),
         (torch.zeros(4, 4), NotPositiveDefiniteError, remedy),
         (not_symmetric, ValueError, "prior must be symmetric"),
         (PRIOR * float("nan"), ValueError, "prior must be finite"),

@@ -181,3 +181,12 @@ def test_readers_and_kills_at_any_moment_meet_whole_folders(tmp_path):
     assert len(seen) > 4
     save_folder(out, kind="edits", manifest={"n": -1}, tensors={"t": torch.zeros(1)})
     assert _leftovers(tmp_path) == []
+
+
+def test_an_empty_folder_that_is_there_already_is_filled(tmp_path):
+    target = tmp_path / "edits"
+    target.mkdir()
+    save_folder(target, kind="edits", manifest={"a": 1}, tensors={"x": torch.ones(2)})
+    manifest, tensors = load_folder(target, "edits")
+    assert manifest["a"] == 1
+    assert torch.equal(tensors["x"], torch.ones(2))

@@ -61,11 +61,20 @@ _backends.register("hooked_linear", "triton", triton.hook_output, supports=trito
 _backends.register("gate_scores", "triton", triton.gate_scores, supports=triton.supports)
 
 
+# Up to here a call is a decoding step: memory-bound, and its launches dominate.
+_DECODING_TOKENS = 64
+
+
 def _exact_products(device: torch.device) -> Any:
     """Context in which autocast does not lower the precision of the gate's products."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def _first_choice(x: Tensor) -> str:
+    """The GPU implementation to try first: by shape alone, so that a graph holds one choice."""
+    return "cuda" if x.numel() <= _DECODING_TOKENS * x.shape[-1] else "triton"
 
 
 def _run(
@@ -79,7 +88,7 @@ def _run(
     backend: str,
     owned: bool,
 ) -> tuple[Tensor, Tensor]:
-    function = _backends.resolve("hooked_linear", backend, x)
+    function = _backends.resolve("hooked_linear", backend, x, first=_first_choice(x))
     with _exact_products(x.device):
         return function(base_output, x, delta, alpha, mask, cu_seqlens, scope, owned)
 
@@ -92,7 +101,7 @@ def _run_scores(
     scope: Scope,
     backend: str,
 ) -> Tensor:
-    function = _backends.resolve("gate_scores", backend, x)
+    function = _backends.resolve("gate_scores", backend, x, first=_first_choice(x))
     with _exact_products(x.device):
         return function(x, delta, mask, cu_seqlens, scope)
 

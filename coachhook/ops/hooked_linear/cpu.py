@@ -35,7 +35,7 @@ def hook_output(
     if isinstance(scope, Sequence) and scope.state is None and tokens.longest == 1:
         # One token has no standard deviation: decoding in this scope costs the frozen layer alone.
         return base_output, x.new_full(x.shape[:-1], float("nan"), dtype=torch.float32)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.flatten(0, -2)
     with torch.no_grad():
         features = project(flat, delta)
         z = scores(features, tokens, scope)

@@ -183,7 +183,7 @@ def gate_scores(
 ) -> Tensor:
     """As :func:`reference.gate_scores`."""
     with torch.no_grad():
-        features = project(x.reshape(-1, x.shape[-1]), delta)
+        features = project(x.flatten(0, -2), delta)
         z, _ = _decide(features, 0.0, Tokens.of(x, mask, cu_seqlens), scope)
         return z.view(x.shape[:-1])
 
@@ -204,7 +204,7 @@ def hook_output(
         owned: whether ``base_output`` may be overwritten.
     """
     tokens = Tokens.of(x, mask, cu_seqlens)
-    features = project(x.reshape(-1, x.shape[-1]), delta)
+    features = project(x.flatten(0, -2), delta)
     with torch.no_grad():
         z, fired = _decide(features.detach(), alpha, tokens, scope)
     z = z.view(x.shape[:-1])

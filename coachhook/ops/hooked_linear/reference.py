@@ -57,7 +57,7 @@ def gate_scores(
 ) -> Tensor:
     """Scores z, float32, in the leading shape of ``x``."""
     with torch.no_grad():
-        features = project(x.reshape(-1, x.shape[-1]), delta)
+        features = project(x.flatten(0, -2), delta)
         z = scores(features, Tokens.of(x, mask, cu_seqlens), scope)
         return z.to(torch.float32).view(x.shape[:-1])
 
@@ -78,7 +78,7 @@ def hook_output(
     may write into ``base_output``; this one never does.
     """
     tokens = Tokens.of(x, mask, cu_seqlens)
-    features = project(x.reshape(-1, x.shape[-1]), delta)
+    features = project(x.flatten(0, -2), delta)
     with torch.no_grad():
         z = scores(features, tokens, scope)
         taken = fires(z, alpha, tokens, scope)

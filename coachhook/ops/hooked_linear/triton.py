@@ -331,7 +331,7 @@ def hook_output(
         gate = _gate(x, projection, alpha, mask, cu_seqlens, scope)
     z = gate.z.view(x.shape[:-1])
     if differentiates(base_output, x, *parts):
-        features = project(x.reshape(-1, x.shape[-1]), delta)
+        features = project(x.flatten(0, -2), delta)
         added = correction(features, delta, scope).view(base_output.shape)
         hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
         return torch.where(gate.fired.bool().view(z.shape)[..., None], hooked, base_output), z
