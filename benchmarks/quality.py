@@ -1,6 +1,7 @@
 """The table of docs/quality.md: edit facts a model knows with the command line, and measure.
 
     python benchmarks/quality.py MODEL FACTS --known known_ids.json --text corpus.txt --work DIR
+                                 [-- options of `coachhook edit`]
 
 FACTS is a CounterFact file; `--known` lists per model the case ids it knows (without it, all are
 taken). Everything else is `coachhook stats | edit | eval`, and the commands are printed.
@@ -35,15 +36,16 @@ def main() -> None:
     parser.add_argument("--tokens", default="60000")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--preset", default="default")
-    parser.add_argument("options", nargs="*", help="passed on to `coachhook edit`, after --")
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args, options = parser.parse_args(words[:cut]), words[cut + 1 :]
 
     records = json.loads(args.facts.read_text())
     if args.known:
         known = json.loads(args.known.read_text())[args.model.name]["counterfact_case_ids"]
         records = [r for r in records if r["case_id"] in set(known)]
     args.work.mkdir(parents=True, exist_ok=True)
-    name = "-".join([args.model.name, args.preset, args.dtype, *args.options]).replace("--", "")
+    name = "-".join([args.model.name, args.preset, args.dtype, *options]).replace("--", "")
     facts = args.work / f"{args.model.name}-{args.start}-{args.count}.json"
     facts.write_text(json.dumps(records[args.start : args.start + args.count]))
     stats = args.work / f"{args.model.name}-{args.dtype}-stats"
@@ -53,7 +55,7 @@ def main() -> None:
         text = ["--text", str(args.text), "--tokens", args.tokens, "--layers", "0,1,2"]
         coachhook("stats", model, *text, "--out", str(stats), *shared)
     started = time.process_time()
-    preset = ["--preset", args.preset, *args.options]
+    preset = ["--preset", args.preset, *options]
     where = ["--stats", str(stats), "--out", edits]
     edited = json.loads(coachhook("edit", model, str(facts), *where, *preset, *shared))
     found = json.loads(coachhook("eval", model, str(facts), "--edits", edits, "--oracle", *shared))

@@ -26,6 +26,7 @@ from coachhook.editing.targets import (
     encode_requests,
     optimise_targets,
 )
+from coachhook.editing.unrelated import Ending, SampleTokens, endings
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 from coachhook.models import (
     EditableLayer,
@@ -109,7 +110,9 @@ class Editor:
                 sample = sample.bfloat16()  # coefficients to 1 in 256 are enough
             memory = _new_memory(model, description.layers[layer], statistics, config)
             layers[layer] = LayerEdits(memory, sample)
-        self._start(model, tokenizer, EditState(config, layers))
+        tokens = statistics.sample_tokens
+        known = SampleTokens(tokens) if tokens is not None else None
+        self._start(model, tokenizer, EditState(config, layers, sample_tokens=known))
 
     def _start(self, model: nn.Module, tokenizer: Any, state: EditState) -> None:
         self._model = model
@@ -275,6 +278,7 @@ class Editor:
         each = config.key_pooling == "each"
         slots = [(r, p) for r, p in targets.used.nonzero().tolist()]
         record.slots = slots
+        record.endings = [self._endings(encoded[r], config.places[p]) for r, p in slots]
         contexts = [
             prompt.at(config.places[place])
             for request, place in slots
@@ -310,7 +314,12 @@ class Editor:
         prompts = [request.contexts[0].at(place) for request in encoded]
         pad_id = self._tokenizer.pad_token_id
         lowest = self.config.layers[0]
-        return self._state.specific(lowest, self._read(prompts, lowest, pad_id).keys)
+        own = [self._endings(request, place) for request in encoded]
+        return self._state.specific(lowest, self._read(prompts, lowest, pad_id).keys, own)
+
+    def _endings(self, request: EncodedRequest, place: str) -> list[Ending]:
+        known = self._state.sample_tokens
+        return endings((p.at(place) for p in request.contexts), known.width) if known else []
 
     def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
         return read_states(

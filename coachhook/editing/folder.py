@@ -17,6 +17,7 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.memory import EditMemory
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.state import BatchRecord, EditState, HookPayload, LayerEdits
+from coachhook.editing.unrelated import SampleTokens
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.store import check_fields, fingerprint, load_folder, save_folder
 
@@ -67,6 +68,8 @@ def save_state(
             "next_group": edits.next_group,
             "memory": memory_values,
         }
+    if state.sample_tokens is not None:
+        tensors["sample_tokens"] = state.sample_tokens.tokens.contiguous()
     for number, batch in state.batches.items():
         tensors[f"targets.{number}"] = batch.targets.contiguous()
     manifest = {
@@ -107,6 +110,8 @@ def load_state(path: str | os.PathLike[str], expected: str | None = None) -> Edi
     manifest, tensors = _open(path, expected)
     try:
         state = EditState(EditConfig.from_dict(manifest["config"]), {})
+        if "sample_tokens" in tensors:
+            state.sample_tokens = SampleTokens(tensors["sample_tokens"])
         rounded = state.config.state_dtype == "float32"
         kind = PublishedMemory if rounded else EditMemory
         for key, entry in manifest["layers"].items():

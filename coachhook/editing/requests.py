@@ -21,6 +21,7 @@ class EditRequest:
         neighborhood: complete prompts about other subjects, whose answers should not change.
         neighborhood_targets: expected answers of ``neighborhood``, one each, or empty for
             ``target_true`` throughout.
+        generation_prompts: openings of free text about the subject, for metrics of fluency.
         id: any identifier; kept in saved edits.
 
     Raises:
@@ -36,6 +37,7 @@ class EditRequest:
     paraphrases: Sequence[str] = ()
     neighborhood: Sequence[str] = ()
     neighborhood_targets: Sequence[str] = ()
+    generation_prompts: Sequence[str] = ()
     id: str | int | None = None
 
     def __post_init__(self) -> None:
@@ -50,7 +52,12 @@ class EditRequest:
                 "EditRequest: target_true must be a string or None, got "
                 f"{type(self.target_true).__name__}"
             )
-        for name in ("paraphrases", "neighborhood", "neighborhood_targets"):
+        for name in (
+            "paraphrases",
+            "neighborhood",
+            "neighborhood_targets",
+            "generation_prompts",
+        ):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(v, str) for v in value):
                 raise TypeError(f"EditRequest: {name} must be a list of strings, got {value!r}")

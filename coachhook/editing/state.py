@@ -17,6 +17,7 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.memory import EditMemory
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.requests import EditRequest
+from coachhook.editing.unrelated import Ending, SampleTokens
 from coachhook.hooks import HookedLinear
 from coachhook.ops import Population, gate_scores
 
@@ -87,6 +88,7 @@ class BatchRecord:
             where no prompt had a defined score.
         groups: layer index -> number of the edit that each slot's keys belong to. A slot whose key
             already fires takes that edit over.
+        endings: for each slot the ids that its subject ends in, in every spelling of its prompts.
     """
 
     requests: list[EditRequest]
@@ -96,6 +98,7 @@ class BatchRecord:
     slots: list[tuple[int, int]]
     bounds: dict[int, float]
     groups: dict[int, list[int]]
+    endings: list[list[Ending]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The record without its tensors, JSON-ready."""
@@ -106,6 +109,7 @@ class BatchRecord:
             "slots": [list(slot) for slot in self.slots],
             "bounds": {str(k): None if v != v else v for k, v in self.bounds.items()},
             "groups": {str(k): v for k, v in self.groups.items()},
+            "endings": self.endings,
         }
 
     @classmethod
@@ -120,6 +124,7 @@ class BatchRecord:
             [(r, p) for r, p in record["slots"]],
             bounds,
             {int(k): list(v) for k, v in record["groups"].items()},
+            [[tuple(ending) for ending in slot] for slot in record["endings"]],
         )
 
 
@@ -145,11 +150,13 @@ class EditState:
         config: the settings.
         layers: layer index -> its edits.
         batches: batch number -> its record, in the order of editing.
+        sample_tokens: what the keys of the layers' samples are keys of; may be None.
     """
 
     config: EditConfig
     layers: dict[int, LayerEdits]
     batches: dict[int, BatchRecord] = field(default_factory=dict)
+    sample_tokens: SampleTokens | None = None
 
     @property
     def num_requests(self) -> int:
@@ -221,12 +228,17 @@ class EditState:
             numbers.append(group)
         return numbers, present
 
-    def specific(self, layer: int, keys: Tensor) -> list[bool]:
+    def specific(self, layer: int, keys: Tensor, endings: list[list[Ending]]) -> list[bool]:
         """Whether keys ``[R, n]`` would fire on at most ``false_fire`` of the unrelated sample.
 
         Judged by their coefficients as if they were edited now, relative to the key's own. Only the
         membership scope looks at single keys; in the others, and without a sample, none is found
         specific.
+
+        Args:
+            layer: its index.
+            keys: one for each slot in question.
+            endings: of each, see :class:`BatchRecord`.
         """
         edits = self.layers[layer]
         if self.config.scope != "membership" or edits.sample is None or not len(edits.sample):
@@ -239,7 +251,7 @@ class EditState:
         finally:
             edits.memory.restore(snapshot)
         own = (rows * keys).sum(dim=1)
-        scores = edits.sample.to(rows) @ rows.T / own
+        scores = self._strange(edits.sample.to(rows) @ rows.T / own, endings)
         ceiling = max(self.config.alpha, self.config.alpha_ceiling)
         share = (scores >= ceiling).to(rows).mean(dim=0)
         return (share <= self.config.false_fire).tolist()
@@ -312,16 +324,29 @@ class EditState:
         if self.config.correction == "own":
             own = (rows[position] * edits.memory.keys().mT).sum(dim=1)
             rows /= at.new_zeros(len(groups)).index_add_(0, position, own * weights)[:, None]
-            rows *= (self.config.alpha / self._thresholds(edits, rows))[:, None]
+            rows *= (self.config.alpha / self._thresholds(layer, rows))[:, None]
         return columns, rows
 
-    def _thresholds(self, edits: LayerEdits, rows: Tensor) -> Tensor:
+    def _thresholds(self, layer: int, rows: Tensor) -> Tensor:
         """Threshold of each edit ``[E]`` for rows that give 1 for its own keys."""
+        edits = self.layers[layer]
         floor, ceiling = self.config.alpha, max(self.config.alpha, self.config.alpha_ceiling)
         if edits.sample is None or not len(edits.sample):
             return rows.new_full((rows.shape[0],), floor)
-        nearest = (edits.sample.to(rows) @ rows.T).amax(dim=0)
+        ends: dict[int, list[Ending]] = {int(g): [] for g in self.group_ids(layer)}
+        for batch in self.batches.values():
+            for group, own in zip(batch.groups.get(layer, ()), batch.endings, strict=True):
+                ends[group] += own
+        scores = edits.sample.to(rows) @ rows.T
+        nearest = self._strange(scores, list(ends.values())).amax(dim=0)
         return ((1 + nearest) / 2).clamp(floor, ceiling)
+
+    def _strange(self, scores: Tensor, endings: list[list[Ending]]) -> Tensor:
+        """Scores ``[s, E]`` of the sample, -inf where a token is what the edit is about."""
+        if self.sample_tokens is None:
+            return scores
+        own = self.sample_tokens.own(endings).to(scores.device)
+        return scores.masked_fill(own, -float("inf"))
 
     @staticmethod
     def _memory_pair(edits: LayerEdits) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from coachhook.hooks import attached_hooks
 from coachhook.models import EditableLayer, ModelDescription, get_submodule
 from coachhook.ops import gram_update_
-from coachhook.statistics.batches import Reservoir, TokenBatch
+from coachhook.statistics.batches import Reservoir, TokenBatch, windows
 from coachhook.statistics.packed import mirror_lower_, pack_lower, unpack_lower
+
+# Enough to tell subjects apart; the tokens before them hardly show in a key.
+SAMPLE_WINDOW = 8
 
 
 class KeySums:
@@ -47,6 +50,7 @@ class KeySums:
         self._scratch: dict[tuple[torch.device, int], Tensor] = {}
         self._samples: dict[int, Tensor] = {}
         self._reservoir = Reservoir(sample_size)
+        self._windows = torch.full((sample_size, SAMPLE_WINDOW), -1, dtype=torch.int32)
         self.tokens = 0
 
     def add(self, batch: TokenBatch) -> None:
@@ -64,6 +68,7 @@ class KeySums:
         device = self._embedding.device
         real = None if batch.real is None else batch.real.to(device)
         slots, rows = map(torch.from_numpy, self._reservoir.offer(batch.positions))
+        self._windows[slots] = windows(batch, rows, SAMPLE_WINDOW)
 
         def take(layer: EditableLayer, inputs: Tensor) -> None:
             keys = inputs.detach().reshape(-1, layer.in_features)
@@ -87,10 +92,11 @@ class KeySums:
             if total is not None and not bool(total.diagonal().sum().isfinite()):
                 raise _not_finite(layer)
 
-    def finish(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def finish(self) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
         """Return the means of k k^T (float64 [n, n]) and the samples ([s, n]) on the CPU.
 
-        The sums are given up, one layer after another.
+        The last value holds the token ids up to each sampled token, see
+        :attr:`Statistics.sample_tokens`. The sums are given up, one layer after another.
         """
         means = {}
         for index in list(self._totals):
@@ -99,7 +105,7 @@ class KeySums:
             means[index] = mean.div_(self.tokens)
         order = torch.from_numpy(self._reservoir.order())
         samples = {i: sample.cpu()[order] for i, sample in self._samples.items() if len(order)}
-        return means, samples
+        return means, samples, self._windows[order]
 
     def state(self) -> dict[str, Tensor | Callable[[], Tensor]]:
         """Return all that :meth:`restore` needs, the sums packed when they are asked for."""
@@ -110,6 +116,7 @@ class KeySums:
         state: dict[str, Tensor | Callable[[], Tensor]] = {
             "tokens": torch.tensor(self.tokens),
             "positions": torch.from_numpy(self._reservoir.positions),
+            "windows": self._windows,
         }
         state |= {f"layer.{i}.total": packing(total) for i, total in self._totals.items()}
         return state | {f"layer.{i}.sample": sample for i, sample in self._samples.items()}
@@ -118,6 +125,7 @@ class KeySums:
         """Set the sums and the sample as they were when `state` was taken."""
         self.tokens = int(state["tokens"])
         self._reservoir.restore(state["positions"].numpy())
+        self._windows = state["windows"].clone()
         for layer, module in self._modules:
             device = _device_of(module, self._embedding.device)
             total = unpack_lower(state[f"layer.{layer.index}.total"])

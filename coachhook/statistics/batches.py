@@ -149,6 +149,23 @@ def _pad(sequences: list[Ints], starts: Ints, width: int) -> TokenBatch:
     return TokenBatch(input_ids, torch.from_numpy(mask), real, positions)
 
 
+def windows(batch: TokenBatch, rows: Tensor, width: int) -> Tensor:
+    """The ids of some tokens and of those before them in their sequence.
+
+    Args:
+        batch: the batch.
+        rows: indices among its real tokens, int64 [r].
+        width: ids per token.
+
+    Returns:
+        int32 [r, width]; the token itself last, -1 before the start of its sequence.
+    """
+    places = rows if batch.real is None else batch.real[rows]
+    padded = torch.nn.functional.pad(batch.input_ids, (width, 0), value=-1)
+    columns = (places % batch.input_ids.shape[1])[:, None] + torch.arange(1, width + 1)
+    return padded[(places // batch.input_ids.shape[1])[:, None], columns].to(torch.int32)
+
+
 class Reservoir:
     """A uniform sample of token positions, the same in whatever order they are offered.
 

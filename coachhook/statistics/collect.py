@@ -166,14 +166,21 @@ def collect_statistics(
             counts["used"],
             max_length,
         )
-    means, samples = sums.finish()
+    means, samples, sample_tokens = sums.finish()
     meta = {
         "model": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "texts": counts["used"],
         "truncated": counts["truncated"],
         **settings,
     }
-    return Statistics(means, sums.tokens, samples=samples, fingerprint=weights, meta=meta)
+    return Statistics(
+        means,
+        sums.tokens,
+        samples=samples,
+        sample_tokens=sample_tokens,
+        fingerprint=weights,
+        meta=meta,
+    )
 
 
 def _chosen_layers(

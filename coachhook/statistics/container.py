@@ -71,6 +71,8 @@ class Statistics:
         tokens: number of keys the means are taken over.
         samples: layer index -> [s, n] in the dtype of the keys: unrelated keys drawn uniformly
             from the text, the same tokens in all layers. May be empty.
+        sample_tokens: int32 [s, 8], the ids up to and with each sampled token, -1 before the start
+            of its text; None where they are not known.
         fingerprint: of the model they describe (:func:`coachhook.store.fingerprint`), or None.
         meta: how they were made: model name, settings, number of texts.
     """
@@ -81,12 +83,14 @@ class Statistics:
         tokens: int,
         *,
         samples: Mapping[int, Tensor] | None = None,
+        sample_tokens: Tensor | None = None,
         fingerprint: str | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.covariances = Covariances(covariances)
         self.tokens = tokens
         self.samples = dict(samples or {})
+        self.sample_tokens = sample_tokens
         self.fingerprint = fingerprint
         self.meta = dict(meta or {})
 
@@ -164,6 +168,8 @@ class Statistics:
             for layer in self.layers
         }
         tensors |= {_sample_name(layer): sample for layer, sample in self.samples.items()}
+        if self.sample_tokens is not None:
+            tensors[_SAMPLE_TOKENS] = self.sample_tokens
         manifest = {
             "model": self.meta.get("model"),
             "fingerprint": self.fingerprint,
@@ -204,9 +210,13 @@ class Statistics:
             covariances,
             manifest["tokens"],
             samples=samples,
+            sample_tokens=tensors[_SAMPLE_TOKENS] if _SAMPLE_TOKENS in tensors else None,
             fingerprint=manifest["fingerprint"],
             meta=manifest["meta"],
         )
+
+
+_SAMPLE_TOKENS = "sample_tokens"
 
 
 def _covariance_name(layer: int) -> str:

@@ -290,3 +290,19 @@ def test_progress_goes_to_standard_error(model, tokenizer, make_texts, capsys):
     assert shown.out == ""
     _collect(model, tokenizer, make_texts(20))
     assert capsys.readouterr().err == ""
+
+
+def test_sampled_tokens_are_those_of_the_keys(model, tokenizer, make_texts):
+    model, texts = model.double(), make_texts(30)
+    statistics = _collect(model, tokenizer, texts, batch_tokens=70, sample_size=64)
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    every = _keys_one_by_one(model, tokenizer, texts, 1)
+    windows = torch.tensor(
+        [([-1] * 8 + ids[: i + 1])[-8:] for ids in rows for i in range(len(ids))]
+    )
+    assert statistics.sample_tokens.shape == (64, 8)
+    assert statistics.sample_tokens.dtype == torch.int32
+    for key, window in zip(statistics.samples[1], statistics.sample_tokens, strict=True):
+        nearest = torch.linalg.norm(every - key, dim=1).argmin()
+        assert torch.allclose(every[nearest], key, atol=1e-10)
+        assert torch.equal(windows[nearest], window.long())
