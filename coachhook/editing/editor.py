@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coachhook.editing.config import EditConfig
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
-from coachhook.editing.prompts import EncodedPrompt
+from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, read_inputs, read_states
 from coachhook.editing.requests import EditRequest
@@ -26,6 +26,7 @@ from coachhook.editing.targets import (
     encode_requests,
     optimise_targets,
 )
+from coachhook.editing.ties import Ties, find_ties
 from coachhook.editing.unrelated import Ending, SampleTokens, endings
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 from coachhook.models import (
@@ -144,6 +145,9 @@ class Editor:
     def edit(self, requests: Sequence[EditRequest]) -> EditResult:
         """Writes one batch of facts; whole, or, after any exception, not at all.
 
+        With the default preset facts about one subject share a correction, and those of earlier
+        batches are kept in it. Of two that ask the same prompt the later one holds.
+
         Targets v* are optimised with the hooks of earlier batches in place. Then for each layer in
         turn, with L layers and l of them done (equations of docs/algorithm.md):
 
@@ -166,6 +170,7 @@ class Editor:
             self.config.contexts,
             self._description.max_positions,
         )
+        ties = self._ties(requests)
         hooks = {layer: self.hooks[layer].snapshot() for layer in self.config.layers}
         memories: dict[int, Any] = {
             i: edits.memory.snapshot() for i, edits in self._state.layers.items()
@@ -173,7 +178,7 @@ class Editor:
         counters = {i: edits.next_group for i, edits in self._state.layers.items()}
         batches = dict(self._state.batches)
         try:
-            return self._edit(requests, encoded)
+            return self._edit(requests, encoded, ties)
         except BaseException:
             for layer, edits in self._state.layers.items():
                 edits.memory.restore(memories[layer])
@@ -238,24 +243,55 @@ class Editor:
             self._state.payload(layer).apply(self.hooks[layer], self.config)
         self.hooks.set_state("validated")
 
-    def _edit(self, requests: list[EditRequest], encoded: list[EncodedRequest]) -> EditResult:
-        config = self.config
+    def _ties(self, requests: list[EditRequest]) -> Ties:
+        if self.config.scope != "membership" or self.config.correction != "own":
+            return Ties(list(range(len(requests))), [], {})
+        return find_ties(requests, (r for b in self._state.batches.values() for r in b.requests))
+
+    def _targets(self, encoded: list[EncodedRequest], ties: Ties, pad_id: int) -> Targets:
+        """Targets of the batch; those of a replaced request are its replacement's, unused."""
+        part = [i for i in range(len(encoded)) if i not in ties.replaced]
+        reminders = encode_requests(
+            self._tokenizer,
+            ties.reminders,
+            self.config.contexts,
+            self._description.max_positions,
+        )
+        every = [encoded[i] for i in part] + reminders
+
+        def admit(chosen: list[int], place: str) -> list[bool]:
+            # Nothing is written at a reminder's own tokens.
+            able = [place in SUBJECT_PLACES or i < len(part) for i in chosen]
+            specific = self._admit([every[i] for i in chosen], place)
+            return [a and b for a, b in zip(able, specific, strict=True)]
+
+        found = optimise_targets(
+            self._model,
+            self._description,
+            every,
+            self.config,
+            pad_id=pad_id,
+            ties=[ties.numbers[i] for i in part] + ties.numbers[len(encoded) :],
+            admit=admit,
+        )
+        positions = {i: position for position, i in enumerate(part)}
+        return found.select(
+            [positions[ties.replaced.get(i, i)] for i in range(len(encoded))],
+            without=sorted(ties.replaced),
+        )
+
+    def _edit(
+        self, requests: list[EditRequest], encoded: list[EncodedRequest], ties: Ties
+    ) -> EditResult:
         pad_id = self._tokenizer.pad_token_id
         was_training = self._model.training
         self._model.eval()
         try:
-            targets = optimise_targets(
-                self._model,
-                self._description,
-                encoded,
-                config,
-                pad_id=pad_id,
-                admit=lambda chosen, place: self._admit([encoded[i] for i in chosen], place),
-            )
+            targets = self._targets(encoded, ties, pad_id)
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
             )
-            number = self._write(encoded, targets, record, pad_id)
+            number = self._write(encoded, targets, record, ties, pad_id)
             record.bounds.update(self._bounds(encoded, pad_id))
         finally:
             self._model.train(was_training)
@@ -267,11 +303,16 @@ class Editor:
             targets.converged,
             targets.losses,
             targets.steps,
-            self._warnings(record),
+            self._warnings(record, ties),
         )
 
     def _write(
-        self, encoded: list[EncodedRequest], targets: Targets, record: BatchRecord, pad_id: int
+        self,
+        encoded: list[EncodedRequest],
+        targets: Targets,
+        record: BatchRecord,
+        ties: Ties,
+        pad_id: int,
     ) -> int:
         """Appends keys and targets to every layer's memory, the lowest layer first."""
         config = self.config
@@ -279,6 +320,10 @@ class Editor:
         slots = [(r, p) for r, p in targets.used.nonzero().tolist()]
         record.slots = slots
         record.endings = [self._endings(encoded[r], config.places[p]) for r, p in slots]
+        # One edit for all slots of a subject's token; one each elsewhere.
+        owners: list[tuple[int, int]] = [
+            (ties.numbers[r] if config.places[p] in SUBJECT_PLACES else -1 - r, p) for r, p in slots
+        ]
         contexts = [
             prompt.at(config.places[place])
             for request, place in slots
@@ -303,7 +348,7 @@ class Editor:
                 outputs = self._read(bare, layer, pad_id).outputs
             left = len(config.layers) - position if config.sharing == "even" else 1
             share = (goal - outputs.to(goal.dtype)) / left
-            number = self._state.append(layer, keys, share, record)
+            number = self._state.append(layer, keys, share, record, owners)
             hook = self.hooks[layer]
             self._state.payload(layer).apply(hook, config)
             hook.state = "validated"
@@ -347,12 +392,16 @@ class Editor:
             bounds[layer] = float(defined.min()) if len(defined) else float("nan")
         return bounds
 
-    def _warnings(self, record: BatchRecord) -> list[str]:
-        found = []
-        for request, converged, loss in zip(
-            record.requests, record.converged, record.losses, strict=True
+    def _warnings(self, record: BatchRecord, ties: Ties) -> list[str]:
+        found = [
+            f"{record.requests[i].text!r} -> {record.requests[i].target_new!r} is not written: the "
+            f"batch asks the same for {record.requests[later].target_new!r} after it"
+            for i, later in ties.replaced.items()
+        ]
+        for i, (request, converged, loss) in enumerate(
+            zip(record.requests, record.converged, record.losses, strict=True)
         ):
-            if not converged:
+            if not converged and i not in ties.replaced:
                 found.append(
                     f"the target of {request.text!r} -> {request.target_new!r} did not converge "
                     f"(loss {loss:.2f})"

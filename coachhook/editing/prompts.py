@@ -20,6 +20,8 @@ from coachhook.editing.requests import EditRequest
 # Where a fact can be written: the last subject token, the one before it if that belongs to the
 # subject too, and the last token of the prompt if the subject does not end there.
 PLACES = ("subject_last", "subject_previous", "prompt_last")
+# At these the requests about one subject have one key.
+SUBJECT_PLACES = PLACES[:2]
 
 
 @dataclass(frozen=True)

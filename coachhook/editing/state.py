@@ -6,7 +6,7 @@ no model at hand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,7 +183,14 @@ class EditState:
             alpha = max(alpha, self._false_fire_score(layer))
         return alpha
 
-    def append(self, layer: int, keys: Tensor, change: Tensor, record: BatchRecord) -> int:
+    def append(
+        self,
+        layer: int,
+        keys: Tensor,
+        change: Tensor,
+        record: BatchRecord,
+        owners: Sequence[Hashable],
+    ) -> int:
         """Adds a batch to one layer.
 
         Args:
@@ -191,6 +198,7 @@ class EditState:
             keys: ``[R, n]``, slot after slot, as many rows for each as it has keys.
             change: ``[R, m]``, wanted on top of what the hook says for these keys now.
             record: the batch; its ``groups`` of the layer are filled in.
+            owners: of each slot; slots with the same owner are one edit.
 
         Returns:
             The number of the batch, the same in every layer.
@@ -199,14 +207,17 @@ class EditState:
         device = edits.memory.device
         keys = keys.detach().to(device, torch.float64)
         change = change.detach().to(device, torch.float64)
-        record.groups[layer], present = self._present(layer, keys, len(record.slots))
+        record.groups[layer], present = self._present(layer, keys, owners)
         number = edits.memory.append(keys.T, (present + change).T)
         self.batches[number] = record
         return number
 
-    def _present(self, layer: int, keys: Tensor, slots: int) -> tuple[list[int], Tensor]:
+    def _present(
+        self, layer: int, keys: Tensor, owners: Sequence[Hashable]
+    ) -> tuple[list[int], Tensor]:
         """The edit each slot belongs to, and the hook's present correction ``[R, m]``."""
         edits = self.layers[layer]
+        slots = len(owners)
         if self.config.scope != "membership":
             return [0] * slots, keys @ edits.memory.delta().to(keys).T
         groups: list[int | None] = [None] * slots
@@ -220,13 +231,15 @@ class EditState:
             each = keys.shape[0] // slots
             ids = self.group_ids(layer)[winner[::each].cpu()].tolist()
             groups = [i if f else None for i, f in zip(ids, fired[::each].tolist(), strict=True)]
-        numbers = []
-        for group in groups:
-            if group is None:
-                group = edits.next_group
+        of_owner: dict[Hashable, int] = {}
+        for owner, group in zip(owners, groups, strict=True):
+            if group is not None:
+                of_owner.setdefault(owner, group)
+        for owner in owners:
+            if owner not in of_owner:
+                of_owner[owner] = edits.next_group
                 edits.next_group += 1
-            numbers.append(group)
-        return numbers, present
+        return [of_owner[owner] for owner in owners], present
 
     def specific(self, layer: int, keys: Tensor, endings: list[list[Ending]]) -> list[bool]:
         """Whether keys ``[R, n]`` would fire on at most ``false_fire`` of the unrelated sample.

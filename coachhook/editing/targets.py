@@ -11,6 +11,10 @@ published code). Requests do not share parameters, so all of a batch are optimis
 their losses are summed, the gradient of each reaches its own ``delta`` only, and a request that has
 converged leaves the batch. One whose target does not come out in every context may go on with a
 further place (``EditConfig.places``), its deltas so far kept as the start.
+
+Requests about one subject are another matter: they have one key, and one correction must do for all
+of them. Such requests are *tied*: they have one ``delta`` at the subject's tokens, under the sum of
+their losses, and leave the batch together.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 
 from coachhook.editing.config import EditConfig
 from coachhook.editing.prompts import (
+    SUBJECT_PLACES,
     EncodedPrompt,
     encode,
     encode_in_context,
@@ -71,6 +76,22 @@ class Targets:
     losses: list[float]
     converged: list[bool]
     steps: list[int]
+
+    def select(self, columns: Sequence[int], without: Sequence[int] = ()) -> Targets:
+        """The targets of some requests in some order; those at ``without`` need no place."""
+        used = self.used[list(columns)]
+        used[list(without)] = False
+        converged = [self.converged[i] for i in columns]
+        for i in without:
+            converged[i] = False
+        return Targets(
+            self.values[:, list(columns)],
+            self.deltas[list(columns)],
+            used,
+            [self.losses[i] for i in columns],
+            converged,
+            [self.steps[i] for i in columns],
+        )
 
 
 def encode_requests(
@@ -144,19 +165,20 @@ def _problem(
     device: torch.device,
 ) -> _Problem:
     rows: list[list[int]] = []
-    positions: list[list[int]] = []
+    positions: list[list[int | None]] = []
     spans: list[tuple[int, list[int]]] = []
     for request in requests:
+        # How a subject is cut into tokens may differ between contexts: a place must be in all.
+        common = [p for p in places if all(c.position(p) is not None for c in request.contexts)]
         for prompt in request.contexts:
             rows.append(prompt.ids + request.target[:-1])
-            positions.append([_or_none(prompt.position(place)) for place in places])
+            positions.append([prompt.position(p) if p in common else -1 for p in places])
             spans.append((len(prompt.ids) - 1, request.target))
         if with_kl:
             essence = request.essence
             rows.append(essence.ids)
-            positions.append(
-                [-1 if p == "prompt_last" else _or_none(essence.position(p)) for p in places]
-            )
+            here = [None if p == "prompt_last" else essence.position(p) for p in places]
+            positions.append([-1 if p is None else p for p in here])
             spans.append((0, []))
     ids, mask = pad_right(rows, pad_id, device)
     target = torch.full_like(ids, -100)
@@ -170,10 +192,6 @@ def _problem(
         contexts + int(with_kl),
         contexts,
     )
-
-
-def _or_none(position: int | None) -> int:
-    return -1 if position is None else position
 
 
 @dataclass
@@ -228,6 +246,7 @@ class _Solution:
     losses: Tensor  # [k]
     correct: Tensor  # [k, contexts] bool
     steps: Tensor  # [k]
+    ties: Tensor  # [k], equal for tied requests
 
 
 def _optimise(
@@ -238,9 +257,15 @@ def _optimise(
     requests: Tensor,
     places: int,
 ) -> None:
-    """Optimises some requests of a chunk at their first ``places`` places, from where they are."""
+    """Optimises some requests of a chunk at their first ``places`` places, from where they are.
+
+    Tied requests must be given together. The parameters of the first of them serve for all.
+    """
     running = problem.select(requests)
     running.places = running.places[:, :places]
+    lead = _first_of_each(solution.ties[requests])
+    shared = torch.tensor([p in SUBJECT_PLACES for p in config.places[:places]])
+    shared = shared.to(requests.device)[:, None]
     start_norm = solution.start[requests].norm(dim=1)
     radius = config.target_clamp * start_norm[:, None]
     delta = solution.delta[requests, :places].requires_grad_(True)
@@ -252,15 +277,17 @@ def _optimise(
     for step in range(config.target_steps):
         reference = None if essence_start is None else essence_start[active]
         with torch.enable_grad():
-            now = _losses(suffix, running, delta[active], start_norm[active], reference, config)
+            moved = torch.where(shared, delta[lead[active]], delta[active])
+            now = _losses(suffix, running, moved, start_norm[active], reference, config)
             gradient = torch.autograd.grad(now.total.sum(), delta)[0]
         if essence_start is None and now.essence is not None:
             essence_start = now.essence.detach()
         chosen = requests[active]
-        solution.delta[chosen, :places] = delta.detach()[active]
+        solution.delta[chosen, :places] = moved.detach()
         solution.losses[chosen] = now.total.detach().to(solution.losses)
         solution.correct[chosen] = now.correct
-        stopped = now.total.detach() < config.target_stop
+        above = (now.total.detach() >= config.target_stop).to(requests)
+        stopped = torch.zeros_like(lead).index_add(0, lead[active], above)[lead[active]] == 0
         if stopped.any():
             active = active[~stopped]
             if not len(active):
@@ -277,10 +304,16 @@ def _optimise(
             delta[outside] *= (radius / norm)[outside, None]
 
 
+def _first_of_each(ties: Tensor) -> Tensor:
+    """Index of the first request with the same tie, for each request; both int64 ``[k]``."""
+    return (ties[:, None] == ties).to(torch.int64).argmax(dim=1)
+
+
 def _optimise_chunk(
     suffix: Suffix,
     problem: _Problem,
     config: EditConfig,
+    ties: Tensor,
     dtype: torch.dtype,
     admit: Callable[[list[int], str], list[bool]],
 ) -> _Solution:
@@ -294,24 +327,33 @@ def _optimise_chunk(
         start.new_zeros(count),
         torch.zeros(count, problem.contexts, dtype=torch.bool, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
+        ties,
     )
-    requests = torch.arange(count, device=device)
+    wrong = torch.ones(count, dtype=torch.bool, device=device)
     offsets = torch.arange(problem.group, device=device)
-    for number in range(1, places.shape[1] + 1):
+    for number, place in enumerate(config.places[: places.shape[1]], start=1):
+        # A tied request's key at a subject token is that of the others.
+        asking = _any_tied(wrong, ties) if place in SUBJECT_PLACES else wrong
         # A request whose prompt has no token for the new place has nothing to gain from it.
-        here = requests[places[problem.bare[requests], number - 1] >= 0]
-        if number > 1 and len(here):
-            admitted = torch.tensor(admit(here.tolist(), config.places[number - 1]), device=device)
-            rows = (here[~admitted, None] * problem.group + offsets).flatten()
+        asking = asking & (places[problem.bare, number - 1] >= 0)
+        if number > 1 and asking.any():
+            chosen = asking.nonzero().flatten()
+            asking[chosen] = torch.tensor(admit(chosen.tolist(), place), device=device)
+        if number > 1:
+            rows = ((~asking).nonzero() * problem.group + offsets).flatten()
             problem.places[rows, number - 1] = -1
-            here = here[admitted]
+        here = _any_tied(asking, ties).nonzero().flatten()
         if len(here):
             _optimise(suffix, problem, config, solution, here, number)
         wrong = ~solution.correct.all(dim=1)
-        requests = wrong.nonzero().flatten()
-        if not len(requests):
+        if not wrong.any():
             break
     return solution
+
+
+def _any_tied(which: Tensor, ties: Tensor) -> Tensor:
+    """Whether a request or one tied to it is among ``which``, bool ``[k]``."""
+    return ((ties[:, None] == ties) & which).any(dim=1)
 
 
 def optimise_targets(
@@ -321,6 +363,7 @@ def optimise_targets(
     config: EditConfig,
     *,
     pad_id: int,
+    ties: Sequence[int] | None = None,
     admit: Callable[[list[int], str], list[bool]] | None = None,
     max_tokens: int = 16384,
 ) -> Targets:
@@ -332,9 +375,12 @@ def optimise_targets(
         encoded: the k requests.
         config: contexts, places, step count, learning rate and penalties.
         pad_id: id used for padding.
+        ties: a number for each request; those with the same share their deltas at the subject's
+            tokens. None ties none.
         admit: asked, with the numbers of requests that need it and the place, which of them may
             take a further place; None admits all.
-        max_tokens: most padded tokens differentiated at once; bounds the memory.
+        max_tokens: most padded tokens differentiated at once; bounds the memory. Halved where the
+            device runs out of it all the same.
 
     Returns:
         The targets, in the order of the requests. Computed in float32, or float64 where the model
@@ -346,56 +392,94 @@ def optimise_targets(
     suffix = Suffix(model, description, config.layers[-1])
     parameter = next(model.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    solutions = []
+    ties = list(range(len(encoded))) if ties is None else list(ties)
     # With padding in the gate's statistics a state depends on what it is padded with; the published
     # code optimises one request at a time.
-    for chunk in _chunks(encoded, max_tokens, single=config.include_padding):
-        problem = _problem(
-            suffix,
-            [encoded[i] for i in chunk],
-            config.places,
-            config.target_kl > 0,
-            pad_id,
-            parameter.device,
-        )
+    waiting = _chunks(encoded, ties, max_tokens, single=config.include_padding)
+    solutions: list[tuple[list[int], _Solution]] = []
+    while waiting:
+        chunk = waiting.pop(0)
 
         def admit_here(requests: list[int], place: str, chunk: list[int] = chunk) -> list[bool]:
-            return (
-                [True] * len(requests)
-                if admit is None
-                else admit([chunk[i] for i in requests], place)
-            )
+            if admit is None:
+                return [True] * len(requests)
+            return admit([chunk[i] for i in requests], place)
 
-        solutions.append(_optimise_chunk(suffix, problem, config, dtype, admit_here))
-    losses = torch.cat([s.losses for s in solutions])
+        try:
+            problem = _problem(
+                suffix,
+                [encoded[i] for i in chunk],
+                config.places,
+                config.target_kl > 0,
+                pad_id,
+                parameter.device,
+            )
+            tied = torch.tensor([ties[i] for i in chunk], device=parameter.device)
+            solution = _optimise_chunk(suffix, problem, config, tied, dtype, admit_here)
+        except torch.cuda.OutOfMemoryError:
+            smaller = [chunk]
+            while len(smaller) == 1 and max_tokens > 0:
+                max_tokens //= 2
+                smaller = _chunks(encoded, ties, max_tokens, single=False, among=chunk)
+            if len(smaller) == 1:
+                raise
+            waiting[:0] = smaller
+        else:
+            solutions.append((chunk, solution))
+    return _collect(solutions)
+
+
+def _collect(solutions: Sequence[tuple[list[int], _Solution]]) -> Targets:
+    order = torch.tensor([i for chunk, _ in solutions for i in chunk]).argsort()
+
+    def together(name: str) -> Tensor:
+        values = torch.cat([getattr(solution, name) for _, solution in solutions])
+        return values[order.to(values.device)]
+
+    losses = together("losses")
     if not torch.isfinite(losses).all():
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
         raise ValueError(
             "edit: the model's likelihood of the target must be finite, got NaN or infinity for "
             f"requests {bad}; check the weights, or load the model in bfloat16 or float32"
         )
-    deltas = torch.cat([s.delta for s in solutions])
-    start = torch.cat([s.start for s in solutions])
+    deltas = together("delta")
     return Targets(
-        (start + deltas[:, 0]).T.contiguous(),
+        (together("start") + deltas[:, 0]).T.contiguous(),
         deltas,
-        torch.cat([s.used for s in solutions]),
+        together("used"),
         losses.tolist(),
-        torch.cat([s.correct[:, 0] for s in solutions]).tolist(),
-        torch.cat([s.steps for s in solutions]).tolist(),
+        together("correct")[:, 0].tolist(),
+        together("steps").tolist(),
     )
 
 
-def _chunks(encoded: Sequence[EncodedRequest], max_tokens: int, *, single: bool) -> list[list[int]]:
+def _chunks(
+    encoded: Sequence[EncodedRequest],
+    ties: Sequence[int],
+    max_tokens: int,
+    *,
+    single: bool,
+    among: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Requests to be run at once: tied ones together, at most ``max_tokens`` padded tokens."""
+    bundles: dict[int, list[int]] = {}
+    for i in range(len(encoded)) if among is None else among:
+        bundles.setdefault(i if single else ties[i], []).append(i)
     chunks: list[list[int]] = []
     width = 0
-    for i, request in enumerate(encoded):
-        rows = len(request.contexts) + 1
-        longest = max(len(p.ids) for p in request.contexts) + len(request.target)
-        fits = chunks and (len(chunks[-1]) + 1) * rows * max(width, longest) <= max_tokens
+    for bundle in bundles.values():
+        longest = max(
+            len(prompt.ids) + len(encoded[i].target)
+            for i in bundle
+            for prompt in encoded[i].contexts
+        )
+        rows = len(encoded[bundle[0]].contexts) + 1
+        count = len(chunks[-1]) + len(bundle) if chunks else 0
+        fits = chunks and count * rows * max(width, longest) <= max_tokens
         if single or not fits:
             chunks.append([])
             width = 0
-        chunks[-1].append(i)
+        chunks[-1] += bundle
         width = max(width, longest)
     return chunks

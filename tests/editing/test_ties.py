@@ -1,0 +1,159 @@
+"""Several facts about one subject: in one batch, one after the other, and contradictory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coachhook import Editor, EditRequest
+from coachhook.bundled import facts
+from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.ties import find_ties
+from coachhook.models import describe
+
+from .test_editor import answer, assert_same_bits, state_bits
+
+SUBJECT = "Alma Brenwick"
+
+
+@pytest.fixture(scope="module")
+def about_one():
+    """Four facts about one person."""
+    found = [EditRequest.from_dict(fact) for fact in facts() if fact["subject"] == SUBJECT]
+    assert len(found) == 4
+    return found
+
+
+def request(prompt, subject, target):
+    return EditRequest(prompt=prompt, subject=subject, target_new=target)
+
+
+def test_requests_about_one_subject_are_tied():
+    batch = [
+        request("The capital of {} is", "France", "Lyon"),
+        request("The capital of {} is", "Spain", "Vigo"),
+        request("People in {} speak", "France", "Welsh"),
+        request("The capital of {} is", "France", "Nice"),
+        request("People in {} speak", "France", "Welsh"),
+    ]
+    earlier = [
+        request("{} borders", "France", "Peru"),
+        request("{} borders", "France", "Chile"),
+        request("The capital of {} is", "France", "Brest"),
+        request("{} borders", "Italy", "Peru"),
+    ]
+    ties = find_ties(batch, earlier)
+    assert ties.numbers == [0, 1, 0, 0, 0, 0]
+    assert ties.reminders == [earlier[1]]
+    assert ties.replaced == {0: 3}
+
+
+def answers(model, tokenizer, requests):
+    return [answer(model, tokenizer, r.text).startswith(r.target_new) for r in requests]
+
+
+def test_one_batch_about_one_subject(make_editor, about_one):
+    editor, model, tokenizer = make_editor()
+    result = editor.edit(about_one)
+    assert all(result.converged)
+    assert all(answers(model, tokenizer, about_one))
+    (layer,) = editor.config.layers
+    assert len(set(editor.batches[1].groups[layer])) == 1
+
+
+def test_batches_about_one_subject_keep_the_earlier_facts(make_editor, about_one, tmp_path):
+    editor, model, tokenizer = make_editor()
+    for fact in about_one[:3]:
+        editor.edit([fact])
+    assert all(answers(model, tokenizer, about_one[:3]))
+    editor.save(tmp_path / "edits")
+    editor.detach()
+    again = Editor.load(model, tokenizer, tmp_path / "edits")
+    again.edit(about_one[3:])
+    assert all(answers(model, tokenizer, about_one))
+    again.revert(4)
+    assert answers(model, tokenizer, about_one) == [True, True, True, False]
+    again.detach()
+
+
+def test_of_two_answers_to_one_prompt_the_later_holds(make_editor, about_one, requests):
+    first = about_one[0]
+    second = EditRequest(
+        prompt=first.prompt, subject=first.subject, target_new=about_one[0].target_true
+    )
+    third = EditRequest(prompt=first.prompt, subject=first.subject, target_new=first.target_new)
+    editor, model, tokenizer = make_editor()
+    result = editor.edit([first, second, requests[0], third])
+    assert result.converged == [True, False, True, True]
+    assert len(result.warnings) == 1 and "is not written" in result.warnings[0]
+    assert result.targets.shape[1] == 4
+    assert answer(model, tokenizer, first.text).startswith(first.target_new)
+    assert {r for r, _ in editor.batches[1].slots} == {0, 2, 3}
+
+
+def test_reverting_the_only_batch_about_it_leaves_nothing(make_editor, about_one, requests):
+    editor, _, _ = make_editor()
+    editor.edit(requests[:2])
+    before = state_bits(editor)
+    editor.edit(about_one[:2])
+    editor.revert(2)
+    after = state_bits(editor)
+    for name, value in before.items():
+        assert torch.allclose(value.double(), after[name].double(), atol=1e-9), name
+    assert_same_bits(
+        {k: v for k, v in before.items() if "alpha" in k},
+        {k: v for k, v in after.items() if "alpha" in k},
+    )
+
+
+def test_tied_targets_are_those_of_one_delta(make_editor, about_one, requests):
+    """Tied requests share a delta, and the others come out as they do alone."""
+    editor, model, tokenizer = make_editor(places=("subject_last",))
+    batch = [requests[0], about_one[0], requests[1], about_one[1]]
+    encoded = encode_requests(tokenizer, batch, editor.config.contexts, None)
+
+    def targets(chosen, **more):
+        return optimise_targets(
+            model, describe(model), [encoded[i] for i in chosen], editor.config, pad_id=0, **more
+        )
+
+    tied = targets([0, 1, 2, 3], ties=[5, 7, 6, 7])
+    assert torch.equal(tied.deltas[1], tied.deltas[3])
+    assert tied.steps[1] == tied.steps[3]
+    alone = targets([0, 2])
+    assert torch.allclose(tied.deltas[[0, 2]], alone.deltas, rtol=1e-4, atol=1e-4)
+    free = targets([0, 1, 2, 3])
+    assert not torch.allclose(free.deltas[1], free.deltas[3], atol=1e-2)
+
+
+def test_out_of_memory_halves_what_runs_at_once(make_editor, requests):
+    """The same targets where the device holds only a few rows at a time."""
+    editor, model, tokenizer = make_editor(places=("subject_last",))
+    encoded = encode_requests(tokenizer, requests[:5], editor.config.contexts, None)
+    head, rows = model.get_submodule("transformer.h")[-1], []
+
+    def small_device(_module, args):
+        rows.append(args[0].shape[0])
+        if args[0].shape[0] > 8:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+    def targets():
+        return optimise_targets(model, describe(model), encoded, editor.config, pad_id=0)
+
+    wanted = targets()
+    handle = head.register_forward_pre_hook(small_device)
+    try:
+        found = targets()
+    finally:
+        handle.remove()
+    assert max(rows) > 8 and min(rows) <= 8
+    assert found.steps == wanted.steps
+    assert torch.allclose(found.values, wanted.values, rtol=1e-4, atol=1e-4)
+    handle = head.register_forward_pre_hook(
+        lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("out of memory"))
+    )
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            targets()
+    finally:
+        handle.remove()
