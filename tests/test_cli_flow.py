@@ -186,7 +186,7 @@ def same_edits(one, other):
     """
     a, b = tensors_of(one), tensors_of(other)
     assert a.keys() == b.keys() and a
-    return all((a[n] - b[n]).norm() <= 1e-9 * a[n].norm() for n in a)
+    return all((a[n].double() - b[n]).norm() <= 1e-9 * a[n].double().norm() for n in a)
 
 
 def test_resume_leaves_out_what_is_there_and_equals_one_run(world, tmp_path, output):

@@ -335,7 +335,7 @@ def test_a_device_that_is_not_there(world, refused):
 def test_inspect_and_revert(world, refused):
     edits, model = world / "edits", world / "model"
     refused("inspect", world / "none", message="none")
-    refused("inspect", world / "stats-model", message="must hold coachhook edits")
+    refused("inspect", model, message="manifest.json")
     refused("inspect", edits, "--text", "x", message="--text and --model go together")
     refused("inspect", edits, "--out", world / "x.png", message="needs --model and --text")
     argv = ["inspect", edits, "--model", model, "--text", "Bob", "--out"]

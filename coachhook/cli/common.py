@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,16 @@ def log(message: str) -> None:
 
 
 def emit(value: Any) -> None:
-    """Writes the result of ``--json`` to stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+    """Writes the result of ``--json`` to stdout; numbers that are not finite become null."""
+    print(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def show(text: str = "") -> None:

@@ -1,8 +1,9 @@
-"""``coachhook inspect``, ``revert`` and ``export``: what is done with a folder of edits."""
+"""``coachhook inspect``, ``revert`` and ``export``: what is done with a folder of ours."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
     from coachhook.inspecting import GatePicture
 
 _INSPECT = """\
-Shows what a folder of edits holds: batches, thresholds, ranks, sizes. With --model and --text also
-which tokens of a text take the hook in which layer, as text or as a picture (--out).
+Shows what a folder of edits holds: batches, thresholds, ranks, sizes on disk. With --model and
+--text also which tokens of a text take the hook in which layer, as text or as a picture (--out).
+Of a folder of statistics it shows tokens, layers, shrinkage and sizes on disk.
 """
 
 
 def register(commands: Any) -> None:
     """Adds the commands."""
-    parser = add_command(commands, "inspect", "look into a folder of edits", _INSPECT)
-    parser.add_argument("edits", type=Path, metavar="EDITS")
+    parser = add_command(commands, "inspect", "look into a folder of edits or statistics", _INSPECT)
+    parser.add_argument("folder", type=Path, metavar="EDITS_OR_STATS")
     parser.add_argument("--model", metavar="MODEL", help="the edited model, for --text")
     parser.add_argument(
         "--text", action="append", metavar="TEXT", help="a text to run the gates on; repeatable"
@@ -70,9 +72,12 @@ def register(commands: Any) -> None:
 def run_inspect(args: argparse.Namespace) -> int:
     """Summary of a folder, and the gates over texts."""
     from coachhook.inspecting import save_pictures, to_text
+    from coachhook.store import folder_kind
 
     with checking():
-        summary = _summary(args.edits)
+        if folder_kind(args.folder) == "statistics":
+            return _inspect_statistics(args)
+        summary = _summary(args.folder)
         _check_picture(args)
     pictures = _pictures(args) if args.text else []
     if args.out is not None:
@@ -95,7 +100,7 @@ def _pictures(args: argparse.Namespace) -> list[GatePicture]:
     with checking():
         model, tokenizer = open_model(args)
         check_window(model, tokenizer, args.text)
-        handle = attach(model, args.edits)
+        handle = attach(model, args.folder)
     with handle:
         return gate_pictures(model, tokenizer, handle.hooks, args.text)
 
@@ -114,8 +119,7 @@ def _check_picture(args: argparse.Namespace) -> None:
 
 def _summary(path: Path) -> dict[str, Any]:
     """What the manifest of an EDITS folder says."""
-    from coachhook.store import read_manifest
-    from coachhook.store.folders import current_folder
+    from coachhook.store import folder_sizes, read_manifest
 
     manifest = read_manifest(path, "edits")
     batches = [
@@ -138,13 +142,14 @@ def _summary(path: Path) -> dict[str, Any]:
         }
         for index, layer in manifest["layers"].items()
     ]
-    files = [p for p in current_folder(path).rglob("*") if p.is_file()]
+    sizes = folder_sizes(path, "edits")
     return {
         "edits": sum(len(batch["requests"]) for batch in manifest["batches"].values()),
         "model": manifest["model"],
         "fingerprint": manifest["fingerprint"],
         "version": manifest["coachhook_version"],
-        "bytes": sum(p.stat().st_size for p in files),
+        "bytes": sizes.total,
+        "sizes": asdict(sizes)["groups"],
         "config": manifest["config"],
         "layers": layers,
         "batches": batches,
@@ -181,11 +186,83 @@ def _show_summary(summary: dict[str, Any], *, facts: bool) -> None:
     # of them where alpha is not above it.
     headers = ["batch", "edits", "not converged", *(f"bound, layer {i}" for i in indices)]
     show(table(headers, rows))
+    _show_sizes(summary)
     if facts:
         for batch in summary["batches"]:
             show(f"\nbatch {batch['batch']}")
             rows = [[r["prompt"], r["subject"], r["target_new"]] for r in batch["requests"]]
             show(table(["prompt", "subject", "target"], rows))
+
+
+def _inspect_statistics(args: argparse.Namespace) -> int:
+    """Summary of a folder of statistics."""
+    from coachhook.evaluation.report import table
+
+    if args.model or args.text or args.out or args.facts:
+        raise InputError(
+            f"--model, --text, --out and --facts are for a folder of edits, got statistics in "
+            f"{args.folder}"
+        )
+    summary = _statistics_summary(args.folder)
+    if args.json:
+        emit(summary)
+        return 0
+    show(
+        f"statistics of {summary['tokens']} tokens, {summary['bytes'] / 1e6:.1f} MB, written by "
+        f"coachhook {summary['version']}"
+    )
+    show(f"model {summary['model'] or '(unnamed)'}, fingerprint {summary['fingerprint']}\n")
+    names = ("layer", "width", "shrinkage", "sample")
+    rows = [
+        [row["layer"], row["width"], _shrinkage(row["shrinkage"]), row["sample"]]
+        for row in summary["layers"]
+    ]
+    show(table(names, rows))
+    _show_sizes(summary)
+    return 0
+
+
+def _shrinkage(rho: float | None) -> str:
+    return "none" if rho is None else f"{rho:.4f}"
+
+
+def _statistics_summary(path: Path) -> dict[str, Any]:
+    from coachhook.statistics import Statistics
+    from coachhook.store import folder_sizes, read_manifest
+
+    statistics = Statistics.load(path)
+    sizes = folder_sizes(path, "statistics")
+    layers = [
+        {
+            "layer": layer,
+            "width": statistics.covariances.order(layer),
+            "shrinkage": statistics.shrinkage.get(layer),
+            "sample": len(statistics.samples.get(layer, ())),
+        }
+        for layer in statistics.layers
+    ]
+    return {
+        "tokens": statistics.tokens,
+        "model": statistics.meta.get("model"),
+        "fingerprint": statistics.fingerprint,
+        "version": read_manifest(path, "statistics")["coachhook_version"],
+        "bytes": sizes.total,
+        "sizes": asdict(sizes)["groups"],
+        "meta": statistics.meta,
+        "layers": layers,
+    }
+
+
+def _show_sizes(summary: dict[str, Any]) -> None:
+    from coachhook.evaluation.report import table
+
+    groups = summary["sizes"]
+    rows = [[g["name"], g["dtype"], g["tensors"], f"{g['bytes'] / 1e6:.2f}"] for g in groups]
+    rest = summary["bytes"] - sum(g["bytes"] for g in groups)
+    rows.append(["manifest, headers", "", "", f"{rest / 1e6:.2f}"])
+    rows.append(["all", "", "", f"{summary['bytes'] / 1e6:.2f}"])
+    show()
+    show(table(["on disk", "dtype", "tensors", "MB"], rows))
 
 
 def run_revert(args: argparse.Namespace) -> int:

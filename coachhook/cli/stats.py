@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coachhook.cli.common import (
     InputError,
     add_command,
     check_output,
     checking,
+    chosen_device,
     emit,
     layer_list,
     open_model,
@@ -19,10 +23,16 @@ from coachhook.cli.common import (
     show,
 )
 
+if TYPE_CHECKING:
+    from coachhook.statistics import Statistics
+
 _DESCRIPTION = """\
 Reads plain text through the model once and keeps, for each editable layer, the covariance of the
 inputs of its down-projection (and a sample of them). Editing needs it to know which directions
-unrelated text uses. The same file serves every later edit of the same weights.
+unrelated text uses. The same folder serves every later edit of the same weights.
+
+Started by torchrun, the processes share the work, one GPU each where there are GPUs:
+  torchrun --nproc-per-node 8 -m coachhook stats MODEL --text DIR --out STATS
 """
 
 
@@ -35,14 +45,29 @@ def register(commands: Any) -> None:
         required=True,
         metavar="FILE_OR_DIR",
         help='plain text, one passage a line, or .jsonl with a field "text"; of a folder all '
-        "*.txt and *.jsonl files are read; - is standard input",
+        "*.txt and *.jsonl files are read; a folder written by save_to_disk of the datasets "
+        "library; - is standard input",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="STATS", help="folder to write")
     parser.add_argument(
-        "--tokens", type=positive_int, metavar="N", help="stop after N tokens (default: all)"
+        "--tokens",
+        type=positive_int,
+        metavar="N",
+        help="stop after N tokens (default: all; with --minimal 10 times the layers' width)",
+    )
+    parser.add_argument(
+        "--minimal",
+        action="store_true",
+        help="a quick start: little text, and covariances shrunk as much as it asks for",
     )
     parser.add_argument(
         "--layers", type=layer_list, metavar="0,1,2", help="layers to measure (default: all)"
+    )
+    parser.add_argument(
+        "--store",
+        choices=("float64", "float32"),
+        default="float64",
+        help="number format of the covariances on disk; float32 takes half the room",
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run of the same command"
@@ -52,44 +77,85 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Collects and saves the statistics."""
+    with _processes(args) as rank:
+        statistics = _collect(args)
+        if rank == 0:
+            _save(args, statistics)
+    return 0
+
+
+def _collect(args: argparse.Namespace) -> Statistics:
     from coachhook.models import describe
     from coachhook.statistics import collect_statistics, read_texts
 
-    partial = args.out.with_name(f"{args.out.name}.partial")
     with checking():
         if args.text != "-" and next(read_texts(args.text), None) is None:
             raise InputError(f"--text must hold text, got only empty lines in {args.text}")
         check_output(args.out)
-        if partial.exists() and not args.resume:
+        if _partial(args).exists() and not args.resume:
             raise InputError(
-                f"an interrupted run left {partial}; go on with --resume, or delete it"
+                f"an interrupted run left {_partial(args)}; go on with --resume, or delete it"
             )
         model, tokenizer = open_model(args)
         for layer in args.layers or []:
             describe(model).layer(layer)
     try:
-        statistics = collect_statistics(
+        return collect_statistics(
             model,
             tokenizer,
             args.text,
             layers=args.layers,
             max_tokens=args.tokens,
-            checkpoint_dir=partial,
+            minimal=args.minimal,
+            checkpoint_dir=_partial(args),
             resume=args.resume,
         )
     except (TypeError, ValueError) as error:  # of the text or of another run's partial result
         raise InputError(str(error)) from error
-    statistics.save(args.out)
-    shutil.rmtree(partial)
+
+
+def _save(args: argparse.Namespace, statistics: Statistics) -> None:
+    import torch
+
+    statistics.save(args.out, dtype=getattr(torch, args.store))
+    shutil.rmtree(_partial(args))
     result = {
         "out": str(args.out),
         "tokens": statistics.tokens,
         "layers": statistics.layers,
+        "shrinkage": {str(layer): rho for layer, rho in statistics.shrinkage.items()},
         "fingerprint": statistics.fingerprint,
     }
     if args.json:
         emit(result)
-    else:
-        layers = ", ".join(map(str, statistics.layers))
-        show(f"{statistics.tokens} tokens through layers {layers}; saved in {args.out}")
-    return 0
+        return
+    layers = ", ".join(map(str, statistics.layers))
+    show(f"{statistics.tokens} tokens through layers {layers}; saved in {args.out}")
+    if statistics.shrinkage:
+        shown = ", ".join(f"{layer}: {rho:.4f}" for layer, rho in statistics.shrinkage.items())
+        show(f"shrinkage, layer by layer: {shown}")
+
+
+def _partial(args: argparse.Namespace) -> Path:
+    out: Path = args.out
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def _processes(args: argparse.Namespace) -> Iterator[int]:
+    """Joins the processes that torchrun started, if it did; the rank of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    import torch
+    import torch.distributed as dist
+
+    with checking():
+        if chosen_device(args).startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if chosen_device(args).startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()

@@ -1,13 +1,16 @@
 """An EDITS folder: everything needed to go on editing, to take a batch back, or only to answer.
 
 The hooks' own tensors are kept beside the memory they were made from, so that inference reads them
-and nothing else.
+and nothing else. The largest part of a memory is its factor, n (n + 1) / 2 numbers for each layer,
+and it changes only when keys are folded into it: it has a file of its own, which a later write of
+the same folder takes over as it is.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +22,12 @@ from coachhook.editing.published import PublishedMemory
 from coachhook.editing.state import BatchRecord, EditState, HookPayload, LayerEdits
 from coachhook.editing.unrelated import SampleTokens
 from coachhook.errors import FingerprintMismatchError, FormatError
+from coachhook.statistics.packed import pack_lower, unpack_triangle
 from coachhook.store import check_fields, fingerprint, load_folder, save_folder
 
 KIND = "edits"
+# Large, and the same from batch to batch.
+_STABLE = (".memory.factor", ".memory.base", ".memory.prior", ".memory.frozen", ".sample")
 _FIELDS = {
     "fingerprint": str,
     "model": str,
@@ -50,14 +56,17 @@ def save_state(
     else:
         config: Any = model.config
         owner = {"fingerprint": fingerprint(model), "model": str(config._name_or_path or "")}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Callable[[], Tensor]] = {}
     layers: dict[str, Any] = {}
     for index, edits in state.layers.items():
         payload = state.payload(index)
         memory_tensors, memory_values = edits.memory.state_dict()
         prefix = f"layer.{index}"
         tensors |= {f"{prefix}.hook.{k}": v.contiguous() for k, v in payload.tensors.items()}
-        tensors |= {f"{prefix}.memory.{k}": v.contiguous() for k, v in memory_tensors.items()}
+        for name, tensor in memory_tensors.items():
+            is_factor = name == "factor"
+            packing = partial(pack_lower, tensor, tensor.dtype)
+            tensors[f"{prefix}.memory.{name}"] = packing if is_factor else tensor.contiguous()
         if edits.sample is not None:
             tensors[f"{prefix}.sample"] = edits.sample.contiguous()
         layers[str(index)] = {
@@ -79,7 +88,8 @@ def save_state(
         "layers": layers,
         "batches": {str(n): b.to_dict() for n, b in state.batches.items()},
     }
-    save_folder(path, kind=KIND, manifest=manifest, tensors=tensors)
+    stable = [name for name in tensors if name.endswith(_STABLE)]
+    save_folder(path, kind=KIND, manifest=manifest, tensors=tensors, stable=stable)
 
 
 def _open(
@@ -117,6 +127,8 @@ def load_state(path: str | os.PathLike[str], expected: str | None = None) -> Edi
         for key, entry in manifest["layers"].items():
             prefix = f"layer.{key}.memory."
             kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+            if "factor" in kept and kept["factor"].dim() == 1:  # in version 1 it was square
+                kept["factor"] = unpack_triangle(kept["factor"], kept["factor"].dtype)
             state.layers[int(key)] = LayerEdits(
                 kind.from_state_dict(kept, entry["memory"]),
                 tensors[f"layer.{key}.sample"] if f"layer.{key}.sample" in tensors else None,

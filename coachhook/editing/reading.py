@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from coachhook.editing.prompts import EncodedPrompt, pad_right
 from coachhook.editing.suffix import first_tensor
-from coachhook.models import ModelDescription, get_submodule
-
-
-class _ReachedError(Exception):
-    """Ends a forward whose remainder nobody needs."""
+from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 
 @dataclass(frozen=True)
@@ -78,19 +74,14 @@ def read_states(
 
         def take_output(_module: nn.Module, _args: Any, output: Any, at: Any = at_lookup) -> None:
             outputs.append(at(first_tensor(output)))
-            raise _ReachedError
+            raise ForwardEnded
 
         handles = [
             down.register_forward_pre_hook(take_key),
             block.register_forward_hook(take_output),
         ]
-        try:
+        with partial_forward(*handles):
             base(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _ReachedError:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
     return States(torch.cat(keys), torch.cat(outputs))
 
 
@@ -115,7 +106,7 @@ def read_inputs(
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             found[layer] = args[0].reshape(*ids.shape, args[0].shape[-1])
             if layer == max(layers):
-                raise _ReachedError
+                raise ForwardEnded
 
         return hook
 
@@ -123,11 +114,6 @@ def read_inputs(
         get_submodule(model, description.layers[i].path).register_forward_pre_hook(keep(i))
         for i in layers
     ]
-    try:
+    with partial_forward(*handles):
         base(input_ids=ids, attention_mask=mask, use_cache=False)
-    except _ReachedError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return found, mask.bool()

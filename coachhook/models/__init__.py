@@ -12,15 +12,18 @@ from coachhook.models.modules import (
     set_submodule,
     weight_of,
 )
+from coachhook.models.partial import ForwardEnded, partial_forward
 
 __all__ = [
     "EditableLayer",
+    "ForwardEnded",
     "ModelDescription",
     "check_finite",
     "describe",
     "get_submodule",
     "linear_shape",
     "load_model",
+    "partial_forward",
     "prepare_tokenizer",
     "set_submodule",
     "weight_of",

@@ -19,6 +19,7 @@ from coachhook.errors import UnsupportedModelError
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.families import FAMILIES, Family
 from coachhook.models.modules import get_submodule, is_linear_like, linear_shape
+from coachhook.models.partial import ForwardEnded, partial_forward
 
 _EXPERT_NAMES = frozenset({"experts", "block_sparse_moe", "router", "shared_expert"})
 _POST_MLP_NORMS = (
@@ -231,10 +232,6 @@ def _find_down(model: nn.Module, block: nn.Module, hidden: int) -> str:
     return down[0]
 
 
-class _StopForwardError(Exception):
-    """Ends the probe's forward once the first block has answered."""
-
-
 def _probe(model: nn.Module, layer: EditableLayer) -> None:
     plain = _first_block_output(model, layer, None)
     # The vector is as large as the stream, so that rounding cannot hide it nor a norm swallow it.
@@ -257,19 +254,13 @@ def _first_block_output(model: nn.Module, layer: EditableLayer, vector: Tensor |
 
     def stop(_module: nn.Module, _args: object, output: Any) -> None:
         answers.append(output if isinstance(output, Tensor) else output[0])
-        raise _StopForwardError
+        raise ForwardEnded  # once the first block has answered
 
     down = get_submodule(model, layer.path).register_forward_hook(add)
     block = get_submodule(model, layer.block_path).register_forward_hook(stop)
-    try:
-        with torch.no_grad(), _evaluating(model):
-            device = cast(Any, model).get_input_embeddings().weight.device
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    except _StopForwardError:
-        pass
-    finally:
-        down.remove()
-        block.remove()
+    with partial_forward(down, block), torch.no_grad(), _evaluating(model):
+        device = cast(Any, model).get_input_embeddings().weight.device
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     return answers[0].float()
 
 

@@ -37,16 +37,18 @@ def load_model(
 
     Raises:
         FormatError: a weights file is truncated or damaged.
-        FileNotFoundError: there is no such folder, or transformers finds no model under that name.
-        ValueError: unknown dtype or device, or a tokenizer without pad and end-of-text token.
+        FileNotFoundError: there is no such folder, it holds no tokenizer, or transformers finds no
+            model under that name.
+        ValueError: unknown dtype, a device torch does not see, or a tokenizer without pad and
+            end-of-text token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     name = _checked_name(name_or_path)
     wanted = _checked_dtype(dtype)
     where = _checked_device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = _load_tokenizer(name)
         model = AutoModelForCausalLM.from_pretrained(name, **{_dtype_keyword(): wanted})
     except SafetensorError as error:
         raise FormatError(
@@ -94,6 +96,24 @@ def _checked_name(name_or_path: str | Path) -> str:
     return name
 
 
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    wanted = (
+        "load_model: name_or_path must hold a tokenizer (tokenizer.json or the like) that "
+        f"transformers can load, got {name!r}"
+    )
+    remedy = "save it there with tokenizer.save_pretrained"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except ValueError as error:
+        raise FileNotFoundError(f"{wanted}: {error}; {remedy}") from error
+    # Where the files are missing, some classes come without a vocabulary instead of an error.
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
+        raise FileNotFoundError(f"{wanted} without its vocabulary; {remedy}")
+    return tokenizer
+
+
 def _checked_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if dtype is None or dtype == "auto":
         return "auto"
@@ -104,12 +124,20 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device | None:
+    if device is None:
+        return None
     try:
-        return None if device is None else torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
             f"load_model: device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
         ) from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"load_model: device must be one torch sees, got {str(device)!r} and "
+            f"{torch.cuda.device_count()} CUDA devices; `coachhook doctor` says why"
+        )
+    return found
 
 
 def _dtype_keyword() -> str:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from coachhook.hooks import attached_hooks
-from coachhook.models import EditableLayer, ModelDescription, get_submodule
+from coachhook.models import (
+    EditableLayer,
+    ForwardEnded,
+    ModelDescription,
+    get_submodule,
+    partial_forward,
+)
 from coachhook.ops import gram_update_
 from coachhook.statistics.batches import Reservoir, TokenBatch, windows
 from coachhook.statistics.packed import mirror_lower_, pack_lower, unpack_lower
+from coachhook.statistics.share import Share
+from coachhook.statistics.shrinkage import shrink_
 
 # Enough to tell subjects apart; the tokens before them hardly show in a key.
 SAMPLE_WINDOW = 8
+
+
+_Half: TypeAlias = "tuple[int, int]"  # index of the layer, half of the texts
 
 
 class KeySums:
@@ -30,9 +41,11 @@ class KeySums:
         description: of that model.
         layers: the layers wanted, in the order of the forward pass.
         sample_size: how many keys to keep per layer.
+        halves: keep the sums of each half of the texts apart, and the sums of the keys, to shrink
+            the result; twice the memory.
 
     Attributes:
-        tokens: number of keys so far.
+        counts: number of keys so far, of each half.
     """
 
     def __init__(
@@ -41,17 +54,32 @@ class KeySums:
         description: ModelDescription,
         layers: Sequence[EditableLayer],
         sample_size: int,
+        *,
+        halves: bool = False,
     ) -> None:
         base: Any = get_submodule(model, description.base_model_path)
         self._base = base
         self._modules = [(layer, get_submodule(model, layer.path)) for layer in layers]
         self._embedding: Tensor = base.get_input_embeddings().weight
-        self._totals: dict[int, Tensor] = {}
+        self._halves = halves
+        self._totals: dict[_Half, Tensor] = {}
+        self._sums: dict[_Half, Tensor] = {}
         self._scratch: dict[tuple[torch.device, int], Tensor] = {}
         self._samples: dict[int, Tensor] = {}
         self._reservoir = Reservoir(sample_size)
         self._windows = torch.full((sample_size, SAMPLE_WINDOW), -1, dtype=torch.int32)
-        self.tokens = 0
+        self.counts = [0, 0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of keys so far."""
+        return sum(self.counts)
+
+    def skip(self, batch: TokenBatch) -> None:
+        """Leave one batch to another process; places in the sample that it takes become zero."""
+        slots, _ = self._offer(batch)
+        for sample in self._samples.values():
+            sample[slots.to(sample.device)] = 0
 
     def add(self, batch: TokenBatch) -> None:
         """Add the keys of one batch.
@@ -67,19 +95,18 @@ class KeySums:
             )
         device = self._embedding.device
         real = None if batch.real is None else batch.real.to(device)
-        slots, rows = map(torch.from_numpy, self._reservoir.offer(batch.positions))
-        self._windows[slots] = windows(batch, rows, SAMPLE_WINDOW)
+        slots, rows = self._offer(batch)
 
         def take(layer: EditableLayer, inputs: Tensor) -> None:
             keys = inputs.detach().reshape(-1, layer.in_features)
             if real is not None:
                 keys = keys.index_select(0, real.to(keys.device))
-            self._add_gram(layer, keys)
-            self._put_sample(layer.index, keys, slots, rows)
+            self._add_gram(layer, batch.half, keys)
+            self._put_sample(layer, keys, slots, rows)
 
         mask = None if batch.mask is None else batch.mask.to(device)
         self._forward(batch.input_ids.to(device), mask, take)
-        self.tokens += len(batch.positions)
+        self.counts[batch.half] += len(batch.positions)
 
     def check_finite(self) -> None:
         """Check that all keys so far were finite; waits for the device.
@@ -88,24 +115,65 @@ class KeySums:
             ValueError: naming the first layer with a key that is not.
         """
         for layer, _ in self._modules:
-            total = self._totals.get(layer.index)
-            if total is not None and not bool(total.diagonal().sum().isfinite()):
-                raise _not_finite(layer)
+            for half in (0, 1):
+                total = self._totals.get((layer.index, half))
+                if total is not None and not bool(total.diagonal().sum().isfinite()):
+                    raise _not_finite(layer)
 
-    def finish(self) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
-        """Return the means of k k^T (float64 [n, n]) and the samples ([s, n]) on the CPU.
+    def merge(self, share: Share) -> None:
+        """Add up what all processes have; every one of them must call this, and has it all then."""
+        if share.processes == 1:
+            return
+        for layer, module in self._modules:
+            device = _device_of(module, self._embedding.device)
+            for half in range(1 + self._halves):
+                share.add_(self._total(layer, half, device))
+                if self._halves:
+                    share.add_(self._sum(layer, half, device))
+            mine = self._samples.get(layer.index)
+            dtype = share.first(None if mine is None else mine.dtype)
+            if dtype is not None:  # else no process has seen a key
+                share.add_(self._sample(layer, dtype, device))
+        self.counts = share.total(self.counts)
 
-        The last value holds the token ids up to each sampled token, see
-        :attr:`Statistics.sample_tokens`. The sums are given up, one layer after another.
+    def means(self) -> tuple[dict[int, Tensor], dict[int, float]]:
+        """Return the means of k k^T, float64 [n, n] on the CPU, and how much they were shrunk.
+
+        The sums are given up, one layer after another.
+
+        Raises:
+            ValueError: shrinkage needs two halves, and one of them is empty.
         """
-        means = {}
-        for index in list(self._totals):
-            mean = self._totals.pop(index).cpu()
+        if self._halves and not all(self.counts):
+            raise ValueError(
+                "collect_statistics: texts must be several for the minimal mode, which compares "
+                f"two random halves of them, got halves of {self.counts[0]} and {self.counts[1]} "
+                "tokens; give more texts"
+            )
+        means, shrinkage = {}, {}
+        for layer, _ in self._modules:
+            index = layer.index
+            mean = self._totals.pop((index, 0)).cpu()
+            if self._halves:
+                first, mean = mean, self._totals.pop((index, 1)).cpu().add_(mean)
+                keys = [self._sums.pop((index, h)).cpu() / self.counts[h] for h in (0, 1)]
+                first.div_(self.counts[0])
+                mean.div_(self.tokens)
+                shrinkage[index] = shrink_(mean, first, torch.stack(keys), *self.counts)
+            else:
+                mean.div_(self.tokens)
             mirror_lower_(mean)
-            means[index] = mean.div_(self.tokens)
+            means[index] = mean
+        return means, shrinkage
+
+    def samples(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Return the samples, layer index -> [s, n], and their tokens, on the CPU.
+
+        For the tokens see :attr:`Statistics.sample_tokens`.
+        """
         order = torch.from_numpy(self._reservoir.order())
         samples = {i: sample.cpu()[order] for i, sample in self._samples.items() if len(order)}
-        return means, samples, self._windows[order]
+        return samples, self._windows[order]
 
     def state(self) -> dict[str, Tensor | Callable[[], Tensor]]:
         """Return all that :meth:`restore` needs, the sums packed when they are asked for."""
@@ -114,32 +182,65 @@ class KeySums:
             return lambda: pack_lower(total, torch.float64)
 
         state: dict[str, Tensor | Callable[[], Tensor]] = {
-            "tokens": torch.tensor(self.tokens),
+            "counts": torch.tensor(self.counts),
             "positions": torch.from_numpy(self._reservoir.positions),
             "windows": self._windows,
         }
-        state |= {f"layer.{i}.total": packing(total) for i, total in self._totals.items()}
+        state |= {f"layer.{i}.total.{h}": packing(t) for (i, h), t in self._totals.items()}
+        state |= {f"layer.{i}.sum.{h}": total for (i, h), total in self._sums.items()}
         return state | {f"layer.{i}.sample": sample for i, sample in self._samples.items()}
 
     def restore(self, state: Any) -> None:
         """Set the sums and the sample as they were when `state` was taken."""
-        self.tokens = int(state["tokens"])
+        self.counts = state["counts"].tolist()
         self._reservoir.restore(state["positions"].numpy())
         self._windows = state["windows"].clone()
         for layer, module in self._modules:
-            device = _device_of(module, self._embedding.device)
-            total = unpack_lower(state[f"layer.{layer.index}.total"])
-            self._totals[layer.index] = total.to(_float64_device(device))
-            if f"layer.{layer.index}.sample" in state:
-                sample = state[f"layer.{layer.index}.sample"]
-                self._samples[layer.index] = sample.clone().to(device)
+            i, device = layer.index, _device_of(module, self._embedding.device)
+            for half in (0, 1):
+                if f"layer.{i}.total.{half}" in state:
+                    packed = state[f"layer.{i}.total.{half}"]
+                    self._totals[i, half] = unpack_lower(packed).to(_float64_device(device))
+                if f"layer.{i}.sum.{half}" in state:
+                    keys = state[f"layer.{i}.sum.{half}"]
+                    self._sums[i, half] = keys.clone().to(_float64_device(device))
+            if f"layer.{i}.sample" in state:
+                self._samples[i] = state[f"layer.{i}.sample"].clone().to(device)
 
-    def _add_gram(self, layer: EditableLayer, keys: Tensor) -> None:
+    def _offer(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Slots of the sample that tokens of the batch take, and which tokens."""
+        slots, rows = map(torch.from_numpy, self._reservoir.offer(batch.positions))
+        self._windows[slots] = windows(batch, rows, SAMPLE_WINDOW)
+        return slots, rows
+
+    def _total(self, layer: EditableLayer, half: int, device: torch.device) -> Tensor:
+        """The sum of k k^T [n, n] over one half, made where there is none yet."""
+        if (layer.index, half) not in self._totals:
+            shape, where = (layer.in_features,) * 2, _float64_device(device)
+            self._totals[layer.index, half] = torch.zeros(shape, dtype=torch.float64, device=where)
+        return self._totals[layer.index, half]
+
+    def _sum(self, layer: EditableLayer, half: int, device: torch.device) -> Tensor:
+        """The sum of k [n] over one half."""
+        if (layer.index, half) not in self._sums:
+            n, where = layer.in_features, _float64_device(device)
+            self._sums[layer.index, half] = torch.zeros(n, dtype=torch.float64, device=where)
+        return self._sums[layer.index, half]
+
+    def _sample(self, layer: EditableLayer, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The sample [sample_size, n], zero where it is not filled."""
+        if layer.index not in self._samples:
+            shape = len(self._reservoir.positions), layer.in_features
+            self._samples[layer.index] = torch.zeros(shape, dtype=dtype, device=device)
+        return self._samples[layer.index]
+
+    def _add_gram(self, layer: EditableLayer, half: int, keys: Tensor) -> None:
         n = layer.in_features
-        if layer.index not in self._totals:
-            where = _float64_device(keys.device)
-            self._totals[layer.index] = torch.zeros(n, n, dtype=torch.float64, device=where)
-        total = self._totals[layer.index]
+        total = self._total(layer, half, keys.device)
+        if self._halves:
+            kept = self._sum(layer, half, keys.device)
+            wide = keys if keys.dtype == torch.float64 else keys.float()
+            kept.add_(wide.sum(0).to(kept.device))
         try:
             if keys.dtype == torch.float64:
                 gram_update_(total, keys)
@@ -154,12 +255,10 @@ class KeySums:
             raise _not_finite(layer) from error
         total.add_(self._scratch[place].to(total.device))
 
-    def _put_sample(self, index: int, keys: Tensor, slots: Tensor, rows: Tensor) -> None:
-        if index not in self._samples:
-            self._samples[index] = keys.new_zeros(len(self._reservoir.positions), keys.shape[1])
+    def _put_sample(self, layer: EditableLayer, keys: Tensor, slots: Tensor, rows: Tensor) -> None:
+        sample = self._sample(layer, keys.dtype, keys.device)
         if len(slots):
-            device = keys.device
-            self._samples[index][slots.to(device)] = keys[rows.to(device)]
+            sample[slots.to(sample.device)] = keys[rows.to(keys.device)].to(sample.device)
 
     def _forward(
         self,
@@ -173,7 +272,7 @@ class KeySums:
             def hook(module: nn.Module, arguments: Any) -> None:
                 take(layer, arguments[0])
                 if is_last:
-                    raise _Reached
+                    raise ForwardEnded
 
             return hook
 
@@ -182,17 +281,8 @@ class KeySums:
             module.register_forward_pre_hook(hook_of(layer, i == last))
             for i, (layer, module) in enumerate(self._modules)
         ]
-        try:
+        with partial_forward(*handles):
             self._base(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        except _Reached:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _Reached(Exception):
-    """Ends a forward pass whose remainder nobody needs."""
 
 
 @contextmanager

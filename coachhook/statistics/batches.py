@@ -18,6 +18,8 @@ from torch import Tensor
 
 _TEXTS_AT_ONCE = 64
 _EMPTY = np.iinfo(np.uint64).max
+# Which half a text belongs to and which tokens are sampled must not depend on each other.
+_HALVES_SEED = 0x5851F42D4C957F2D
 
 Ints = npt.NDArray[np.int64]
 
@@ -104,15 +106,19 @@ class TokenBatch(NamedTuple):
         mask: bool [B, T], True at real tokens; None when there is no padding.
         real: int64 [N], the places of the real tokens in the flattened [B * T]; None as `mask`.
         positions: int64 [N], the place of each real token in the whole stream.
+        half: which half of the texts these are from, 0 or 1; 0 where they are not halved.
     """
 
     input_ids: Tensor
     mask: Tensor | None
     real: Tensor | None
     positions: Ints
+    half: int
 
 
-def make_batches(sequences: list[Ints], first_position: int, batch_tokens: int) -> list[TokenBatch]:
+def make_batches(
+    sequences: list[Ints], first_position: int, batch_tokens: int, *, halves: bool = False
+) -> list[TokenBatch]:
     """Sort `sequences` by length and pack them into batches of at most `batch_tokens` tokens.
 
     The budget counts padding. A sequence longer than the budget makes a batch of its own.
@@ -121,21 +127,29 @@ def make_batches(sequences: list[Ints], first_position: int, batch_tokens: int) 
         sequences: token sequences in the order of the stream.
         first_position: the place of the first token in the whole stream.
         batch_tokens: budget of a batch.
+        halves: draw for every sequence one of two halves, by a hash of its place in the stream, and
+            pack the halves apart.
     """
     lengths = np.array([len(s) for s in sequences], dtype=np.int64)
     starts = first_position + np.concatenate(([0], np.cumsum(lengths)[:-1]))
     order = np.argsort(-lengths, kind="stable")
+    half_of = _halves(starts) if halves else np.zeros_like(starts)
     batches = []
-    at = 0
-    while at < len(order):
-        width = int(lengths[order[at]])
-        chosen = order[at : at + max(batch_tokens // width, 1)]
-        batches.append(_pad([sequences[i] for i in chosen], starts[chosen], width))
-        at += len(chosen)
+    for half in range(2):
+        rest = order[half_of[order] == half]
+        while len(rest):
+            width = int(lengths[rest[0]])
+            chosen, rest = np.split(rest, [max(batch_tokens // width, 1)])
+            batches.append(_pad([sequences[i] for i in chosen], starts[chosen], width, half))
     return batches
 
 
-def _pad(sequences: list[Ints], starts: Ints, width: int) -> TokenBatch:
+def _halves(starts: Ints) -> Ints:
+    ranks = _splitmix64(starts.astype(np.uint64) + np.uint64(_HALVES_SEED))
+    return (ranks >> np.uint64(63)).astype(np.int64)
+
+
+def _pad(sequences: list[Ints], starts: Ints, width: int, half: int) -> TokenBatch:
     mask = np.arange(width) < np.array([[len(s)] for s in sequences])
     ids = np.zeros(mask.shape, dtype=np.int64)
     ids[mask] = np.concatenate(sequences)
@@ -144,9 +158,9 @@ def _pad(sequences: list[Ints], starts: Ints, width: int) -> TokenBatch:
     )
     input_ids = torch.from_numpy(ids)
     if mask.all():
-        return TokenBatch(input_ids, None, None, positions)
+        return TokenBatch(input_ids, None, None, positions, half)
     real = torch.from_numpy(np.flatnonzero(mask))
-    return TokenBatch(input_ids, torch.from_numpy(mask), real, positions)
+    return TokenBatch(input_ids, torch.from_numpy(mask), real, positions, half)
 
 
 def windows(batch: TokenBatch, rows: Tensor, width: int) -> Tensor:

@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.statistics.accumulate import KeySums
 from coachhook.statistics.batches import Ints, TokenStream
+from coachhook.statistics.share import Share
 from coachhook.store import check_fields, check_writable, load_folder, save_folder
 from coachhook.store.folders import MANIFEST, current_folder
 
@@ -39,17 +41,24 @@ class Checkpoint:
     """Saves and restores the state of one run in a folder; does nothing without one.
 
     Args:
-        path: the folder, or None.
+        path: the folder, or None. Of several processes each has a folder of its own in there, and
+            goes on from it: where one stands does not depend on the others.
         settings: JSON-serialisable; a state saved under other settings is refused.
         seconds: time between two states.
+        share: this process's.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any], seconds: float
+        self,
+        path: str | os.PathLike[str] | None,
+        settings: Mapping[str, Any],
+        seconds: float,
+        share: Share,
     ) -> None:
+        self._path = None
         if path is not None:
-            check_writable(path)
-        self._path = path
+            self._path = _place(Path(path), share)
+            check_writable(self._path)
         self._settings = dict(settings)
         self._seconds = seconds
         self._saved_at = time.monotonic()
@@ -110,6 +119,22 @@ class Checkpoint:
             f"collect_statistics: resume: {name} must be {saved}, as in {self._path}, got {given}; "
             "repeat the run as it was, or start anew with another checkpoint_dir"
         )
+
+
+def _place(path: Path, share: Share) -> Path:
+    """The folder of this process.
+
+    Raises:
+        ValueError: `path` holds the state of one process and there are several, or the reverse.
+    """
+    alone = share.processes == 1
+    if ((path / "process-0") if alone else (path / MANIFEST)).exists():
+        raise ValueError(
+            "collect_statistics: processes must be as many as before, got "
+            f"{share.processes} and in {path} the state of {'several' if alone else 'one'}; repeat "
+            "the run as it was, or start anew with another checkpoint_dir"
+        )
+    return path if alone else path / f"process-{share.rank}"
 
 
 def window_digest(window: list[Ints]) -> str:

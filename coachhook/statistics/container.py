@@ -73,6 +73,8 @@ class Statistics:
             from the text, the same tokens in all layers. May be empty.
         sample_tokens: int32 [s, 8], the ids up to and with each sampled token, -1 before the start
             of its text; None where they are not known.
+        shrinkage: layer index -> rho, the share by which what correlates two features was taken
+            away (:mod:`coachhook.statistics.shrinkage`); a layer that is not there was not shrunk.
         fingerprint: of the model they describe (:func:`coachhook.store.fingerprint`), or None.
         meta: how they were made: model name, settings, number of texts.
     """
@@ -84,12 +86,14 @@ class Statistics:
         *,
         samples: Mapping[int, Tensor] | None = None,
         sample_tokens: Tensor | None = None,
+        shrinkage: Mapping[int, float] | None = None,
         fingerprint: str | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         self.covariances = Covariances(covariances)
         self.tokens = tokens
         self.samples = dict(samples or {})
+        self.shrinkage = dict(shrinkage or {})
         self.sample_tokens = sample_tokens
         self.fingerprint = fingerprint
         self.meta = dict(meta or {})
@@ -176,6 +180,7 @@ class Statistics:
             "tokens": self.tokens,
             "layers": self.layers,
             "sampled_layers": sorted(self.samples),
+            "shrinkage": {str(layer): rho for layer, rho in self.shrinkage.items()},
             "dtype": str(dtype).removeprefix("torch."),
             "meta": self.meta,
         }
@@ -195,14 +200,17 @@ class Statistics:
             "layers": list,
             "sampled_layers": list,
             "meta": dict,
+            "shrinkage": dict,
         }
+        manifest = {"shrinkage": {}, **manifest}  # folders of before it existed are not shrunk
         check_fields(manifest, fields, path)
         try:
+            shrinkage = {int(i): float(rho) for i, rho in manifest["shrinkage"].items()}
             covariances = {i: tensors[_covariance_name(i)] for i in manifest["layers"]}
             samples = {i: tensors[_sample_name(i)] for i in manifest["sampled_layers"]}
             for packed in covariances.values():
                 packed_order(packed.numel())
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise FormatError(
                 f"load: {path} must hold every layer of its manifest whole, got: {error}"
             ) from error
@@ -211,6 +219,7 @@ class Statistics:
             manifest["tokens"],
             samples=samples,
             sample_tokens=tensors[_SAMPLE_TOKENS] if _SAMPLE_TOKENS in tensors else None,
+            shrinkage=shrinkage,
             fingerprint=manifest["fingerprint"],
             meta=manifest["meta"],
         )

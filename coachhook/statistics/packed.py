@@ -1,4 +1,4 @@
-"""Symmetric matrices as their lower triangle, row after row: n (n + 1) / 2 values."""
+"""Symmetric or triangular matrices as their lower triangle by rows: n (n + 1) / 2 values."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ def pack_lower(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 def unpack_lower(packed: Tensor) -> Tensor:
     """Return the symmetric float64 matrix [n, n] of a packed triangle of any floating dtype."""
+    matrix = unpack_triangle(packed, torch.float64)
+    mirror_lower_(matrix)
+    return matrix
+
+
+def unpack_triangle(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the lower triangular matrix [n, n] of a packed triangle, zero above the diagonal."""
     n = packed_order(packed.numel())
-    matrix = torch.empty(n, n, dtype=torch.float64)
+    matrix = torch.zeros(n, n, dtype=dtype)
     for i in range(n):
         matrix[i, : i + 1] = packed[i * (i + 1) // 2 :][: i + 1]
-    mirror_lower_(matrix)
     return matrix
 
 

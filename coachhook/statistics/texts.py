@@ -18,13 +18,15 @@ def read_texts(source: TextSource) -> TextReader:
     Args:
         source: a path or an iterable. A ``.jsonl`` file gives the field "text" of each line, any
             other file each of its lines; a folder all its ``*.txt`` and ``*.jsonl`` files sorted
-            by name; "-" the lines of standard input. An iterable gives strings, or records with
-            a field "text" (as datasets do). Blank texts are passed over.
+            by name, or, where the datasets library saved it (``save_to_disk``), the field "text" of
+            its records; "-" the lines of standard input. An iterable gives strings, or records with
+            a field "text", as a ``datasets.Dataset`` does. Blank texts are passed over.
 
     Raises:
         ValueError: the path does not exist, a folder holds no such file; later, while reading: a
             file is not UTF-8 or a line is not such a record (file and line are named).
         TypeError: `source` is none of these; later: an item is not a text.
+        ImportError: a saved dataset, and the datasets library is not installed.
     """
     return source if isinstance(source, TextReader) else TextReader(source)
 
@@ -38,6 +40,10 @@ class TextReader(Iterator[str]):
         self._texts: Iterator[str]
         if source == "-":
             self._texts = _parse_lines(sys.stdin, "standard input", is_json=False)
+        elif isinstance(source, (str, os.PathLike)) and _is_saved_dataset(Path(source)):
+            records = _saved_dataset(Path(source))
+            self._size = len(records)
+            self._texts = self._from_items(records)
         elif isinstance(source, (str, os.PathLike)):
             files = _files(Path(source))
             self._size = sum(file.stat().st_size for file in files)
@@ -48,7 +54,7 @@ class TextReader(Iterator[str]):
         else:
             raise TypeError(
                 "read_texts: source must be a path or an iterable of texts, got "
-                f"{type(source).__name__}"
+                f"{type(source).__name__}{_splits(source)}"
             )
 
     def __next__(self) -> str:
@@ -87,9 +93,37 @@ class TextReader(Iterator[str]):
                 yield text
 
 
+def _splits(source: object) -> str:
+    """What to do with a dictionary of datasets, one for each split."""
+    if not isinstance(source, Mapping) or not source:
+        return ""
+    return f"; give one of its values, such as that of {next(iter(source))!r}"
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def _saved_dataset(path: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise ImportError(
+            f"read_texts: source must be readable, got {path}, a dataset saved by the datasets "
+            "library, which is not installed (pip install datasets)"
+        ) from error
+    return load_from_disk(str(path))
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix in (".txt", ".jsonl") and f.is_file())
+        splits = sorted(f.name for f in path.iterdir() if _is_saved_dataset(f))
+        if not files and splits:
+            raise ValueError(
+                f"read_texts: {path} must be one dataset, got several splits; name the folder of "
+                f"one of {splits}"
+            )
         if not files:
             raise ValueError(f"read_texts: {path} must hold *.txt or *.jsonl files, got none")
         return files

@@ -6,14 +6,24 @@ one or the new one, whole. Nothing is pickled.
 
 from __future__ import annotations
 
-from coachhook.store.files import check_fields, load_folder, read_manifest, save_folder
+from coachhook.store.files import (
+    check_fields,
+    folder_kind,
+    load_folder,
+    read_manifest,
+    save_folder,
+)
 from coachhook.store.fingerprint import fingerprint
 from coachhook.store.folders import check_writable, write_folder_atomically
+from coachhook.store.sizes import FolderSizes, folder_sizes
 
 __all__ = [
+    "FolderSizes",
     "check_fields",
     "check_writable",
     "fingerprint",
+    "folder_kind",
+    "folder_sizes",
     "load_folder",
     "read_manifest",
     "save_folder",

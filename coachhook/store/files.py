@@ -2,21 +2,21 @@
 
 ``manifest.json`` holds ``format`` ("coachhook-" and the kind), ``format_version``,
 ``coachhook_version``, the caller's own fields, and under ``files`` the name, size, checksum and
-tensor names of every safetensors file. The checksum covers the size and up to 64 evenly spaced
-blocks of 64 KiB: enough to notice files of different writes in one folder without reading
-gigabytes, and all of a small file.
+tensor names of every safetensors file. It is strict JSON (:mod:`coachhook.store.strict_json`). The
+checksum covers the size and up to 64 evenly spaced blocks of 64 KiB: enough to notice files of
+different writes in one folder without reading gigabytes, and all of a small file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,13 +29,17 @@ from coachhook.store.folders import (
     current_folder,
     write_folder_atomically,
 )
+from coachhook.store.strict_json import from_json, to_json
 
-FORMAT_VERSIONS = {"edits": 1, "statistics": 1, "statistics-checkpoint": 1}
+# Edits 2: the factor of a memory as a packed triangle.
+FORMAT_VERSIONS = {"edits": 2, "statistics": 1, "statistics-checkpoint": 1}
 
 _RESERVED = ("format", "format_version", "coachhook_version", "files")
 _SHARD_BYTES = 1 << 30
 _CHECK_BLOCK = 1 << 16
 _CHECK_BLOCKS = 64
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 TensorSource = Tensor | Callable[[], Tensor]
 
@@ -46,6 +50,7 @@ def save_folder(
     kind: str,
     manifest: Mapping[str, Any],
     tensors: Mapping[str, TensorSource],
+    stable: Collection[str] = (),
 ) -> None:
     """Write `manifest` and `tensors` to the folder `path`, whole or not at all.
 
@@ -53,11 +58,15 @@ def save_folder(
         path: a new or empty folder, or one of the same kind, which is replaced. Files in it that
             coachhook did not write are kept.
         kind: "edits", "statistics" or "statistics-checkpoint".
-        manifest: JSON-serialisable fields. Those that this function itself writes are ignored, so
-            a loaded manifest can be saved again.
+        manifest: JSON-serialisable fields; numbers need not be finite. Those that this function
+            itself writes are ignored, so a loaded manifest can be saved again.
         tensors: tensors of any dtype, shape and device, or functions without arguments that make
             them. Functions are called one after another, and a file is written for every GiB, so
             that not all tensors need to be in memory at once.
+        stable: names of large tensors that seldom change between writes. Each has a file of its
+            own, and where the folder to be replaced holds the same bits, its file is linked into
+            the new folder instead of being written again (where the file system knows hard links).
+            No file is ever changed in place, so the old folder stays whole for its readers.
 
     Raises:
         ValueError: `path` cannot be written (:func:`check_writable`) or holds another kind.
@@ -70,15 +79,19 @@ def save_folder(
         file.touch()
         mode = file.stat().st_mode
         files = {}
-        for number, shard in enumerate(_shards(tensors), start=1):
+        old = _Previous(path, kind) if stable else None
+        for number, shard in enumerate(_shards(tensors, stable), start=1):
             tensor_file = folder / f"tensors-{number:05}.safetensors"
-            save_file(shard, tensor_file)
-            tensor_file.chmod(mode)  # safetensors leaves files for their owner alone
-            files[tensor_file.name] = {
-                "bytes": tensor_file.stat().st_size,
-                "checksum": _checksum(tensor_file),
-                "tensors": list(shard),
-            }
+            entry = old.link(shard, tensor_file) if old is not None else None
+            if entry is None:
+                save_file(shard, tensor_file)
+                tensor_file.chmod(mode)  # safetensors leaves files for their owner alone
+                entry = {
+                    "bytes": tensor_file.stat().st_size,
+                    "checksum": _checksum(tensor_file),
+                    "tensors": list(shard),
+                }
+            files[tensor_file.name] = entry
         content = {
             "format": f"coachhook-{kind}",
             "format_version": FORMAT_VERSIONS[kind],
@@ -86,8 +99,7 @@ def save_folder(
             **{name: value for name, value in manifest.items() if name not in _RESERVED},
             "files": files,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
+        file.write_text(to_json(content) + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
         if not any(folder.iterdir()):
@@ -121,15 +133,17 @@ def load_folder(
         FormatError: the folder does not exist, is of another kind or a newer format version,
             or one of its files is missing, truncated, damaged or of another write.
     """
+    _check_kind(kind)
     while True:
-        manifest = read_manifest(path, kind)
+        file, text = _manifest_text(path, kind)
+        manifest = _checked_manifest(file, text, kind)
         try:
             tensors = _LazyTensors(current_folder(path), manifest["files"])
             problem = None
         except FormatError as error:
             problem = error
         # A writer may have replaced the folder meanwhile: then files of two writes were met.
-        if read_manifest(path, kind) == manifest:
+        if _manifest_text(path, kind)[1] == text:
             if problem is not None:
                 raise problem
             return manifest, tensors
@@ -141,15 +155,49 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     Raises:
         FormatError: see :func:`load_folder`.
     """
+    _check_kind(kind)
+    return _checked_manifest(*_manifest_text(path, kind), kind)
+
+
+def folder_kind(path: str | os.PathLike[str]) -> str:
+    """Return the kind of a folder written by :func:`save_folder`.
+
+    Raises:
+        FormatError: it is none, or its manifest is damaged.
+    """
+    file, text = _manifest_text(path, " or ".join(FORMAT_VERSIONS))
+    found = next((k for k in FORMAT_VERSIONS if _format_of(file, text) == f"coachhook-{k}"), None)
+    if found is None:
+        raise FormatError(
+            f"load: {file.parent} must hold coachhook {' or '.join(FORMAT_VERSIONS)}, got format "
+            f"{_format_of(file, text)!r}"
+        )
+    return found
+
+
+def _check_kind(kind: str) -> None:
     if kind not in FORMAT_VERSIONS:
         raise ValueError(f"load: kind must be one of {list(FORMAT_VERSIONS)}, got {kind!r}")
-    file, text = _manifest_text(path, kind)
+
+
+def _format_of(file: Path, text: bytes) -> str:
+    content = _parsed(file, text)
+    check_fields(content, {"format": str}, file)
+    name: str = content["format"]
+    return name
+
+
+def _parsed(file: Path, text: bytes) -> Any:
     try:
-        content = json.loads(text)
+        return from_json(text)
     except ValueError as error:
         raise FormatError(
             f"load: {file} must be JSON, got a damaged file ({error}); {_REMEDY}"
         ) from error
+
+
+def _checked_manifest(file: Path, text: bytes, kind: str) -> dict[str, Any]:
+    content = _parsed(file, text)
     check_fields(content, {"format": str, "format_version": int, "files": dict}, file)
     if content["format"] != f"coachhook-{kind}":
         raise FormatError(
@@ -165,7 +213,8 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         if Path(name).name != name:
             raise FormatError(f"load: {file}: files must be plain names, got {name!r}")
         check_fields(entry, {"bytes": int, "checksum": str, "tensors": list}, file)
-    return content
+    checked: dict[str, Any] = content
+    return checked
 
 
 def _manifest_text(path: str | os.PathLike[str], kind: str) -> tuple[Path, bytes]:
@@ -274,12 +323,54 @@ def _checksum(file: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _shards(tensors: Mapping[str, TensorSource]) -> Iterator[dict[str, Tensor]]:
+class _Previous:
+    """The folder about to be replaced; empty where there is none that can be read."""
+
+    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+        self._tensors: Mapping[str, Tensor] = {}
+        self._files: dict[str, str] = {}
+        try:
+            manifest, self._tensors = load_folder(path, kind)
+        except FormatError:
+            return
+        self._folder = current_folder(path)
+        self._entries = manifest["files"]
+        for file, entry in self._entries.items():
+            if len(entry["tensors"]) == 1:
+                self._files[entry["tensors"][0]] = file
+
+    def link(self, shard: dict[str, Tensor], place: Path) -> dict[str, Any] | None:
+        """Put the file that holds just this shard at `place`; None where there is none."""
+        (name, tensor), *others = shard.items()
+        file = self._files.get(name)
+        if others or file is None or not _same_bits(tensor, self._tensors[name]):
+            return None
+        try:
+            os.link(self._folder / file, place)
+        except OSError:  # the file system has no hard links
+            return None
+        entry: dict[str, Any] = self._entries[file]
+        return entry
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    bits = _BITS[one.element_size()]
+    return torch.equal(one.flatten().view(bits), other.flatten().view(bits))
+
+
+def _shards(
+    tensors: Mapping[str, TensorSource], alone: Collection[str]
+) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     bases: list[int] = []
     for name, source in tensors.items():
         tensor = (source if isinstance(source, Tensor) else source()).detach().cpu().contiguous()
+        if name in alone:
+            yield {name: tensor}
+            continue
         if any(tensor.untyped_storage().data_ptr() == base for base in bases):
             tensor = tensor.clone()  # safetensors refuses tensors that share memory
         if shard and size + tensor.nbytes > _SHARD_BYTES:

@@ -72,6 +72,26 @@ def test_bad_settings_are_refused_before_loading(tmp_path: Path, folder: Path) -
         load_model(folder, device="nonsense")
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, folder: Path) -> None:
+    for file in folder.iterdir():
+        if not file.name.startswith("tokenizer"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        load_model(tmp_path)
+    tiny("gpt2").save_pretrained(tmp_path / "gpt2")  # of which transformers makes an empty one
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "gpt2")):
+        load_model(tmp_path / "gpt2")
+
+
+def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
+    missing = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ValueError, match=f"device must be one torch sees, got '{missing}'"):
+        load_model(folder, device=missing)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="got 'cuda' and 0 CUDA devices"):
+            load_model(folder, device=torch.device("cuda"))
+
+
 def test_the_pad_token_is_the_end_of_text_token() -> None:
     tokenizer = _tokenizer(eos_token="<e>")
     assert prepare_tokenizer(tokenizer) is tokenizer

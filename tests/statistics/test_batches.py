@@ -25,7 +25,7 @@ def _sequences(lengths):
 def test_every_token_is_in_one_batch_at_its_place(lengths, budget, first):
     batches = make_batches(_sequences(lengths), first, budget)
     places = []
-    for ids, mask, real, positions in batches:
+    for ids, mask, real, positions, _ in batches:
         assert ids.numel() <= budget or ids.shape[0] == 1
         flat = ids.reshape(-1)
         if mask is None:

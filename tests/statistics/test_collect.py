@@ -179,32 +179,57 @@ def test_texts_are_read_no_further_than_needed(model, tokenizer, make_texts):
     assert len(read) < 500
 
 
-_STREAM = """
+_PEAK = """
 import resource, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from coachhook.statistics import collect_statistics
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-count = int(sys.argv[2])
-texts = (" ".join(f"w{(i * j) % 60}" for j in range(1, 25)) for i in range(count))
-tokens = collect_statistics(model, tokenizer, texts, batch_tokens=256, progress=False).tokens
-print(tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+if sys.argv[2].isdigit():
+    texts = (" ".join(f"w{(i * j) % 60}" for j in range(1, 25)) for i in range(int(sys.argv[2])))
+    length = None
+else:  # long lines of which little is used: the text is large, the work is not
+    texts, length = sys.argv[2], 3
+statistics = collect_statistics(
+    model, tokenizer, texts, batch_tokens=256, max_length=length, progress=False
+)
+print(statistics.tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@pytest.mark.slow
+def _peaks(folder, *sources):
+    """Tokens and peak memory in KiB of collections over each source, in processes of their own."""
+    found = []
+    for source in sources:
+        command = [sys.executable, "-c", _PEAK, str(folder), str(source)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found.append(tuple(map(int, output.split())))
+    return found
+
+
+@pytest.mark.slow  # two processes of their own; 150,000 tokens
+def test_memory_does_not_grow_with_the_tokens(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    small, large = _peaks(tmp_path, 500, 6_000)
+    assert (small[0], large[0]) == (25 * 500, 25 * 6_000)
+    assert large[1] < small[1] + 20_000  # the keys of 5,500 texts would be 155,000
+
+
+@pytest.mark.slow  # two processes of their own; 60 MB of text
 def test_memory_does_not_grow_with_the_text(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    peaks = []
-    for count in (500, 6_000):
-        command = [sys.executable, "-c", _STREAM, str(tmp_path), str(count)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        tokens, peak = map(int, output.split())
-        assert tokens == 25 * count
-        peaks.append(peak)
-    assert peaks[1] < peaks[0] + 20_000  # KiB; the keys of 5,500 texts would be 155,000
+    files = [tmp_path / "small.txt", tmp_path / "large.txt"]
+    for file, lines in zip(files, (600, 10_000), strict=True):
+        with file.open("w") as stream:
+            for i in range(lines):
+                stream.write(" ".join(f"w{i % 60}" for i in range(i, i + 1800)) + "\n")
+    assert files[1].stat().st_size > 60e6
+    small, large = _peaks(tmp_path, *files)
+    assert (small[0], large[0]) == (3 * 600, 3 * 10_000)
+    assert large[1] < small[1] + 15_000  # the texts alone are 60,000
 
 
 def test_long_texts_are_cut_counted_and_reported(model, tokenizer, caplog):

@@ -96,3 +96,42 @@ def test_bad_sources_are_refused(tmp_path):
         read_texts({"text": "a"})
     with pytest.raises(TypeError, match=r"item 1 must be a string .* got NoneType"):
         list(read_texts([{"text": "a"}, {"body": "b"}]))
+
+
+_RECORDS = ["w1 w2", "", "w3", "  ", "w4 w5 w6"]
+
+
+def _dataset():
+    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
+    table = datasets.table.InMemoryTable.from_pydict({"text": _RECORDS, "id": list(range(5))})
+    # A fingerprint made by the library pickles parts of pyarrow; not all versions of them agree.
+    return datasets.Dataset(table, fingerprint="texts")
+
+
+def test_a_dataset_and_its_folder(tmp_path):
+    dataset = _dataset()
+    assert list(read_texts(dataset)) == ["w1 w2", "w3", "w4 w5 w6"]
+    assert list(read_texts(dataset.to_iterable_dataset())) == ["w1 w2", "w3", "w4 w5 w6"]
+    dataset.save_to_disk(tmp_path / "saved")
+    reader = read_texts(tmp_path / "saved")
+    assert next(reader) == "w1 w2" and reader.fraction == 0.2
+    assert list(reader) == ["w3", "w4 w5 w6"]
+
+
+def test_a_dataset_of_several_splits_is_refused(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
+
+    both = datasets.DatasetDict(train=_dataset(), test=_dataset())
+    with pytest.raises(TypeError, match="got DatasetDict; give one of its values.*'train'"):
+        read_texts(both)
+    both.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"name the folder of one of \['test', 'train'\]"):
+        read_texts(tmp_path / "saved")
+
+
+def test_a_saved_dataset_without_the_library_names_it(tmp_path, monkeypatch):
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        read_texts(tmp_path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -83,6 +84,105 @@ def test_loaded_tensors_survive_a_replacement(folder):
     assert list(load_folder(folder, "edits")[1]) == ["other"]
 
 
+@pytest.fixture
+def stable_folder(tmp_path):
+    """A folder with a stable tensor, and a function that writes it again with other content."""
+    path = tmp_path / "stable"
+
+    def write(factor, **tensors):
+        everything = {"a.factor": lambda: factor, **tensors}
+        save_folder(path, kind="edits", manifest={}, tensors=everything, stable=["a.factor"])
+        entries = read_manifest(path, "edits")["files"]
+        return next(path / f for f, entry in entries.items() if entry["tensors"] == ["a.factor"])
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
+def test_a_stable_tensor_keeps_its_file(stable_folder, dtype):
+    factor = torch.randn(300).to(dtype)
+    before = stable_folder(factor, x=torch.zeros(3)).stat()
+    file = stable_folder(factor.clone(), before_it=torch.ones(5), x=torch.ones(3))
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    _, tensors = load_folder(file.parent, "edits")
+    assert torch.equal(tensors["a.factor"], factor) and float(tensors["x"].sum()) == 3
+    assert file.stat().st_nlink == 1  # the old folder is gone
+
+
+def _one_bit_off(factor):
+    other = factor.clone()
+    other.view(torch.int64)[150] ^= 1
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _one_bit_off,
+        lambda f: f[:-1],
+        lambda f: f.float(),
+        lambda f: f[:, None],
+        # Equal as numbers and not as bits.
+        lambda f: torch.where(f == 0, -0.0, f),
+    ],
+)
+def test_a_stable_tensor_that_changed_is_written(stable_folder, change):
+    factor = torch.randn(300, dtype=torch.float64)
+    factor[7] = 0.0
+    before = stable_folder(factor)
+    _, held = load_folder(before.parent, "edits")
+    inode, other = before.stat().st_ino, change(factor)
+    file = stable_folder(other)
+    assert file.stat().st_ino != inode
+    _, tensors = load_folder(file.parent, "edits")
+    assert torch.equal(tensors["a.factor"].signbit(), other.signbit())
+    assert torch.equal(tensors["a.factor"], other)
+    assert torch.equal(held["a.factor"], factor)  # readers of the old folder are not disturbed
+
+
+def test_without_hard_links_a_stable_tensor_is_written_again(stable_folder, monkeypatch):
+    factor = torch.randn(300)
+    stable_folder(factor)
+
+    def refuse(source, target):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(files.os, "link", refuse)
+    file = stable_folder(factor)
+    assert torch.equal(load_folder(file.parent, "edits")[1]["a.factor"], factor)
+
+
+def test_a_damaged_file_is_not_taken_over(stable_folder):
+    factor = torch.randn(300)
+    file = stable_folder(factor)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    file = stable_folder(factor)
+    assert torch.equal(load_folder(file.parent, "edits")[1]["a.factor"], factor)
+
+
+def test_numbers_that_are_not_finite_come_back_and_are_strict_json(tmp_path):
+    values = {"list": [1.5, math.nan, (math.inf,)], "deep": {"x": -math.inf, "name": "NaN"}}
+    for _ in range(2):  # what was loaded can be saved
+        save_folder(tmp_path / "x", kind="edits", manifest=values, tensors={})
+
+        def bare(name):
+            raise AssertionError(f"{name} is not JSON")
+
+        json.loads((tmp_path / "x" / "manifest.json").read_text(), parse_constant=bare)
+        values, _ = load_folder(tmp_path / "x", "edits")
+        assert values["list"][0] == 1.5 and math.isnan(values["list"][1])
+        assert values["list"][2] == [math.inf]
+        assert values["deep"] == {"x": -math.inf, "name": "NaN"}
+
+
+def test_bare_nan_of_older_folders_is_read(folder):
+    file = folder / "manifest.json"
+    file.write_text(file.read_text().replace("1.5", "NaN"))
+    assert math.isnan(load_folder(folder, "edits")[0]["alphas"]["0"])
+
+
 def test_files_are_as_readable_as_the_manifest(folder):
     modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
     assert len(modes) == 1
@@ -143,7 +243,7 @@ def test_a_missing_file_is_named(folder):
     [
         (lambda m: m.pop("files"), "files must be dict, got nothing"),
         (lambda m: m.update(format="coachhook-statistics"), "must hold coachhook edits"),
-        (lambda m: m.update(format_version=99), "format version 1 or older, got 99"),
+        (lambda m: m.update(format_version=99), "format version 2 or older, got 99"),
         (lambda m: m.update(format_version="1"), "format_version must be int, got '1'"),
         (lambda m: m.update(format_version=True), "format_version must be int, got True"),
         (lambda m: m["files"].update({"../x": {}}), "plain names"),

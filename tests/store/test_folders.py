@@ -151,15 +151,23 @@ from coachhook.store import save_folder
 n = 0
 while True:
     n += 1
-    save_folder(sys.argv[1], kind="edits", manifest={"n": n},
-                tensors={"t": torch.full((50_000,), float(n))})
+    save_folder(sys.argv[1], kind="edits", manifest={"n": n}, stable=["same", "often"],
+                tensors={"t": torch.full((50_000,), float(n)), "same": torch.ones(9_000),
+                         "often": torch.full((9_000,), float(n // 3))})
     print(n, flush=True)
 """
 
 
+def check(manifest, tensors):
+    assert bool((tensors["t"] == manifest["n"]).all())
+    assert bool((tensors["same"] == 1).all())
+    assert bool((tensors["often"] == manifest["n"] // 3).all())
+
+
 def test_readers_and_kills_at_any_moment_meet_whole_folders(tmp_path):
     out = tmp_path / "out"
-    save_folder(out, kind="edits", manifest={"n": 0}, tensors={"t": torch.zeros(50_000)})
+    first = {"t": torch.zeros(50_000), "same": torch.ones(9_000), "often": torch.zeros(9_000)}
+    save_folder(out, kind="edits", manifest={"n": 0}, tensors=first, stable=["same", "often"])
     seen = set()
     for round_ in range(4):
         process = subprocess.Popen(
@@ -171,13 +179,13 @@ def test_readers_and_kills_at_any_moment_meet_whole_folders(tmp_path):
             until = time.monotonic() + 0.5 + 0.037 * round_
             while time.monotonic() < until:
                 manifest, tensors = load_folder(out, "edits")
-                assert bool((tensors["t"] == manifest["n"]).all())
+                check(manifest, tensors)
                 seen.add((round_, manifest["n"]))
         finally:
             process.kill()
             process.wait()
         manifest, tensors = load_folder(out, "edits")
-        assert bool((tensors["t"] == manifest["n"]).all())
+        check(manifest, tensors)
     assert len(seen) > 4
     save_folder(out, kind="edits", manifest={"n": -1}, tensors={"t": torch.zeros(1)})
     assert _leftovers(tmp_path) == []

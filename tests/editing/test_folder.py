@@ -1,0 +1,110 @@
+"""What of an EDITS folder is written, kept, and read again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from coachhook.editing import Editor
+from coachhook.editing.folder import load_state
+from coachhook.store import folder_sizes, load_folder, save_folder
+
+
+def _factor_file(path):
+    manifest, _ = load_folder(path, "edits")
+    files = manifest["files"].items()
+    return next(path / name for name, entry in files if entry["tensors"] == [_FACTOR])
+
+
+_FACTOR = "layer.0.memory.factor"
+
+
+def test_the_factor_is_packed_and_comes_back_bit_for_bit(make_editor, requests, tmp_path):
+    editor, *_ = make_editor()
+    editor.edit(requests[:2])
+    editor.save(tmp_path / "edits")
+    memory = editor._state.layers[0].memory
+    n = memory.in_features
+    found = load_state(tmp_path / "edits").layers[0].memory
+    assert torch.equal(found._factor, memory._factor)
+    groups = {g.name: g for g in folder_sizes(tmp_path / "edits", "edits").groups}
+    assert groups["memory.factor"].bytes == n * (n + 1) // 2 * 8
+
+
+def test_later_saves_take_the_factor_over_until_keys_are_folded(make_editor, requests, tmp_path):
+    path = tmp_path / "edits"
+    editor, model, tokenizer = make_editor()
+    editor.edit(requests[:1])
+    editor.save(path)
+    first = _factor_file(path).stat()
+    editor.edit(requests[1:2])
+    editor.save(path)
+    editor.revert(2)
+    editor.save(path)
+    editor.detach()
+    loaded = Editor.load(model, tokenizer, path)
+    loaded.save(path)
+    now = _factor_file(path).stat()
+    assert (now.st_ino, now.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    memory = loaded._state.layers[0].memory
+    memory.fold(memory.num_keys)
+    loaded.save(path)
+    loaded.detach()
+    assert _factor_file(path).stat().st_ino != first.st_ino
+    assert torch.equal(load_state(path).layers[0].memory._factor, memory._factor)
+
+
+def test_folders_of_format_version_1_load(make_editor, requests, tmp_path):
+    """The factor was square then, and Python's NaN stood in the manifest."""
+    editor, *_ = make_editor()
+    editor.edit(requests[:2])
+    editor.save(tmp_path / "new")
+    manifest, tensors = load_folder(tmp_path / "new", "edits")
+    everything = {name: tensors[name].clone() for name in tensors}
+    everything[_FACTOR] = editor._state.layers[0].memory._factor
+    save_folder(tmp_path / "old", kind="edits", manifest=manifest, tensors=everything)
+    file = tmp_path / "old" / "manifest.json"
+    content = json.loads(file.read_text()) | {"format_version": 1}
+    content["batches"]["1"]["losses"][0] = float("nan")
+    file.write_text(json.dumps(content))
+    state = load_state(tmp_path / "old")
+    assert state.batches[1].losses[0] != state.batches[1].losses[0]
+    expected, _ = editor._state.layers[0].memory.state_dict()
+    found, _ = state.layers[0].memory.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_survive_in_strict_json(make_editor, requests, tmp_path, value):
+    editor, *_ = make_editor()
+    editor.edit(requests[:1])
+    record = editor._state.batches[1]
+    record.losses[0] = value
+    record.bounds[0] = value
+    editor.save(tmp_path / "edits")
+
+    def bare(name):
+        raise AssertionError(name)
+
+    json.loads((tmp_path / "edits" / "manifest.json").read_text(), parse_constant=bare)
+    found = load_state(tmp_path / "edits").batches[1]
+    for kept in (found.losses[0], found.bounds[0]):
+        assert kept == value or (kept != kept and value != value)
+
+
+def test_a_damaged_triangle_is_refused(make_editor, requests, tmp_path):
+    from coachhook.errors import FormatError
+
+    editor, *_ = make_editor()
+    editor.edit(requests[:1])
+    editor.save(tmp_path / "edits")
+    manifest, tensors = load_folder(tmp_path / "edits", "edits")
+    everything = {name: tensors[name].clone() for name in tensors}
+    everything[_FACTOR] = everything[_FACTOR][:-1]
+    save_folder(tmp_path / "edits", kind="edits", manifest=manifest, tensors=everything)
+    with pytest.raises(FormatError, match="must hold complete edits"):
+        load_state(tmp_path / "edits")
