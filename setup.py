@@ -21,7 +21,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/bindings.cpp", "csrc/gate.cu"]
+SOURCES = [
+    *("csrc/bindings.cpp", "csrc/gate.cu"),
+    *("csrc/bindings_cholesky.cpp", "csrc/cholesky.cu"),
+    *("csrc/bindings_decode.cpp", "csrc/decode.cu"),
+]
 # A cubin also runs on higher minor versions of its architecture (90a does not); the PTX serves
 # whatever has none.
 DEFAULT_ARCHS = "80+PTX;90a;100;120+PTX"

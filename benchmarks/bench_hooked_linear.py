@@ -2,8 +2,9 @@
 
     pytest benchmarks/bench_hooked_linear.py --benchmark-group-by=param:case
 
-Ratios are to be read from ``coachhook bench hooked_linear --json``, which times the op, the frozen
-layer and the published hook in turns; here each is timed on its own.
+Runs on the GPU where there is one, on the smaller grid. Ratios are to be read from
+``coachhook bench hooked_linear --json``, which times the op, the frozen layer and the peers in
+turns, with cold caches and in CUDA graphs; here each is timed on its own.
 """
 
 from __future__ import annotations
@@ -13,15 +14,28 @@ import torch
 
 from coachhook.bench.hooked_linear import cases
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {
-    f"{case.shape} {str(case.dtype).removeprefix('torch.')}": case
-    for case in cases(torch.device("cpu"), None, False)
+    f"{case.shape} {str(case.dtype).removeprefix('torch.')} {case.backend}": case
+    for case in cases(DEVICE, None, DEVICE.type == "cuda")
 }
+PAIRS = [
+    (name, what)
+    for name, case in CASES.items()
+    for what in ("run", "floor", case.peer_name, *case.more_peers)
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("what", ["run", "floor", "peer"])
+@pytest.mark.parametrize(("case", "what"), PAIRS)
 def test_hooked_linear(benchmark, case, what):
-    function = getattr(CASES[case], what)
+    chosen = CASES[case]
+    functions = {"run": chosen.run, "floor": chosen.floor, chosen.peer_name: chosen.peer}
+    function = (functions | chosen.more_peers)[what]
+
+    def call():
+        function()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
     with torch.inference_mode():
-        benchmark(function)
+        benchmark(call)

@@ -1,27 +1,13 @@
 // Python module coachhook._C: numbers in, exceptions out. No torch symbols, so that one build
 // serves every torch version; pointers and the stream arrive as integers, checked by the Python
 // side.
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
-#include <stdexcept>
+#include "bindings.h"
 
 #include "gate.h"
 
-namespace py = pybind11;
 namespace ch = coachhook;
 
 namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void raise_unless_ok(const ch::Status& status) {
-  if (status.code == ch::Code::kInvalidArgument) throw py::value_error(status.message);
-  if (status.code == ch::Code::kCudaError) throw std::runtime_error(status.message);
-}
 
 void row_norm_zscore_gate(uintptr_t coefficients, ch::DType dtype, int64_t rows, int64_t rank,
                           int64_t row_stride, ch::Reduction reduction, ch::Scope scope,
@@ -102,7 +88,9 @@ PYBIND11_MODULE(_C, m) {
   py::enum_<ch::Scope>(m, "Scope", py::module_local())
       .value("sequence", ch::Scope::kSequence)
       .value("population", ch::Scope::kPopulation)
-      .value("direct", ch::Scope::kDirect);
+      .value("direct", ch::Scope::kDirect)
+      .value("prefix", ch::Scope::kPrefix)
+      .value("ungated", ch::Scope::kUngated);
 
   m.def("row_norm_zscore_gate", &row_norm_zscore_gate, py::kw_only(), py::arg("coefficients"),
         py::arg("dtype"), py::arg("rows"), py::arg("rank"), py::arg("row_stride"),
@@ -114,6 +102,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rows"), py::arg("out_features"), py::arg("y_row_stride"), py::arg("rank"),
         py::arg("q"), py::arg("q_row_stride"), py::arg("s"), py::arg("s_row_stride"),
         py::arg("fired"), py::arg("device"), py::arg("stream"));
+  bind_cholesky(m);
+  bind_decode(m);
   m.def("build_info", &build_info,
         "Version, GPU architectures and CUDA versions of this build; creates no CUDA context.");
 }

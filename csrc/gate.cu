@@ -8,14 +8,6 @@ namespace {
 
 constexpr const char* kGateOp = "row_norm_zscore_gate";
 constexpr const char* kCorrectionOp = "add_correction";
-constexpr int64_t kMaxGrid = 0x7fffffff;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Status launched(const char* op, const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? Status() : cuda_error(op, kernel, error);
-}
 
 Status check(const GateParams& p) {
   COACHHOOK_REQUIRE(p.rows >= 0, kGateOp, "rows", ">= 0", p.rows);
@@ -42,6 +34,8 @@ Status check(const GateParams& p) {
     COACHHOOK_REQUIRE(p.mean && p.std, kGateOp, "mean and std",
                       "non-null pointers with scope=population", 0);
   }
+  COACHHOOK_REQUIRE(p.scope <= Scope::kDirect, kGateOp, "scope", "sequence, population or direct",
+                    static_cast<int>(p.scope));
   COACHHOOK_REQUIRE(p.state == nullptr || p.scope == Scope::kSequence, kGateOp, "state",
                     "null unless scope=sequence", 1);
   return Status();
@@ -120,6 +114,9 @@ Status row_norm_zscore_gate(const GateParams& p) {
     case Scope::kDirect:
       COACHHOOK_LAUNCH(zscore_gate_kernel<Scope::kDirect>, grid, block, stream, p);
       break;
+    case Scope::kPrefix:
+    case Scope::kUngated:
+      break;  // refused above
   }
   return launched(kGateOp, "zscore_gate_kernel");
 }

@@ -93,8 +93,10 @@ struct Standard {
   double std;
 };
 
-__device__ __forceinline__ Standard sequence_standard(const GateParams& p, int64_t sequence,
-                                                      int64_t begin, int64_t end) {
+// Called by the whole block. `magnitude` and `mask` are indexed by token; `state` receives (count,
+// mean, M2) or is null.
+__device__ __forceinline__ Standard sequence_standard(const float* magnitude, const uint8_t* mask,
+                                                      double* state, int64_t begin, int64_t end) {
   constexpr int kThreads = SequenceTraits::kThreads;
   __shared__ long long int_scratch[SequenceTraits::kWarps];
   __shared__ double sum_scratch[SequenceTraits::kWarps];
@@ -102,33 +104,32 @@ __device__ __forceinline__ Standard sequence_standard(const GateParams& p, int64
   long long count = 0;
   long long first = end;
   for (int64_t t = begin + threadIdx.x; t < end; t += kThreads) {
-    if (p.mask != nullptr && p.mask[t] == 0) continue;
+    if (mask != nullptr && mask[t] == 0) continue;
     if (count == 0) first = t;
     ++count;
   }
   count = block_reduce<kThreads>(count, Add(), int_scratch);
   first = block_reduce<kThreads>(first, Min(), int_scratch);
   const double n = static_cast<double>(count);
-  const double shift = count > 0 ? p.magnitude[first] : 0.0;
+  const double shift = count > 0 ? magnitude[first] : 0.0;
 
   double sum = 0.0;
   for (int64_t t = first + threadIdx.x; t < end; t += kThreads) {
-    if (p.mask != nullptr && p.mask[t] == 0) continue;
-    sum += p.magnitude[t] - shift;
+    if (mask != nullptr && mask[t] == 0) continue;
+    sum += magnitude[t] - shift;
   }
   sum = block_reduce<kThreads>(sum, Add(), sum_scratch);
   const double mean = count > 0 ? sum / n : 0.0;
 
   double m2 = 0.0;
   for (int64_t t = first + threadIdx.x; t < end; t += kThreads) {
-    if (p.mask != nullptr && p.mask[t] == 0) continue;
-    const double d = (p.magnitude[t] - shift) - mean;
+    if (mask != nullptr && mask[t] == 0) continue;
+    const double d = (magnitude[t] - shift) - mean;
     m2 = fma(d, d, m2);
   }
   m2 = block_reduce<kThreads>(m2, Add(), sum_scratch);
 
-  if (p.state != nullptr && threadIdx.x == 0) {
-    double* state = p.state + sequence * 3;
+  if (state != nullptr && threadIdx.x == 0) {
     state[0] = n;
     state[1] = shift + mean;
     state[2] = m2;
@@ -136,43 +137,79 @@ __device__ __forceinline__ Standard sequence_standard(const GateParams& p, int64
   return {shift, mean, count > 1 ? sqrt(m2 / (n - 1.0)) : static_cast<double>(NAN)};
 }
 
+// Written so that a NaN on either side leaves z undefined too.
+__device__ __forceinline__ Standard without_noise(Standard standard) {
+  if (!(standard.std > SequenceTraits::kNoise * (standard.shift + standard.mean))) {
+    standard.std = NAN;
+  }
+  return standard;
+}
+
+__device__ __forceinline__ float standard_score(float magnitude, const Standard& standard) {
+  return static_cast<float>(((magnitude - standard.shift) - standard.mean) / standard.std);
+}
+
+struct Span {
+  int64_t begin;
+  int64_t end;
+};
+
+// Tokens of a sequence. The values of cu_seqlens are on the device, so no host check saw them:
+// clamp rather than read out of bounds.
+__device__ __forceinline__ Span sequence_span(const GateParams& p, int64_t sequence) {
+  if (p.cu_seqlens == nullptr) {
+    const int64_t length = p.rows / p.sequences;
+    return {sequence * length, (sequence + 1) * length};
+  }
+  return {p.cu_seqlens[sequence] > 0 ? p.cu_seqlens[sequence] : 0,
+          p.cu_seqlens[sequence + 1] < p.rows ? p.cu_seqlens[sequence + 1] : p.rows};
+}
+
 template <Scope kScope>
 __global__ void __launch_bounds__(SequenceTraits::kThreads) zscore_gate_kernel(const GateParams p) {
   const int64_t sequence = blockIdx.x;
-  int64_t begin, end;
-  if (p.cu_seqlens != nullptr) {
-    // The values are on the device, so no host check saw them: clamp rather than read out of
-    // bounds.
-    begin = p.cu_seqlens[sequence] > 0 ? p.cu_seqlens[sequence] : 0;
-    end = p.cu_seqlens[sequence + 1] < p.rows ? p.cu_seqlens[sequence + 1] : p.rows;
-  } else {
-    const int64_t length = p.rows / p.sequences;
-    begin = sequence * length;
-    end = begin + length;
-  }
+  const auto [begin, end] = sequence_span(p, sequence);
 
   Standard standard = {0.0, 0.0, 1.0};
-  if (kScope == Scope::kSequence) standard = sequence_standard(p, sequence, begin, end);
+  if (kScope == Scope::kSequence) {
+    double* state = p.state == nullptr ? nullptr : p.state + sequence * 3;
+    standard = sequence_standard(p.magnitude, p.mask, state, begin, end);
+  }
   if (kScope == Scope::kPopulation) {
     standard.mean = p.mean[sequence * p.population_stride];
     standard.std = p.std[sequence * p.population_stride];
   }
-  // Written so that a NaN on either side leaves z undefined too.
-  if (!(standard.std > SequenceTraits::kNoise * (standard.shift + standard.mean))) {
-    standard.std = NAN;
-  }
+  standard = without_noise(standard);
 
   const float alpha = p.alpha != nullptr ? *p.alpha : p.alpha_value;
   for (int64_t t = begin + threadIdx.x; t < end; t += SequenceTraits::kThreads) {
     const bool valid = p.mask == nullptr || p.mask[t] != 0;
     float z = p.magnitude[t];
-    if (kScope != Scope::kDirect) {
-      z = static_cast<float>(((z - standard.shift) - standard.mean) / standard.std);
-    }
+    if (kScope != Scope::kDirect) z = standard_score(z, standard);
     if (!valid) z = NAN;
     p.z[t] = z;
     p.fired[t] = z >= alpha;  // false for NaN
   }
+}
+
+// q . s over `rank` terms, by a whole warp; the same sum in every lane. Alignment chooses how q is
+// loaded, not the order.
+template <typename T>
+__device__ __forceinline__ float warp_dot(const T* q, const float* s, int64_t rank, int lane) {
+  constexpr int kSize = Chunk<T>::kSize;
+  float sum = 0.0f;
+  for (int64_t start = static_cast<int64_t>(lane) * kSize; start < rank;
+       start += kWarpSize * kSize) {
+    if (start + kSize <= rank && is_aligned(q + start)) {
+      const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(q + start);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) sum = fmaf(to_float(chunk.value[i]), s[start + i], sum);
+    } else {
+      const int64_t end = start + kSize < rank ? start + kSize : rank;
+      for (int64_t i = start; i < end; ++i) sum = fmaf(to_float(q[i]), s[i], sum);
+    }
+  }
+  return warp_reduce(sum, Add());
 }
 
 template <typename T>
@@ -187,9 +224,7 @@ __global__ void __launch_bounds__(CorrectionTraits::kThreads)
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     if (p.fired[row] == 0) continue;
     const float* s = p.s + row * p.s_row_stride;
-    float sum = 0.0f;
-    for (int64_t i = lane; i < p.rank; i += kWarpSize) sum = fmaf(q[i], s[i], sum);
-    sum = warp_reduce(sum, Add());
+    const float sum = warp_dot(q, s, p.rank, lane);
     if (lane == 0) {
       T* y = static_cast<T*>(p.y) + row * p.y_row_stride + out;
       *y = from_float<T>(to_float(*y) + sum);

@@ -20,6 +20,9 @@ enum class Scope : int {
   kSequence = 0,    // (M - mean) / std over the valid tokens of the same sequence
   kPopulation = 1,  // (M - mean) / std with given mean and std
   kDirect = 2,      // z = M
+  // Of decode_hooked_linear alone:
+  kPrefix = 3,   // (M - mean) / std over the valid tokens of the sequence up to the token itself
+  kUngated = 4,  // every valid token fires, z is NaN
 };
 
 // All pointers are device pointers; matrices are row-major with a stride in elements between rows.

@@ -19,18 +19,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "kernels" / "resources.md"
 ARCHS = (80, 90, 100)
+# Other families: their sizes are those of sm_80 within less shared memory.
+MORE_ARCHS = (86, 89, 120)
 
 # The instructions of tensor-core products: warp, warp group (sm_90), tensor memory (sm_100).
 MMA = ("HMMA", "HGMMA", "UTCHMMA")
 # What the heavy products must use: mma.sync runs at a fraction of the rate on sm_90 and sm_100.
-NATIVE_MMA = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+NATIVE_MMA = {90: "HGMMA", 100: "UTCHMMA"}
 
 _FEATURES = {"pitch", "features", "stride_x", "stride_s", "stride_y", "stride_lift", "chunk"}
 _SIZES = {"depth", "outputs", *_FEATURES}
@@ -45,7 +47,7 @@ class Case:
         kernel: name in ``triton_kernels``.
         pointers: element types of its pointers; a pointer left out is None.
         constants: its constexpr arguments.
-        options: warps and stages.
+        options: warps, and stages where the kernel has a pipelined loop.
         mma: ``"native"``, ``"any"`` or ``""``: tensor-core instructions it must have.
         wide: whether it must load 16 bytes at a time.
     """
@@ -54,7 +56,7 @@ class Case:
     kernel: str
     pointers: dict[str, str]
     constants: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
+    options: dict[str, int]
     mma: str = ""
     wide: bool = True
 
@@ -144,10 +146,13 @@ def cases(arch: int) -> Iterator[Case]:
         pointers = {"part_ptr": "fp32", **per_token, **more}
         # The squares of a token's tiles are few and start anywhere.
         wide = "squares_ptr" not in more
-        yield Case(f"reduce, {name}", "_reduce_kernel", pointers, constants, wide=wide)
+        options = {"num_warps": launcher._REDUCE_WARPS}
+        yield Case(f"reduce, {name}", "_reduce_kernel", pointers, constants, options, wide=wide)
     group_sizes = {"BT": launcher._GROUP_TOKENS, "BF": launcher._GROUP_FEATURES}
     group = {"feature_ptr": "fp32", "groups_ptr": "i64", "magnitude_ptr": "fp32"}
-    yield Case("group sums", "_group_max_kernel", {**group, "winner_ptr": "i32"}, group_sizes)
+    pointers = {**group, "winner_ptr": "i32"}
+    options = {"num_warps": launcher._GROUP_WARPS}
+    yield Case("group sums", "_group_max_kernel", pointers, group_sizes, options)
 
     packed = {**per_token, "mask_ptr": "u8", "cu_seqlens_ptr": "i32", "alpha_ptr": "fp32"}
     for name, scope, more in (
@@ -159,9 +164,12 @@ def cases(arch: int) -> Iterator[Case]:
     ):
         constants = {"SCOPE": scope.value, "BT": launcher._GATE_TOKENS}
         pointers = {**packed, **more}
-        yield Case(f"gate, {name}", "_gate_kernel", pointers, constants, wide=False)
+        options = {"num_warps": launcher._GATE_WARPS}
+        yield Case(f"gate, {name}", "_gate_kernel", pointers, constants, options, wide=False)
     listing = {"fired_ptr": "u8", "index_ptr": "i32", "count_ptr": "i32"}
-    yield Case("list", "_list_kernel", listing, {"BT": launcher._LIST_TOKENS}, wide=False)
+    constants = {"BT": launcher._LIST_TOKENS}
+    options = {"num_warps": launcher._LIST_WARPS}
+    yield Case("list", "_list_kernel", listing, constants, options, wide=False)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -187,6 +195,7 @@ def compile_case(case: Case, arch: int) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from coachhook.ops.hooked_linear import triton as launcher
     from coachhook.ops.hooked_linear import triton_kernels as kernels
     from coachhook.ops.hooked_linear.policy import LaunchPolicy
 
@@ -208,12 +217,14 @@ def compile_case(case: Case, arch: int) -> Row:
             if name in _SIZES:
                 hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    options = {**case.options, "enable_fp_fusion": launcher._FUSION}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, sass = _disassemble(compiled.asm["cubin"])
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, sass))
 
+    native = NATIVE_MMA.get(arch, "HMMA")
     found = {name: count(rf"\b{name}\b") for name in MMA}
     stack = int(re.search(r"STACK:(\d+)", usage)[1])
     spills = stack + count(r"\bSTL\b") + count(r"\bLDL\b")
@@ -225,8 +236,8 @@ def compile_case(case: Case, arch: int) -> Row:
         problems.append(f"{spills} spills (stack bytes and local accesses)")
     if compiled.metadata.shared > limit:
         problems.append("too much shared memory")
-    if case.mma == "native" and not found[NATIVE_MMA[arch]]:
-        problems.append(f"no {NATIVE_MMA[arch]}")
+    if case.mma == "native" and not found[native]:
+        problems.append(f"no {native}")
     if case.mma == "any" and not any(found.values()):
         problems.append("no tensor-core instruction")
     if case.wide and not wide:
@@ -234,8 +245,9 @@ def compile_case(case: Case, arch: int) -> Row:
     sizes = "x".join(
         str(case.constants[k]) for k in ("BT", "BF", "BM", "BK") if k in case.constants
     )
-    if case.options:
-        sizes += f", {case.options['num_warps']} warps, {case.options['num_stages']} stages"
+    sizes += f", {case.options['num_warps']} warps"
+    if "num_stages" in case.options:
+        sizes += f", {case.options['num_stages']} stages"
     return Row(
         case.name,
         arch,
@@ -275,7 +287,7 @@ def page(rows: list[Row]) -> str:
 Written by `python benchmarks/gpu/resources.py --write` with Triton {triton.__version__}; no GPU is
 needed. The gate in `tests/ops/test_triton_aot.py` compiles the same configurations and fails on a
 spill, on more shared memory than a block may use, on a product without tensor-core instructions
-(`HMMA` on sm_80, `HGMMA` on sm_90, `UTCHMMA` on sm_100; any of them in the correction, whose tiles
+(`HGMMA` on sm_90, `UTCHMMA` on sm_100, `HMMA` elsewhere; any of them in the correction, whose tiles
 of tokens are narrow), and where no 16-byte load is left.
 
 Tiles are tokens x features (or outputs), then x terms per step. KiB is shared memory, with the
@@ -291,7 +303,8 @@ and the list read one value per token, the norm of a dense hook one per tile: no
 def main() -> int:
     """Compile, print, and say whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
+    every = (*ARCHS, *MORE_ARCHS)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(every), metavar="90")
     parser.add_argument("--only", nargs="+", default=None, help="first words of configurations")
     parser.add_argument("--json", action="store_true", help="print JSON, one row a line")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
@@ -314,7 +327,10 @@ def main() -> int:
                 print(f"{row.name}, sm_{row.arch}: {'; '.join(row.problems)}", flush=True)
     if arguments.write:
         TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(page(rows), encoding="utf-8")
+        import cuda_resources as cuda
+
+        native = [r for s in cuda.SOURCES for arch in cuda.ARCHS for r in cuda.measure(s, arch)]
+        TABLE.write_text(page(rows) + "\n" + cuda.section(native), encoding="utf-8")
     if not arguments.json:
         print(table(rows))
     return int(any(row.problems for row in rows))

@@ -2,28 +2,102 @@
 
 from __future__ import annotations
 
-import torch
+import os
 
-from coachhook.ops import Membership, Population, Sequence, hook_output
+import torch
+from torch import Tensor
+
+from coachhook.ops import (
+    Membership,
+    Population,
+    Prefix,
+    Scope,
+    Sequence,
+    Ungated,
+    cholesky_downdate_,
+    cholesky_update_solve_,
+    gate_scores,
+    hook_output,
+    hooked_linear,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def scopes(rows: int, keys: int) -> tuple[Scope, ...]:
+    state = torch.zeros(rows, 3, dtype=torch.float64, device="cuda")
+    groups = torch.arange(keys, device="cuda") % 3
+    own = Membership(groups, "own")
+    return Sequence(state), Prefix(state), Population(2.0, 1.0), Membership(), own, Ungated()
+
+
+def gate() -> int:
+    """More tokens than the decoding kernels take."""
+    q, s = torch.randn(37, 11, device="cuda"), torch.randn(11, 29, device="cuda")
+    edges = torch.tensor([0, 1, 1, 40, 76], dtype=torch.int32, device="cuda")
+    calls = 0
+    for dtype in DTYPES:
+        x = torch.randn(4, 20, 29, device="cuda", dtype=dtype)
+        base = torch.randn(4, 20, 37, device="cuda", dtype=dtype)
+        mask = torch.rand(4, 20, device="cuda") < 0.8
+        for scope in (Sequence(), *scopes(4, 11)):
+            hook_output(base, x, (q, s), 0.5, mask=mask, scope=scope, backend="cuda")
+            flat, rows = x.view(80, 29), base.view(80, 37)
+            hook_output(rows, flat, (q, s), 0.5, cu_seqlens=edges, scope=scope, backend="cuda")
+            calls += 2
+    return calls
+
+
+def decoding() -> int:
+    """Both ways to the frozen product, aligned rows and others, one tile of tokens and several."""
+    calls = 0
+    for way in ("exact", "fused"):
+        os.environ["COACHHOOK_DECODING"] = way
+        for dtype in DTYPES:
+            for tokens, n in ((3, 72), (19, 72), (19, 37)):
+                calls += decode(dtype, tokens, n)
+    return calls
+
+
+def decode(dtype: torch.dtype, tokens: int, n: int) -> int:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda")
+
+    x, weight, bias = (t.to(dtype) for t in (random(tokens, 1, n), random(43, n), random(43)))
+    q, s = random(43, 11), random(11, n)
+    edges = torch.tensor([0, 1, 1, tokens - 1], dtype=torch.int32, device="cuda")
+    calls = 0
+    for scope in scopes(tokens, 11):
+        hooked_linear(x, weight, bias, (q, s), 0.5, scope=scope, backend="cuda")
+        gate_scores(x, (q, s), scope=scope, backend="cuda")
+        calls += 2
+    for scope in scopes(3, 11):
+        packed = {"cu_seqlens": edges, "scope": scope}
+        hooked_linear(x[:, 0], weight, bias, (q, s), 0.5, backend="cuda", **packed)
+        calls += 1
+    for delta in ((q.to(dtype), s.to(dtype)), q @ s, (q @ s).to(dtype)):
+        hooked_linear(x, weight, bias, delta, 0.5, scope=Population(2.0, 1.0), backend="cuda")
+        calls += 1
+    return calls
+
+
+def cholesky() -> int:
+    """Both widths of the kernels, aligned rows and others, more than one chunk of columns."""
+    calls = 0
+    for dtype in (torch.float32, torch.float64):
+        for n, k in ((70, 3), (130, 40)):
+            factor = torch.eye(n, dtype=dtype, device="cuda")
+            keys = torch.randn(n, k, dtype=dtype, device="cuda") / n
+            for lower in (factor, factor.mT, torch.eye(n + 1, dtype=dtype, device="cuda")[1:, 1:]):
+                cholesky_update_solve_(lower, keys, backend="cuda")
+                cholesky_downdate_(lower, keys, backend="cuda")
+                calls += 2
+    return calls
 
 
 def main() -> None:
     torch.manual_seed(0)
-    device = torch.device("cuda")
-    q, s = torch.randn(37, 11, device=device), torch.randn(11, 29, device=device)
-    edges = torch.tensor([0, 1, 1, 40, 60], dtype=torch.int32, device=device)
-    state = torch.zeros(4, 3, dtype=torch.float64, device=device)
-    scopes = (Sequence(), Sequence(state), Population(2.0, 1.0), Membership())
-    calls = 0
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.randn(4, 16, 29, device=device, dtype=dtype)
-        base = torch.randn(4, 16, 37, device=device, dtype=dtype)
-        mask = torch.rand(4, 16, device=device) < 0.8
-        for scope in scopes:
-            hook_output(base, x, (q, s), 0.5, mask=mask, scope=scope, backend="cuda")
-            flat, rows = x.view(64, 29), base.view(64, 37)
-            hook_output(rows, flat, (q, s), 0.5, cu_seqlens=edges, scope=scope, backend="cuda")
-            calls += 2
+    calls = gate() + decoding() + cholesky()
     torch.cuda.synchronize()
     print(f"{calls} calls done")
 

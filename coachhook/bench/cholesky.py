@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -10,8 +12,11 @@ from torch import Tensor
 
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import available_backends, cholesky_update_, cholesky_update_solve_
+from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
 
 _RANK = 256
+# JAX's kernel takes 2 n steps across the whole GPU for each key.
+_JAX_ROWS = 6400
 
 
 def synthetic_prior(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -39,11 +44,40 @@ def refactored(prior: Tensor, keys: Tensor) -> Tensor:
     return torch.linalg.cholesky(prior + keys @ keys.mT)
 
 
+def jax_rank_one(factor: Tensor, keys: Tensor) -> Callable[[], object] | None:
+    """JAX's update by one key at a time, on its own copies; None where JAX is not installed.
+
+    ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` in the environment leaves torch its share of a GPU.
+    """
+    if importlib.util.find_spec("jax") is None:
+        return None
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", True)
+    root = jax.numpy.asarray(factor.mT.cpu().numpy())  # upper: A = R^T R
+    columns = [jax.numpy.asarray(column) for column in keys.mT.cpu().numpy()]
+    update = jax.jit(jax.lax.linalg.cholesky_update)
+
+    def run() -> object:
+        result = root
+        for column in columns:
+            result = update(result, column)
+        return result.block_until_ready()
+
+    return run
+
+
 def _peers(prior: Tensor, keys: Tensor) -> dict[str, tuple[str, Callable[[], Tensor]]]:
     return {
         "cholesky_update_": ("torch.linalg.cholesky", partial(refactored, prior, keys)),
         "cholesky_update_solve_": ("torch.linalg.solve", partial(lu_solve, prior, keys)),
     }
+
+
+def _sizes(device: torch.device, quick: bool) -> list[tuple[int, int]]:
+    if quick:
+        return [(1024, 32)]
+    sizes = (6400, 16384) if device.type == "cuda" else (1600, 4096, 6400)
+    return [(n, 32) for n in sizes]
 
 
 @benchmark("cholesky")
@@ -54,16 +88,20 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
         "cholesky_update_solve_": cholesky_update_solve_,
     }
     for kind in [dtype] if dtype in (torch.float32, torch.float64) else [torch.float64]:
-        for n, k in [(1024, 32)] if quick else [(1600, 32), (4096, 32), (6400, 32)]:
+        for n, k in _sizes(device, quick):
             prior = synthetic_prior(n, kind, device)
             keys = synthetic_keys(n, k, kind, device)
             factor = torch.linalg.cholesky(prior)
             # The least any update does: read and write one triangle.
             floor = partial(torch.ones_like(factor[: n // 2]).mul_, 1.0)
             peers = _peers(prior, keys)
+            one_by_one = jax_rank_one(factor, keys) if n <= _JAX_ROWS else None
             for op, function in functions.items():
                 able = [b for b, (can, _) in available_backends(op, device).items() if can]
                 for backend in [b for b in able if b != "reference"] or ["reference"]:
+                    more: dict[str, Callable[[], object]] = {}
+                    if one_by_one is not None and op == "cholesky_update_":
+                        more[f"jax cholesky_update, {k} times"] = one_by_one
                     yield Case(
                         op=op,
                         shape=f"n={n} k={k}",
@@ -73,4 +111,27 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
                         floor=floor,
                         peer_name=peers[op][0],
                         peer=peers[op][1],
+                        more_peers=more,
+                        bytes_moved=n * n * factor.element_size(),
+                        graphs=("op",) if backend == "cuda" else (),
                     )
+            if device.type == "cuda":
+                yield _chain(factor, keys)
+
+
+def _chain(factor: Tensor, keys: Tensor) -> Case:
+    """``L^-1 K`` as a chain of products, against the library's triangular solve."""
+    n, k = keys.shape
+    blocked = BlockedFactor(factor, block_rows(n, 8, 1024))
+    return Case(
+        op="BlockedFactor.solve",
+        shape=f"n={n} k={k}",
+        dtype=factor.dtype,
+        backend="cuda",
+        run=partial(blocked.solve, keys),
+        peer_name="torch.linalg.solve_triangular",
+        peer=partial(torch.linalg.solve_triangular, factor, keys, upper=False),
+        more_peers={"making the inverses": partial(BlockedFactor, factor, blocked.rows)},
+        bytes_moved=n * n * factor.element_size() // 2,
+        graphs=("op",),
+    )

@@ -1,43 +1,64 @@
-"""``hooked_linear`` against the frozen layer alone (floor) and the published eager hook (peer)."""
+"""``hooked_linear`` against the frozen layer alone (floor), the published eager hook and others."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coachhook.bench.peers import published_hook
+from coachhook.bench.peers import compiled_hook, lora_layer, plain_hook, published_hook
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import Membership, Population, Scope, Sequence, available_backends, hooked_linear
 
 ALPHA = 2.2
+
+
+class Load(NamedTuple):
+    """What a layer is given: sequences, their tokens, the scope, and how the hook is stored."""
+
+    batch: int
+    tokens: int
+    scope: str
+    storage: str
+
+
 # (out, in, rank): GPT-2 XL's down-projection with a hundred edits; quick: GPT-2's with sixteen.
 _SIZE, _QUICK_SIZE = (1600, 6400, 100), (768, 3072, 16)
-# (batch, tokens, scope, storage): reading prompts, and decoding one token at a time.
+# Reading prompts, and decoding one token at a time.
 _LOADS = [
-    (8, 64, "sequence", "factored"),
-    (8, 64, "sequence", "dense"),
-    (8, 64, "membership", "pair"),
-    (1, 64, "sequence", "factored"),
-    (1, 1, "population", "factored"),
-    (8, 1, "population", "factored"),
-    (1, 1, "sequence", "factored"),
+    Load(8, 64, "sequence", "factored"),
+    Load(8, 64, "sequence", "dense"),
+    Load(8, 64, "membership", "pair"),
+    Load(1, 64, "sequence", "factored"),
+    Load(1, 1, "population", "factored"),
+    Load(8, 1, "population", "factored"),
+    Load(1, 1, "sequence", "factored"),
 ]
-_QUICK_LOADS = [(8, 64, "sequence", "factored"), (1, 1, "population", "factored")]
+_QUICK_LOADS = [Load(8, 64, "sequence", "factored"), Load(1, 1, "population", "factored")]
+# Down-projections of GPT-2 XL, Llama 3 8B, GPT-J 6B and Llama 3 70B.
+_GPU_SIZES = [(4096, 14336), (1600, 6400), (4096, 16384), (8192, 28672)]
+_GPU_RANKS = [128, 0, 32, 512]  # 0: dense
+_GPU_TOKENS = [1, 8, 64, 512, 4096]
+_GPU_QUICK = [(4096, 14336)], [128, 0], [1, 64, 4096]
+# The one rank at which everything is compared; the others have the backend that "auto" takes.
+_MAIN_RANK = 128
+_DECODING_TOKENS = 64
 
 
 class Layer:
-    """A frozen layer with a hook of given rank, the same one for the op and for its peer."""
+    """A frozen layer with a hook of given rank, the same one for the op and for its peers."""
 
     def __init__(self, m: int, n: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
-        generator = torch.Generator(device="cpu").manual_seed(0)
+        # Numbers drawn on a CPU are the same everywhere; a gigabyte of them takes too long there.
+        generator = torch.Generator(device=device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device)
+            return torch.randn(*shape, generator=generator, device=device)
 
         self.weight = (normal(m, n) / math.sqrt(n)).to(dtype)
         self.bias = normal(m).to(dtype)
@@ -62,47 +83,111 @@ class Layer:
         return Membership() if name == "membership" else Sequence()
 
 
-def _functions(
-    layer: Layer, x: Tensor, scope: str, storage: str, backend: str
+def _plain_arguments(layer: Layer, x: Tensor, load: Load) -> tuple[Any, ...]:
+    lift = None if load.storage == "dense" else layer.q.to(x.dtype)
+    projection = (layer.dense if load.storage == "dense" else layer.s).to(x.dtype)
+    statistics: tuple[Tensor, ...] = ()
+    if load.scope == "population":
+        statistics = layer.mean.float(), layer.std.float()
+    return x, layer.weight, layer.bias, lift, projection, ALPHA, *statistics
+
+
+def _more_peers(
+    layer: Layer, x: Tensor, load: Load, compiles: bool
 ) -> dict[str, Callable[[], object]]:
+    peers: dict[str, Callable[[], object]] = {}
+    if load.scope in ("sequence", "population"):
+        arguments = _plain_arguments(layer, x, load)
+        peers["plain PyTorch"] = partial(plain_hook, *arguments)
+        if compiles:
+            peers["torch.compile"] = partial(compiled_hook(), *arguments)
+    if load.storage == "factored":
+        lora = lora_layer(layer.weight, layer.bias, layer.q.shape[1])
+        if lora is not None:
+            peers["peft LoRA"] = partial(lora, x)
+    return peers
+
+
+def _bytes(layer: Layer, x: Tensor, storage: str) -> int:
+    """Read once: x, W0, b and what the gate reads of the hook; written once: y and z."""
+    tokens, m = x.numel() // x.shape[-1], layer.weight.shape[0]
+    gate = layer.dense if storage == "dense" else layer.s
+    read = sum(t.numel() * t.element_size() for t in (x, layer.weight, layer.bias, gate))
+    return read + tokens * (m * x.element_size() + 4)
+
+
+def _case(layer: Layer, x: Tensor, load: Load, backend: str, compiles: bool) -> Case:
+    m, n = layer.weight.shape
     alpha = torch.tensor(ALPHA, device=x.device)
-    return {
-        "run": partial(
+    frozen = x, layer.weight, layer.bias
+    rank = "" if load.storage == "dense" else f" r={layer.q.shape[1]}"
+    return Case(
+        op="hooked_linear",
+        shape=f"m={m} n={n} B={load.batch} T={load.tokens} {load.storage}{rank} {load.scope}",
+        dtype=x.dtype,
+        backend=backend,
+        run=partial(
             hooked_linear,
-            x,
-            layer.weight,
-            layer.bias,
-            layer.delta(storage),
+            *frozen,
+            layer.delta(load.storage),
             alpha,
-            scope=layer.scope(scope),
+            scope=layer.scope(load.scope),
             backend=backend,
         ),
-        "floor": partial(F.linear, x, layer.weight, layer.bias),
-        "peer": partial(published_hook, x, layer.weight, layer.bias, layer.hook, layer.bias, ALPHA),
-    }
+        floor=partial(F.linear, *frozen),
+        peer_name="published eager hook",
+        peer=partial(published_hook, *frozen, layer.hook, layer.bias, ALPHA),
+        more_peers=_more_peers(layer, x, load, compiles),
+        bytes_moved=_bytes(layer, x, load.storage),
+        graphs=("op", "floor", "plain PyTorch", "peft LoRA"),
+    )
 
 
-@benchmark("hooked_linear")
-def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
-    """Cases of the gated layer; the peer is the published hook in the same dtype."""
+def _backends(device: torch.device) -> list[str]:
+    able = available_backends("hooked_linear", device)
+    return [b for b, (can, _) in able.items() if can and b != "reference"] or ["reference"]
+
+
+def _host_cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
     m, n, rank = _QUICK_SIZE if quick else _SIZE
-    backends = [
-        name
-        for name, (able, _) in available_backends("hooked_linear", device).items()
-        if able and name != "reference"
-    ]
     for kind in [dtype] if dtype is not None else [torch.float32, torch.bfloat16]:
         layer = Layer(m, n, rank, kind, device)
-        for batch, tokens, scope, storage in _QUICK_LOADS if quick else _LOADS:
-            x = torch.randn(batch, tokens, n, generator=torch.Generator().manual_seed(1))
-            x = x.to(device, kind)
-            for backend in backends or ["reference"]:
-                functions = _functions(layer, x, scope, storage, backend)
-                yield Case(
-                    op="hooked_linear",
-                    shape=f"m={m} n={n} B={batch} T={tokens} {storage} r={rank} {scope}",
-                    dtype=kind,
-                    backend=backend,
-                    peer_name="published eager hook",
-                    **functions,
-                )
+        for load in _QUICK_LOADS if quick else _LOADS:
+            x = torch.randn(load.batch, load.tokens, n, generator=torch.Generator().manual_seed(1))
+            # Compiling takes longer than all else together: the first load stands for the others.
+            compiles = not quick and load is _LOADS[0]
+            for backend in _backends(device):
+                yield _case(layer, x.to(device, kind), load, backend, compiles)
+
+
+def _gpu_load(tokens: int, storage: str) -> Load:
+    if tokens <= _DECODING_TOKENS:
+        return Load(tokens, 1, "population", storage)
+    return Load(1, tokens, "sequence", storage)
+
+
+def _gpu_cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
+    """The most telling ones first, so that a budget leaves out the others."""
+    sizes, ranks, counts = _GPU_QUICK if quick else (_GPU_SIZES, _GPU_RANKS, _GPU_TOKENS)
+    for kind in [dtype] if dtype is not None else [torch.bfloat16, torch.float32]:
+        for rank in ranks:
+            storage = "factored" if rank else "dense"
+            main = kind == torch.bfloat16 and rank in (0, _MAIN_RANK)
+            for m, n in sizes:
+                layer = Layer(m, n, rank or _MAIN_RANK, kind, device)
+                if not rank:
+                    layer.dense = layer.dense.to(kind)  # the floor of the goal reads it so
+                for tokens in counts:
+                    load = _gpu_load(tokens, storage)
+                    generator = torch.Generator(device).manual_seed(1)
+                    x = torch.randn(
+                        load.batch, load.tokens, n, generator=generator, device=device
+                    ).to(kind)
+                    for backend in _backends(device) if main else ["auto"]:
+                        yield _case(layer, x, load, backend, main and (m, n) == _GPU_SIZES[0])
+
+
+@benchmark("hooked_linear", share=4.0)
+def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
+    """Cases of the gated layer; the peers work in the dtype of the model."""
+    return (_gpu_cases if device.type == "cuda" else _host_cases)(device, dtype, quick)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ def append(memory: EditMemory, keys: Tensor) -> None:
 @benchmark("memory")
 def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
     """One more batch of 32 keys on top of 0, 320 and 1,024."""
-    n, k = (1024 if quick else 6400), 32
-    for kind in [dtype] if dtype in (torch.float32, torch.float64) else [torch.float64]:
+    k, kinds = 32, [dtype] if dtype in (torch.float32, torch.float64) else [torch.float64]
+    sizes = [1024] if quick else [6400, 16384] if device.type == "cuda" else [6400]
+    for kind, n in product(kinds, sizes):
         prior = synthetic_prior(n, kind, device)
         keys = synthetic_keys(n, k, kind, device)
         # A product with one vector reads as much as two solves read of a triangle.
@@ -51,4 +53,5 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
                 floor=floor,
                 peer_name="torch.linalg.solve",
                 peer=partial(lu_solve, prior, keys),
+                bytes_moved=n * n * prior.element_size(),
             )

@@ -1,24 +1,32 @@
-"""Timing of an op, its floor and its peer alternately in one run, and the rows that report it."""
+"""Timing of an op, its floor and its peers alternately in one run, and the rows that report it."""
 
 from __future__ import annotations
 
 import importlib
+import logging
+import math
 import pkgutil
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
 
+_LOG = logging.getLogger(__name__)
+
+_GRAPH = " in a graph"
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 200
-_SECONDS = 4.0
+# Per case. A GPU has many more cases, and its clock is quieter.
+_SECONDS = {"cpu": 4.0, "cuda": 0.4}
 _QUICK_SECONDS = 0.5
-# Larger than any L2: between two timed calls on a GPU the cache is overwritten.
-_FLUSH_BYTES = 256 * 1024**2
+# Larger than the caches: between two timed calls they are overwritten.
+_FLUSH_BYTES = {"cpu": 64 * 1024**2, "cuda": 256 * 1024**2}
+_COPY_BYTES = {"cpu": 64 * 1024**2, "cuda": 512 * 1024**2}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,11 @@ class Case:
             None.
         peer_name: what is compared with, "" for nothing.
         peer: the peer, or None.
+        more_peers: further peers, by name.
+        bytes_moved: bytes that the op has to read and write at least, None where that says nothing.
+        graphs: names of the functions ("op", "floor", or of further peers) that can be captured in
+            a CUDA graph: on a GPU they are also timed as such.
+        cold: whether the caches are overwritten before each call.
     """
 
     op: str
@@ -45,21 +58,28 @@ class Case:
     floor: Callable[[], Any] | None = None
     peer_name: str = ""
     peer: Callable[[], Any] | None = None
+    more_peers: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    bytes_moved: int | None = None
+    graphs: tuple[str, ...] = ()
+    cold: bool = True
 
 
 CaseFactory = Callable[[torch.device, torch.dtype | None, bool], Iterable[Case]]
 _FACTORIES: dict[str, CaseFactory] = {}
+_SHARES: dict[str, float] = {}
 
 
-def benchmark(name: str) -> Callable[[CaseFactory], CaseFactory]:
+def benchmark(name: str, share: float = 1.0) -> Callable[[CaseFactory], CaseFactory]:
     """Decorator: the function yields cases for (device, dtype or None, quick).
 
     Args:
         name: what ``coachhook bench`` calls them: the folder of the op, or of a family of ops.
+        share: how much of a budget for several families they get, against the others'.
     """
 
     def add(factory: CaseFactory) -> CaseFactory:
         _FACTORIES[name] = factory
+        _SHARES[name] = share
         return factory
 
     return add
@@ -77,17 +97,32 @@ def benchmarked_ops() -> list[str]:
     return sorted(_load_factories())
 
 
-def _timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+def _host_clock() -> tuple[str, Callable[[], float]]:
+    """Seconds that count: where torch runs one thread, only those in which that thread ran."""
+    if torch.get_num_threads() == 1:
+        return "thread", time.thread_time
+    return "wall", time.perf_counter
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "cpu"
+
+
+def _timer(device: torch.device, cold: bool) -> Callable[[Callable[[], Any]], float]:
     """A function that calls its argument once and returns the milliseconds it took."""
+    flush = torch.empty(
+        _FLUSH_BYTES[_kind(device)] if cold else 0, dtype=torch.uint8, device=device
+    )
     if device.type != "cuda":
+        _, clock = _host_clock()
 
         def on_host(function: Callable[[], Any]) -> float:
-            start = time.perf_counter()
+            flush.zero_()
+            start = clock()
             function()
-            return (time.perf_counter() - start) * 1e3
+            return (clock() - start) * 1e3
 
         return on_host
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def on_device(function: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -102,16 +137,21 @@ def _timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
 
 
 def time_alternately(
-    functions: dict[str, Callable[[], Any]], device: torch.device, seconds: float = _SECONDS
+    functions: dict[str, Callable[[], Any]],
+    device: torch.device,
+    seconds: float = _SECONDS["cpu"],
+    *,
+    cold: bool = True,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, the functions taking turns so that they share the machine's mood.
 
     Args:
         functions: what to time, by name; each is called twice before the first measurement.
-        device: where they run; on a GPU the caches are cold at each call.
+        device: where they run.
         seconds: budget; at least 5 and at most 200 rounds are made.
+        cold: whether the caches are overwritten before each call.
     """
-    measure = _timer(device)
+    measure = _timer(device, cold)
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
@@ -128,26 +168,73 @@ def time_alternately(
     return times
 
 
-def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+@cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy that fits no cache: what a kernel can reach."""
+    source = torch.zeros(_COPY_BYTES[_kind(device)], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = time_alternately({"copy": lambda: target.copy_(source)}, device, 0.0)
+    return 2e3 * source.numel() / statistics.median(times["copy"])
+
+
+def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that replays the CUDA graph of ``function``, captured after three calls.
+
+    The graph keeps what ``function`` reads and writes alive.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    return graph.replay
+
+
+def _functions(
+    case: Case, device: torch.device
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """What to time, and why the rest of the further peers and graphs cannot be timed."""
     functions = {"op": case.run}
     if case.floor is not None:
         functions["floor"] = case.floor
     if case.peer is not None:
         functions["peer"] = case.peer
-    with warnings.catch_warnings():
-        # The published hook has no standard deviation at one token, and torch says so each time.
-        warnings.filterwarnings("ignore", message=r"std\(\)")
-        times = time_alternately(functions, device, seconds)
+    left_out: dict[str, str] = {}
+
+    def add(name: str, function: Callable[[], Callable[[], Any]]) -> None:
+        try:
+            functions[name] = function()
+        except Exception as error:  # a peer that fails is reported, and the op still measured
+            left_out[name] = _text(error)
+
+    with torch.inference_mode():
+        for name, peer in case.more_peers.items():
+            add(name, lambda peer=peer: (peer(), peer)[1])  # type: ignore[misc]
+        for name in case.graphs if device.type == "cuda" else ():
+            if name in functions:
+                add(f"{name}{_GRAPH}", lambda name=name: captured(functions[name]))  # type: ignore[misc]
+    return functions, left_out
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+    functions, left_out = _functions(case, device)
+    times = time_alternately(functions, device, seconds, cold=case.cold)
+    medians = {name: statistics.median(values) for name, values in times.items()}
     quintiles = statistics.quantiles(times["op"], n=5, method="inclusive")
-    median = statistics.median(times["op"])
-    floor = statistics.median(times["floor"]) if "floor" in times else None
-    peer = statistics.median(times["peer"]) if "peer" in times else None
-    return {
-        "op": case.op,
-        "shape": case.shape,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "backend": case.backend,
+    median, floor, peer = medians["op"], medians.get("floor"), medians.get("peer")
+    graphs = {n.removesuffix(_GRAPH): ms for n, ms in medians.items() if n.endswith(_GRAPH)}
+    best = graphs.get("op", median)
+    rate = None if case.bytes_moved is None else 1e3 * case.bytes_moved / best
+    return _head(case, device) | {
         "median_ms": median,
         "p20_ms": quintiles[0],
         "p80_ms": quintiles[-1],
@@ -155,7 +242,32 @@ def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
         "peer": case.peer_name or None,
         "peer_ms": peer,
         "ratio": None if peer is None else peer / median,
+        "times_floor": None if floor is None else best / graphs.get("floor", floor),
+        "peers_ms": {name: medians[name] for name in case.more_peers if name in medians},
+        "graph_ms": graphs or None,
+        "gb_per_s": None if rate is None else rate / 1e9,
+        "copy_share": None if rate is None else rate / copy_bandwidth(device),
+        "min_ms": min(times["op"]),
+        "rounds": len(times["op"]),
+        "clock": "events" if device.type == "cuda" else _host_clock()[0],
+        "left_out": left_out or None,
+        "error": None,
     }
+
+
+def _head(case: Case, device: torch.device) -> dict[str, Any]:
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "backend": case.backend,
+    }
+
+
+def _failed(case: Case, device: torch.device, error: Exception) -> dict[str, Any]:
+    numbers = ("median_ms", "p20_ms", "p80_ms", "floor_ms", "peer", "peer_ms", "ratio")
+    return _head(case, device) | dict.fromkeys(numbers) | {"error": _text(error)}
 
 
 def run(
@@ -164,6 +276,7 @@ def run(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     quick: bool = False,
+    budget: float | None = None,
 ) -> list[dict[str, Any]]:
     """Measure one op or all of them.
 
@@ -172,10 +285,17 @@ def run(
         device: where to measure.
         dtype: dtype of the model's tensors; None takes those that matter for the op.
         quick: fewer and smaller cases, shorter measurements.
+        budget: seconds after which no further case is begun, shared among the ops; what was left
+            out is logged.
 
     Returns:
         One row per case: op, shape, dtype, device, backend, median_ms, p20_ms, p80_ms (of the op),
-        floor_ms and peer_ms (medians; None where there is none), peer, ratio = peer_ms / median_ms.
+        floor_ms and peer_ms (medians; None where there is none), peer, ratio = peer_ms / median_ms;
+        times_floor = op / floor, gb_per_s and copy_share (of a copy's bandwidth), these three as
+        CUDA graphs where there are any; peers_ms and graph_ms (medians by name); min_ms; rounds;
+        clock ("events", or on the CPU "thread" where torch runs one thread: a busy machine does not
+        count, and else "wall"); left_out, peers and graphs that failed; error, None or why the
+        case could not be measured.
 
     Raises:
         ValueError: unknown op.
@@ -184,9 +304,26 @@ def run(
     if op is not None and op not in factories:
         raise ValueError(f"bench: op must be one of {', '.join(sorted(factories))}, got {op!r}")
     device = torch.device(device)
-    seconds = _QUICK_SECONDS if quick else _SECONDS
-    return [
-        _measure(case, device, seconds)
-        for name in (sorted(factories) if op is None else [op])
-        for case in factories[name](device, dtype, quick)
-    ]
+    seconds = _QUICK_SECONDS if quick else _SECONDS[_kind(device)]
+    names = sorted(factories) if op is None else [op]
+    end = time.perf_counter() + (math.inf if budget is None else budget)
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(names):
+        shares = [_SHARES.get(other, 1.0) for other in names[i:]]
+        now = time.perf_counter()
+        deadline = now + (end - now) * shares[0] / sum(shares)
+        cases = iter(factories[name](device, dtype, quick))
+        for done in count():
+            # Asked before the next case is made, which may take as long as to measure it.
+            if time.perf_counter() > deadline:
+                _LOG.warning("bench: %s: no time left after %d cases", name, done)
+                break
+            case = Case(name, f"case {done + 1}", dtype or torch.float32, "auto", lambda: None)
+            try:  # whatever fails is reported, and the rest still measured
+                case = next(cases)
+                rows.append(_measure(case, device, seconds))
+            except StopIteration:
+                break
+            except Exception as error:
+                rows.append(_failed(case, device, error))
+    return rows

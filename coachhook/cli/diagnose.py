@@ -45,6 +45,12 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("op", nargs="?", metavar="OP", help="one op only (default: all)")
     parser.add_argument("--quick", action="store_true", help="few sizes, few repeats")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further case after so long (default: measure all)",
+    )
     parser.set_defaults(run=run_bench)
 
 
@@ -104,14 +110,17 @@ def run_bench(args: argparse.Namespace) -> int:
         names = bench.benchmarked_ops()
         if args.op is not None and args.op not in names:
             raise InputError(f"OP must be one of {', '.join(names)}, got {args.op!r}")
-    rows = bench.run(args.op, device=device, dtype=dtype, quick=args.quick)
+    rows = bench.run(args.op, device=device, dtype=dtype, quick=args.quick, budget=args.budget)
+    failed = [row for row in rows if row["error"] is not None]
     if args.json:
         emit(rows)
     elif rows:
         show(table(_COLUMNS, [[_cell(row[name]) for name in _COLUMNS] for row in rows]))
+        for row in failed:
+            show(f"{row['op']}, {row['shape']}: {row['error']}")
     else:
         show("nothing to time here")
-    return 0
+    return 1 if failed else 0
 
 
 def _cell(value: object) -> object:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from coachhook.editing.prior import FactoredPrior
 from coachhook.ops import cholesky_update_
 
 # The error of a solution is about eps cond(G); the pivots of G bound its condition from below.
@@ -78,10 +79,10 @@ class EditSpace:
         return cls(keys, solved, targets, root, _Buffers(keys, solved, targets, root))
 
     @classmethod
-    def build(cls, factor: Tensor, keys: Tensor, targets: Tensor) -> EditSpace:
+    def build(cls, prior: FactoredPrior, keys: Tensor, targets: Tensor) -> EditSpace:
         """Solves for all keys [N, n] at once."""
-        half = torch.linalg.solve_triangular(factor, keys.mT, upper=False)
-        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).mT.contiguous()
+        half = prior.solve(keys.mT)
+        solved = prior.solve_transposed(half).mT.contiguous()
         gram = half.mT @ half
         gram.diagonal().add_(1)
         return cls.of(keys, solved, targets, _factored(gram))
@@ -90,10 +91,17 @@ class EditSpace:
         return len(self.keys)
 
     @property
-    def is_well_conditioned(self) -> bool:
-        """Whether solutions keep most of their digits."""
+    def conditioned(self) -> Tensor:
+        """Whether solutions keep most of their digits: a bool on the device, not waited for."""
         pivots = self.root.diagonal().square()
-        return not len(self) or bool(pivots.max() <= _PIVOT_LIMIT[self.root.dtype] * pivots.min())
+        if not len(self):
+            return torch.ones((), dtype=torch.bool, device=pivots.device)
+        return pivots.max() <= _PIVOT_LIMIT[self.root.dtype] * pivots.min()
+
+    @property
+    def is_well_conditioned(self) -> bool:
+        """The value of :attr:`conditioned`."""
+        return bool(self.conditioned)
 
     @property
     def outweighs_prior(self) -> bool:
@@ -101,21 +109,20 @@ class EditSpace:
         # Row sums of squares of the root are the diagonal of G. NaN counts.
         return bool(~(self.root.square().sum(1) <= _OUTWEIGHS).all())
 
-    def append(self, factor: Tensor, keys: Tensor, targets: Tensor) -> EditSpace:
+    def append(
+        self, prior: FactoredPrior, keys: Tensor, targets: Tensor
+    ) -> tuple[EditSpace, Tensor]:
         """Adds keys [k, n] and targets [k, m]; O(n^2 k + n N k + N^2 k).
 
-        Raises:
-            ValueError: ``K^T Y`` overflows.
+        Returns:
+            The new space, and whether all its numbers are finite: a bool on the device, not waited
+            for. A space without is to be thrown away.
         """
         old, total = len(self), len(self) + len(keys)
-        half = torch.linalg.solve_triangular(factor, keys.mT, upper=False)
-        solved = torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
+        half = prior.solve(keys.mT)
+        solved = prior.solve_transposed(half).mT
         corner = half.mT @ half
-        if not bool(torch.isfinite(corner).all()):
-            raise ValueError(
-                "append: keys must be of a size that can be squared, got an overflow in "
-                "K^T C^-1 K; scale keys and prior"
-            )
+        finite = torch.isfinite(corner).all()
         corner.diagonal().add_(1)
         border = torch.linalg.solve_triangular(self.root, self.solved @ keys.mT, upper=False)
         buffers = self._buffers
@@ -126,13 +133,14 @@ class EditSpace:
         buffers.targets[old:total] = targets
         buffers.root[old:total, :old] = border.mT
         buffers.root[old:total, old:total] = _factored(corner - border.mT @ border)
-        return EditSpace(
+        space = EditSpace(
             buffers.keys[:total],
             buffers.solved[:total],
             buffers.targets[:total],
             buffers.root[:total, :total],
             buffers,
         )
+        return space, finite
 
     def delete(self, first: int, last: int, backend: str) -> EditSpace:
         """Without keys first..last-1.
@@ -164,4 +172,4 @@ class EditSpace:
 
 def _factored(matrix: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(matrix)
-    return root.fill_(float("nan")) if int(info) else root
+    return root.masked_fill_(info != 0, torch.nan)

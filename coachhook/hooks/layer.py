@@ -18,8 +18,10 @@ from coachhook.ops import (
     Prefix,
     Sequence,
     Ungated,
+    fuses_decoding,
     gate_scores,
     hook_output,
+    hooked_linear,
 )
 
 State = Literal["off", "temporary", "validated"]
@@ -37,6 +39,15 @@ class HookSnapshot:
     state: State
     scope: ScopeKind
     include_padding: bool
+
+
+def _is_bare_linear(module: nn.Module) -> bool:
+    """Whether calling the module is ``F.linear`` of its weight and bias, and nothing besides."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    )
 
 
 class HookedLinear(nn.Module):
@@ -273,9 +284,13 @@ class HookedLinear(nn.Module):
             ValueError: the input does not fit the forward it is part of, or Delta is not stored in
                 the form the scope needs.
         """
-        output: Tensor = self.base(x, *args, **kwargs)
         if self._state == "off" or self.context.disabled or not self._store.active:
-            return output
+            plain: Tensor = self.base(x, *args, **kwargs)
+            return plain
+        # None: the op computes it together with the hook.
+        output: Tensor | None = None
+        if args or kwargs or not (fuses_decoding(x) and _is_bare_linear(self.base)):
+            output = self.base(x, *args, **kwargs)
         context = self.context
         rows, columns = self._grid(x)
         cu_seqlens = context.cu_seqlens
@@ -287,21 +302,21 @@ class HookedLinear(nn.Module):
         if self._state == "validated":
             mask = self._mask(x, rows, columns)
             scope = self._scope(tokens, mask)
-        y, z = hook_output(
-            output.reshape(*grid, self.out_features),
-            tokens,
-            self._store.operand(),
-            self._store.alpha,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            scope=scope,
-        )
+        operand, alpha = self._store.operand(), self._store.alpha
+        gate: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "scope": scope}
+        if output is None:
+            base = cast("nn.Linear", self.base)
+            y, z = hooked_linear(tokens, base.weight, base.bias, operand, alpha, **gate)
+        else:
+            on_grid = output.reshape(*grid, self.out_features)
+            y, z = hook_output(on_grid, tokens, operand, alpha, **gate)
         for sink in context.sinks:
             seen = z.detach().view(rows, columns)
             everywhere = self._state == "temporary"
             fired = torch.ones_like(seen, dtype=torch.bool)
             sink.append((self.index, seen, fired if everywhere else seen >= self._store.alpha))
-        return y.reshape(output.shape)
+        shape = (*x.shape[:-1], self.out_features) if output is None else output.shape
+        return y.reshape(shape)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         """``(B, T)`` of the input; some models flatten it before their MLP."""

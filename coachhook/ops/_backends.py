@@ -6,7 +6,9 @@ Every op registers its implementations once, at import of its package::
     register("gram_update_", "cpu", cpu.gram_update_)
     register("gram_update_", "triton", _triton_gram_update, supports=_triton_supports)
 
-and asks at each call ``resolve("gram_update_", backend, gram, x)`` for the function to run.
+and asks at each call ``resolve("gram_update_", backend, gram, x)`` for the function to run. Where
+``auto`` passes over an implementation because it does not take these tensors (their dtype, the
+device's architecture), the reason is logged, once per process.
 Functions registered for ``triton`` and ``cuda`` must import what they need on first call: importing
 the package touches neither triton nor CUDA.
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ import torch
 from torch import Tensor
 
 from coachhook.errors import BackendUnavailableError
+
+_LOG = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -42,10 +47,12 @@ class Implementation:
     Attributes:
         function: what ``resolve`` hands out.
         supports: given the tensors of a call, the reason why it cannot take them, or None.
+        extension: whether, as a ``cuda`` implementation, it needs the CUDA extension.
     """
 
     function: Callable[..., Any]
     supports: Callable[..., str | None] | None = None
+    extension: bool = True
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
@@ -57,9 +64,10 @@ def register(
     function: Callable[..., Any],
     *,
     supports: Callable[..., str | None] | None = None,
+    extension: bool = True,
 ) -> None:
     """Add an implementation of an op; ``backend`` is one of :data:`BACKENDS`."""
-    _IMPLEMENTATIONS.setdefault(op, {})[backend] = Implementation(function, supports)
+    _IMPLEMENTATIONS.setdefault(op, {})[backend] = Implementation(function, supports, extension)
 
 
 @cache
@@ -90,8 +98,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _why_not(op: str, backend: str, device: torch.device, tensors: tuple[Any, ...]) -> str | None:
-    """The reason why a backend cannot run on a device, or None where it can."""
+def _why_missing(op: str, backend: str, device: torch.device) -> str | None:
+    """The reason why a backend runs no tensors on a device, or None where it runs some."""
     if backend == "cpu" and device.type != "cpu":
         return f"it runs on CPU tensors, these are on {device}"
     if backend in ("triton", "cuda"):
@@ -104,11 +112,25 @@ def _why_not(op: str, backend: str, device: torch.device, tensors: tuple[Any, ..
         return f"{op} has no {backend} implementation yet"
     if backend == "triton" and not _has_triton():
         return "the package triton is not installed"
-    if backend == "cuda" and native() is None:
+    if backend == "cuda" and implementation.extension and native() is None:
         return native_error()
-    if implementation.supports is not None and tensors:
-        return implementation.supports(*tensors)
     return None
+
+
+def _why_refused(op: str, backend: str, tensors: tuple[Any, ...]) -> str | None:
+    """The reason why a backend that is there does not take these tensors, or None."""
+    supports = _IMPLEMENTATIONS[op][backend].supports
+    return supports(*tensors) if supports is not None and tensors else None
+
+
+def _why_not(op: str, backend: str, device: torch.device, tensors: tuple[Any, ...]) -> str | None:
+    """The reason why a backend cannot run these tensors on a device, or None where it can."""
+    return _why_missing(op, backend, device) or _why_refused(op, backend, tensors)
+
+
+@cache
+def _say_once(op: str, backend: str, reason: str) -> None:
+    _LOG.warning("%s: %s is passed over: %s; another backend runs", op, backend, reason)
 
 
 def _check_op(op: str) -> None:
@@ -206,6 +228,10 @@ def resolve(
     if first in order:
         order = (first, *order)
     for candidate in order:
-        if candidate in table and _why_not(op, candidate, device, tensors) is None:
+        if candidate not in table or _why_missing(op, candidate, device) is not None:
+            continue
+        reason = _why_refused(op, candidate, tensors)
+        if reason is None:
             return table[candidate].function
+        _say_once(op, candidate, reason)
     raise BackendUnavailableError(f"{op}: no implementation for tensors on {device}")

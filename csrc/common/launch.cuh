@@ -12,6 +12,7 @@
   kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #endif
 
+#include <cstdint>
 #include <string>
 
 #include "status.h"
@@ -22,6 +23,16 @@ inline Status cuda_error(const char* op, const char* what, cudaError_t error) {
   return {Code::kCudaError, std::string(op) + ": " + what + " failed: " + cudaGetErrorName(error) +
                                 " (" + cudaGetErrorString(error) + ")"};
 }
+
+// Outcome of the launch that was just made.
+inline Status launched(const char* op, const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? Status() : cuda_error(op, kernel, error);
+}
+
+constexpr int64_t kMaxGrid = 0x7fffffff;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Makes `device` current for the life of the object: a launch goes to the current device, whatever
 // device the pointers belong to.

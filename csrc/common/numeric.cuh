@@ -37,6 +37,10 @@ struct alignas(16) Chunk {
   T value[kSize];
 };
 
+__host__ __device__ __forceinline__ bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
 struct Add {
   template <typename T>
   __device__ __forceinline__ T operator()(T a, T b) const {

@@ -36,11 +36,11 @@ def require_compiler() -> str:
     return compiler
 
 
-def build(output: Path, *flags: str, csrc: Path = CSRC) -> Path:
+def build(output: Path, *flags: str, csrc: Path = CSRC, driver: str = "gate_driver.cpp") -> Path:
     command = [
         *(require_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"),
         *("-Wno-unknown-pragmas", "-DCOACHHOOK_HOST_SHIM", f"-I{csrc}", f"-I{HERE / 'shim'}"),
-        *(*flags, str(HERE / "gate_driver.cpp"), "-o", str(output)),
+        *(*flags, str(HERE / driver), "-o", str(output)),
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     if "cannot find -lasan" in result.stderr or "cannot find -lubsan" in result.stderr:

@@ -281,7 +281,7 @@ def mutated(folder: Path, name: str, old: str, new: str, which: int = 0) -> Path
 
 def barriers() -> list[tuple[str, int]]:
     found = []
-    for path in sorted(CSRC.rglob("*.cuh")):
+    for path in (CSRC / "gate.cuh", CSRC / "common" / "numeric.cuh"):
         count = len(re.findall(r"__syncthreads\(\);", path.read_text()))
         found += [(str(path.relative_to(CSRC)), i) for i in range(count)]
     return found

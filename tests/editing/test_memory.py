@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from coachhook.editing import prior as priors
 from coachhook.editing.memory import EditMemory
 from coachhook.ops import cholesky_update_solve_
 from tests.ops.linalg_oracle import F64, batches, exact, joint, relative, spd
@@ -51,6 +53,50 @@ def test_error_is_within_ten_times_that_of_a_joint_solve(condition, isotropic):
     error = relative(filled(prior, made).delta(), truth)
     # Where isotropic keys have repaired the condition, the joint solve is at 10 eps itself.
     assert error < max(10 * relative(joint(prior, made), truth), 1e-13)
+
+
+@pytest.mark.parametrize("max_keys", CAPS)
+def test_solves_in_blocks_as_on_a_gpu(max_keys, monkeypatch):
+    monkeypatch.setattr(priors.FactoredPrior, "_in_blocks", True)
+    monkeypatch.setattr(priors, "_MOST_ROWS", 64)
+    prior, root = spd(150, 1e6)
+    made = batches(root, 12, 5, M)
+    memory = filled(prior, made, max_keys=max_keys)
+    assert relative(memory.delta(), joint(prior, made)) < 1e-10
+    before = memory.snapshot()
+    for batch in (3, 12, 1):
+        memory.remove(batch)
+    kept = [made[i] for i in range(12) if i + 1 not in (3, 12, 1)]
+    assert relative(memory.delta(), joint(prior, kept)) < 1e-10
+    targets, coefficients = memory.pair()
+    assert relative(targets @ coefficients, memory.delta()) < 1e-10
+    memory.restore(before)
+    memory.fold(memory.num_keys)
+    assert relative(memory.delta(), joint(prior, made)) < 1e-10
+
+
+class _HostReads(TorchDispatchMode):
+    """Counts the operators through which a host learns a value of a GPU tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_append_reads_nothing_but_its_checks():
+    prior, root = spd(N, 1e3)
+    made = batches(root, 3, 4, M)
+    memory = filled(prior, made[:2])
+    with _HostReads() as reads:
+        bool(torch.ones(()))  # what is counted
+        memory.append(*made[2])
+    # The checks come as one list, which is not an operator on the CPU.
+    assert reads.count == 1
+    assert memory.num_keys == 12
 
 
 @pytest.mark.parametrize("max_keys", CAPS)

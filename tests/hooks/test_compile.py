@@ -13,6 +13,11 @@ from torch._dynamo.testing import CompileCounter
 from ..models.families import tiny
 from .support import SCOPES, fill, hooked, padded, prompts
 
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5),
+    reason="torch 2.4 cannot trace the attention of transformers",
+)
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():

@@ -85,6 +85,23 @@ def test_an_implementation_may_refuse_tensors(monkeypatch):
         _backends.resolve("probe", "cpu", torch.empty(8))
 
 
+def test_a_refusal_is_said_once_for_each_reason(monkeypatch, caplog):
+    monkeypatch.setitem(_backends._IMPLEMENTATIONS, "told", {})
+    _backends.register("told", "reference", lambda x: "slow")
+    _backends.register("told", "cpu", lambda x: "fast", supports=lambda x: f"not {x.dtype}")
+    for dtype in (torch.float64, torch.float64, torch.float16, torch.float64):
+        assert _backends.resolve("told", "auto", torch.empty(1, dtype=dtype))(None) == "slow"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"told: cpu is passed over: not {dtype}; another backend runs"
+        for dtype in (torch.float64, torch.float16)
+    ]
+
+
+def test_a_backend_that_is_not_there_is_not_talked_about(caplog):
+    hooked_linear(X, WEIGHT, None, DELTA, 1.0)
+    assert not caplog.records
+
+
 def test_native_extension_is_optional():
     built = importlib.util.find_spec("coachhook._C") is not None
     module, error = _backends.native(), _backends.native_error()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coachhook import bench
-from coachhook.bench import runner
+from coachhook.bench import Case, runner
 
 KEYS = [
     "op",
@@ -36,7 +36,7 @@ def test_rows_have_the_pinned_form():
     rows = bench.run("hooked_linear", quick=True, dtype=torch.float32)
     assert rows
     for row in json.loads(json.dumps(rows)):
-        assert list(row) == KEYS
+        assert list(row)[: len(KEYS)] == KEYS
         assert row["op"] == "hooked_linear"
         assert row["dtype"] == "float32"
         assert row["device"] == "cpu"
@@ -48,7 +48,9 @@ def test_rows_have_the_pinned_form():
 def test_every_quick_case_runs(name):
     rows = bench.run(name, quick=True)
     assert rows
-    assert all(list(row) == KEYS and row["median_ms"] > 0 for row in rows)
+    for row in rows:
+        assert list(row)[: len(KEYS)] == KEYS and row["error"] is None
+        assert row["median_ms"] > 0
 
 
 def test_unknown_op():
@@ -68,16 +70,95 @@ def test_functions_take_turns():
     assert {len(samples) for samples in times.values()} == {len(rounds)}
 
 
-def test_op_and_peer_answer_alike():
-    """A benchmark of two things that differ would compare nothing."""
+def test_op_and_peers_answer_alike():
+    """A benchmark of things that differ would compare nothing."""
     from coachhook.bench.hooked_linear import ALPHA, Layer
-    from coachhook.bench.peers import published_hook
+    from coachhook.bench.peers import lora_layer, plain_hook, published_hook
     from coachhook.ops import hooked_linear
 
     layer = Layer(64, 256, 8, torch.float32, torch.device("cpu"))
+    frozen = layer.weight, layer.bias
     x = torch.randn(4, 32, 256)
-    peer, _ = published_hook(x, layer.weight, layer.bias, layer.hook, layer.bias, ALPHA)
+    peer, _ = published_hook(x, *frozen, layer.hook, layer.bias, ALPHA)
     for storage in ("dense", "factored"):
-        y, z = hooked_linear(x, layer.weight, layer.bias, layer.delta(storage), ALPHA)
+        y, z = hooked_linear(x, *frozen, layer.delta(storage), ALPHA)
         assert (z >= ALPHA).any()
         torch.testing.assert_close(y, peer, rtol=1e-4, atol=1e-4)  # the peer subtracts outputs
+        lift, projection = (None, layer.dense) if storage == "dense" else (layer.q, layer.s)
+        plain = plain_hook(x, *frozen, lift, projection, ALPHA)
+        torch.testing.assert_close(plain, (y, z), rtol=1e-4, atol=1e-4)
+    scope = layer.scope("population")
+    want = hooked_linear(x, *frozen, layer.delta("factored"), ALPHA, scope=scope)
+    plain = plain_hook(x, *frozen, layer.q, layer.s, ALPHA, scope.mean, scope.std)
+    torch.testing.assert_close(plain[0], want[0], rtol=1e-4, atol=1e-4)
+    # A fresh adapter adds nothing, but does its products.
+    lora = lora_layer(*frozen, 8)
+    assert lora is not None
+    torch.testing.assert_close(lora(x), torch.nn.functional.linear(x, *frozen))
+
+
+def test_peers_are_silent_at_one_token(recwarn):
+    from coachhook.bench.peers import plain_hook, published_hook
+
+    x, weight = torch.randn(2, 1, 16), torch.randn(8, 16)
+    for y, z in (
+        published_hook(x, weight, None, 2 * weight, None, -9.0),
+        plain_hook(x, weight, None, None, weight, -9.0),
+    ):
+        assert z.isnan().all() and torch.equal(y, x @ weight.T)
+    assert not recwarn.list
+
+
+def a_case(function, **more):
+    return Case("op", "m=1", torch.float32, "cpu", function, **more)
+
+
+def test_what_fails_is_reported_and_the_rest_measured(monkeypatch):
+    def fail():
+        raise RuntimeError("no kernel image")
+
+    def unbuilt(*_):
+        yield a_case(lambda: None)
+        raise RuntimeError("out of memory")
+
+    table = {
+        "unbuilt": unbuilt,
+        "good": lambda *_: [a_case(lambda: None, more_peers={"bad": fail, "fine": lambda: None})],
+        "bad": lambda *_: [a_case(fail)],
+    }
+    monkeypatch.setattr(runner, "_load_factories", lambda: table)
+    bad, good, built, unbuilt = bench.run(quick=True)
+    assert built["error"] is None
+    assert (unbuilt["shape"], unbuilt["error"]) == ("case 2", "RuntimeError: out of memory")
+    assert bad["error"] == "RuntimeError: no kernel image" and bad["median_ms"] is None
+    assert good["error"] is None and list(good["peers_ms"]) == ["fine"]
+    assert good["left_out"] == {"bad": "RuntimeError: no kernel image"}
+
+
+def test_a_spent_budget_begins_no_case(monkeypatch, caplog):
+    table = {"op": lambda *_: iter([a_case(lambda: None)] * 3)}
+    monkeypatch.setattr(runner, "_load_factories", lambda: table)
+    assert bench.run(quick=True, budget=-1.0) == []
+    assert "no time left" in caplog.text
+    assert len(bench.run(quick=True, budget=1e9)) == 3
+
+
+def test_hooks_of_the_model_benchmark_fire():
+    from coachhook.bench import model as whole
+
+    shape = whole._SMALL_LLAMA
+    model = whole.random_model(shape, torch.float32, torch.device("cpu"))
+    ids = torch.randint(256, (1, shape.prompt))
+    hooks = whole.add_hooks(model, shape, ids)
+    assert list(hooks) == shape.layers
+    with torch.inference_mode(), hooks.record() as records:
+        model(ids, use_cache=False)
+    fired = [int(flags.sum()) for _, _, flags in records]
+    assert 0 < sum(fired) < len(fired) * shape.prompt / 4
+    # The cache is as it was: every call answers for the same position.
+    step = whole._decoding(model, ids)
+    with torch.inference_mode():
+        first, again = step(), step()
+        longer = model(torch.cat([ids, ids[:, -1:]], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(again, first)
+    torch.testing.assert_close(first, longer, rtol=1e-3, atol=1e-3)

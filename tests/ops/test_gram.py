@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from coachhook.errors import BackendUnavailableError
 from coachhook.ops import available_backends, gram_update_
-from coachhook.ops.gram import cpu
+from coachhook.ops.gram import cpu, cuda
 from tests.ops.linalg_oracle import F64
 from tests.tolerances import tol
 
@@ -154,3 +156,46 @@ def test_bad_input_changes_nothing():
     with pytest.raises(BackendUnavailableError, match="CUDA"):
         gram_update_(gram, x, backend="cuda")
     assert torch.equal(gram, torch.eye(5, dtype=F64))
+
+
+@pytest.mark.parametrize("x_dtype", X_DTYPES, ids=str)
+@pytest.mark.parametrize("gram_dtype", GRAM_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (0, 7), (1, 33), (3, 7, 65)])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_cuda_form(monkeypatch, x_dtype, gram_dtype, shape, masked, nan_filled_memory):
+    """Its blocks and its mirror are torch's products on any device."""
+    monkeypatch.setattr(cuda, "_COLUMNS", 16)
+    monkeypatch.setattr(cuda, "_TOKENS", 5)
+    x = torch.randn(*shape, dtype=F64).to(x_dtype)
+    mask = torch.rand(shape[:-1]) < 0.6 if masked else None
+    gram = start(shape[-1], gram_dtype)
+    expected = expected_gram(gram, x, mask)
+    if mask is not None:
+        x[~mask] = float("nan")
+    tokens = x.reshape(-1, shape[-1])
+    cuda.gram_update_(gram, tokens, None if mask is None else mask.reshape(-1))
+    limit = tol("gram", gram_dtype, reduction=max(1, len(tokens)), scale=expected.max())
+    torch.testing.assert_close(gram.double(), expected, **limit)
+    assert torch.equal(gram, gram.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_keys_survive_tf32(dtype):
+    """TF32 drops the last 13 bits of a float32: those of every 16-bit number are zero."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    bits = patterns[patterns.isfinite()].float().view(torch.int32)
+    assert len(bits) > 60000 and not (bits & 0x1FFF).any()
+
+
+def test_only_16_bit_keys_may_use_tf32(monkeypatch):
+    asked = []
+
+    @contextmanager
+    def watched(*, tf32):
+        asked.append(tf32)
+        yield
+
+    monkeypatch.setattr(cuda, "float32_products", watched)
+    for dtype in X_DTYPES:
+        cuda.gram_update_(torch.zeros(3, 3), torch.randn(2, 3).to(dtype), None)
+    assert asked == [True, True, False, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from coachhook.ops import (
     Membership,
@@ -66,6 +67,26 @@ def test_fullgraph(layer, name, dynamic):
         same(compiled(x, alpha, mask, scope), run(x, alpha, mask, eager_scope))
         if state_of(scope) is not None:
             same(state_of(scope), state_of(eager_scope))
+
+
+@pytest.mark.parametrize("name", SCOPES)
+def test_one_graph_for_every_batch_and_length(layer, name):
+    """Sizes are not baked in: neither the number of sequences nor that of tokens recompiles."""
+    weight, bias, delta = layer
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def run(x, alpha, mask, scope):
+        return hooked_linear(x, weight, bias, delta, alpha, mask=mask, scope=scope)
+
+    alpha, graphs = torch.tensor(0.5), []
+    for rows, length in ((2, 5), (3, 9), (7, 4), (4, 33)):
+        x, mask = torch.randn(rows, length, N), torch.rand(rows, length) > 0.3
+        want = hooked_linear(x, weight, bias, delta, alpha, mask=mask, scope=SCOPES[name](rows))
+        same(run(x, alpha, mask, SCOPES[name](rows)), want)
+        graphs.append(counter.frame_count)
+    # Python numbers in a scope make dynamo begin its first graph again.
+    assert graphs == [graphs[0]] * 4
 
 
 def test_fullgraph_packed_and_inductor(layer):

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from coachhook.ops import _backends
 from coachhook.ops._registry import register_op
-from coachhook.ops.cholesky import cpu, reference
+from coachhook.ops.cholesky import cpu, cuda, reference
 from coachhook.ops.cholesky._checks import check_arguments
 
 __all__ = ["cholesky_downdate_", "cholesky_update_", "cholesky_update_solve_"]
 
-for _module, _name in ((reference, "reference"), (cpu, "cpu")):
-    _backends.register("cholesky_update_", _name, _module.cholesky_update_)
-    _backends.register("cholesky_downdate_", _name, _module.cholesky_downdate_)
-    _backends.register("cholesky_update_solve_", _name, _module.cholesky_update_solve_)
+for _module, _name in ((reference, "reference"), (cpu, "cpu"), (cuda, "cuda")):
+    for _function in (
+        _module.cholesky_update_,
+        _module.cholesky_downdate_,
+        _module.cholesky_update_solve_,
+    ):
+        # Without the extension the CUDA form runs on torch's products.
+        _backends.register(_function.__name__, _name, _function, extension=False)
 
 
 @torch.no_grad()
@@ -63,7 +67,7 @@ def cholesky_update_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> 
             The strict upper triangle is neither read nor written: zeros stay zeros. Any strides
             without shared elements; slices and transposed views are updated without a copy.
         keys: K [n, k], dtype and device of ``factor``; any k, 0 included.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; NaN or Inf in ``keys``.
@@ -71,7 +75,10 @@ def cholesky_update_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> 
         BackendUnavailableError: the backend asked for cannot run here.
 
     After any error ``factor`` is bit-identical to before. No gradient is defined. The time is
-    O(n^2 k), the extra memory O(n k). float32 is not refined: solves with the factor have errors of
+    O(n^2 k), the extra memory O(n k), on CUDA O(n (n / 8 + k)). On CUDA the host waits once, at the
+    end, to learn whether to raise (with more than 64 keys before the factor is written to). While a
+    CUDA graph is captured it does not wait and nothing is raised: a replay that fails leaves
+    ``factor`` as it is. float32 is not refined: solves with the factor have errors of
     about ``2e-7 sqrt(condition)``; see ``docs/kernels/cholesky.md``.
     """
     check_arguments("cholesky_update_", factor, keys)
@@ -96,6 +103,8 @@ def cholesky_downdate_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -
 
 def cholesky_update_solve_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> Tensor:
     """:func:`cholesky_update_`, returning ``(L L^T + K K^T)^-1 K`` [n, k] in the dtype of L.
+
+    In a CUDA graph the solution of a replay that fails is NaN.
 
     This is the whole linear algebra of one batch of edits: ``Delta += R (C'^-1 K)^T``.
     """

@@ -8,6 +8,8 @@ from torch import Tensor
 from coachhook.errors import NotPositiveDefiniteError
 
 _DTYPES = (torch.float32, torch.float64)
+# Squared pivots of chol(I + X^T X) may differ by this much for the solve that shares X.
+PIVOT_LIMIT = 100.0
 
 
 def check_arguments(op: str, factor: Tensor, keys: Tensor) -> None:
@@ -59,6 +61,36 @@ def check_values(op: str, factor: Tensor, keys: Tensor) -> None:
         )
 
 
+def check_solved(op: str, solved: Tensor) -> None:
+    """Check ``X = L^-1 K`` [n, k]."""
+    if not bool(torch.isfinite(solved).all()):
+        raise NotPositiveDefiniteError(
+            f"{op}: factor must be a finite lower Cholesky factor whose square holds keys of this "
+            "size, got an overflow or NaN in L^-1 K; the factor is unchanged"
+        )
+
+
+def not_positive_definite(op: str) -> NotPositiveDefiniteError:
+    """The error of a result that is not positive definite."""
+    return NotPositiveDefiniteError(
+        f"{op}: the result must be positive definite, got a matrix that is not, to rounding: "
+        "the keys outweigh the factored matrix by more than 1 / eps; the factor is unchanged"
+    )
+
+
+def overflow(op: str) -> NotPositiveDefiniteError:
+    """The error of keys whose squares overflow."""
+    return NotPositiveDefiniteError(
+        f"{op}: keys must be of a size that L^-1 K can be squared, got an overflow; "
+        "the factor is unchanged"
+    )
+
+
+def least_gap(solved: Tensor) -> float:
+    """What :func:`check_gap` demands of ``lambda_min(I - X^T X)`` for X [n, k]."""
+    return 8 * len(solved) * torch.finfo(solved.dtype).eps
+
+
 def check_gap(op: str, solved: Tensor) -> None:
     """Refuse a downdate whose result is singular to rounding.
 
@@ -70,13 +102,15 @@ def check_gap(op: str, solved: Tensor) -> None:
         op: name for the message.
         solved: X, [n, k].
     """
-    n, k = solved.shape
+    k = solved.shape[1]
     if k == 0:
         return
     wide = solved.double()
-    unit = torch.eye(k, dtype=wide.dtype, device=wide.device)
-    gap = float(torch.linalg.eigvalsh(unit - wide.mT @ wide)[0])
-    least = 8 * n * torch.finfo(solved.dtype).eps
+    inner = torch.eye(k, dtype=wide.dtype, device=wide.device) - wide.mT @ wide
+    if not bool(torch.isfinite(inner).all()):
+        raise overflow(op)
+    gap = float(torch.linalg.eigvalsh(inner)[0])
+    least = least_gap(solved)
     if not gap >= least:
         raise NotPositiveDefiniteError(
             f"{op}: keys must be part of the factored matrix, got lambda_min(I - X^T X) = "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coachhook.ops import _backends
 from coachhook.ops._registry import register_op
-from coachhook.ops.gram import cpu, reference
+from coachhook.ops.gram import cpu, cuda, reference
 
 __all__ = ["gram_update_"]
 
@@ -17,6 +17,7 @@ _X_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _backends.register(_OP, "reference", reference.gram_update_)
 _backends.register(_OP, "cpu", cpu.gram_update_)
+_backends.register(_OP, "cuda", cuda.gram_update_, extension=False)
 
 
 @torch.no_grad()
@@ -54,15 +55,16 @@ def gram_update_(
     """In place ``G <- G + x^T x`` over real tokens.
 
     Args:
-        gram: G [n, n], symmetric (not checked), float32 or float64; the products are formed and
-            summed in this dtype. A symmetric G stays symmetric to the last bit. With float64,
-            products of 16- and 32-bit keys are exact and G keeps its positive semi-definiteness to
-            float64 rounding; a float32 G of fewer than n tokens may get eigenvalues as low as
-            ``-1e-7`` times the largest, so add float32 sums to a float64 total for a prior.
+        gram: G [n, n], symmetric (not checked; on CUDA the lower half counts), float32 or float64;
+            the products are formed and summed in this dtype. A symmetric G stays symmetric to the
+            last bit. With float64, products of 16- and 32-bit keys are exact and G keeps its
+            positive semi-definiteness to float64 rounding; a float32 G of fewer than n tokens may
+            get eigenvalues as low as ``-1e-7`` times the largest, so add float32 sums to a float64
+            total for a prior.
         x: keys [..., n] with any leading shape, float16, bfloat16, float32 or float64.
         mask: bool [...], True for real tokens; None takes all. Values of other tokens are not used,
             NaN included.
-        backend: ``"auto"``, ``"reference"`` or ``"cpu"``.
+        backend: ``"auto"``, ``"reference"``, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; NaN or Inf in a real token, which

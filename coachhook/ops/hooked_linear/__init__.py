@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from coachhook.ops import _backends
 from coachhook.ops._registry import is_plain_eager, register_op
-from coachhook.ops.hooked_linear import cpu, cuda, reference, triton
+from coachhook.ops.hooked_linear import cpu, cuda, decode, reference, triton
 from coachhook.ops.hooked_linear.checks import (
     check_base_output,
     check_gate,
@@ -46,6 +46,7 @@ __all__ = [
     "Scope",
     "Sequence",
     "Ungated",
+    "fuses_decoding",
     "gate_scores",
     "hook_output",
     "hooked_linear",
@@ -55,26 +56,30 @@ _backends.register("hooked_linear", "reference", reference.hook_output)
 _backends.register("hooked_linear", "cpu", cpu.hook_output)
 _backends.register("gate_scores", "reference", reference.gate_scores)
 _backends.register("hooked_linear", "cuda", cuda.hook_output, supports=cuda.supports)
-_backends.register("gate_scores", "cpu", reference.gate_scores)
+_backends.register("gate_scores", "cpu", cpu.gate_scores)
 _backends.register("gate_scores", "cuda", cuda.gate_scores, supports=cuda.supports)
 _backends.register("hooked_linear", "triton", triton.hook_output, supports=triton.supports)
 _backends.register("gate_scores", "triton", triton.gate_scores, supports=triton.supports)
 
 
-# Up to here a call is a decoding step: memory-bound, and its launches dominate.
-_DECODING_TOKENS = 64
+_UNCHANGED = nullcontext()
 
 
 def _exact_products(device: torch.device) -> Any:
     """Context in which autocast does not lower the precision of the gate's products."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _UNCHANGED
+
+
+def _is_decoding(x: Tensor) -> bool:
+    """Few tokens: the weights' bytes and the launches are what a call costs."""
+    return x.numel() <= decode.MAX_TOKENS * x.shape[-1]
 
 
 def _first_choice(x: Tensor) -> str:
     """The GPU implementation to try first: by shape alone, so that a graph holds one choice."""
-    return "cuda" if x.numel() <= _DECODING_TOKENS * x.shape[-1] else "triton"
+    return "cuda" if _is_decoding(x) else "triton"
 
 
 def _run(
@@ -247,6 +252,19 @@ def _hook(
     return y, z
 
 
+def fuses_decoding(x: Tensor) -> bool:
+    """Whether :func:`hooked_linear` may compute the frozen product of ``x`` with the hook's.
+
+    That is where ``COACHHOOK_DECODING=fused``, ``x [..., n]`` is on a CUDA device with at most 64
+    tokens, and nothing is being traced or compiled.
+
+    Raises:
+        ValueError: ``COACHHOOK_DECODING`` is neither "exact" nor "fused".
+    """
+    # The number of tokens is looked at last: a compiled graph must not be guarded on it.
+    return x.is_cuda and is_plain_eager(x) and decode.is_fused() and _is_decoding(x)
+
+
 def hooked_linear(
     x: Tensor,
     weight: Tensor,
@@ -261,8 +279,9 @@ def hooked_linear(
 ) -> tuple[Tensor, Tensor]:
     """Frozen linear layer plus a gated hook, ``y_t = W0 x_t + b (+ Delta x_t where z_t >= alpha)``.
 
-    Tokens that do not fire are bit-identical to ``F.linear(x, weight, bias)``. In a compiled graph
-    the frozen product stays visible to the compiler; the gate is the op ``coachhook::hook_output``.
+    Tokens that do not fire are bit-identical to ``F.linear(x, weight, bias)``, except where the
+    environment asks for another frozen product, see :func:`fuses_decoding`. In a compiled graph the
+    frozen product stays visible to the compiler; the gate is the op ``coachhook::hook_output``.
 
     Args:
         x: ``[B, T, n]``; ``[T, n]`` is one sequence; ``[N, n]`` with ``cu_seqlens`` is packed.
@@ -298,6 +317,14 @@ def hooked_linear(
     check_weight(op, x, weight, bias)
     delta, scope = check_gate(op, x, delta, alpha, mask, cu_seqlens, scope, weight.shape[0])
     _backends.check_backend(op, backend)
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    if (
+        fuses_decoding(x)
+        and is_plain_eager(weight, bias, *parts)
+        and cuda.fuses(x, weight, bias, delta, cu_seqlens, scope)
+        and _backends.resolve(op, backend, x, first="cuda") is cuda.hook_output
+    ):
+        return cuda.hooked_linear(x, weight, bias, delta, alpha, mask, cu_seqlens, scope)
     base_output = F.linear(x, weight, bias)
     return _hook(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, True)
 

@@ -1,9 +1,10 @@
 """The gated hook through the CUDA extension ``coachhook._C``.
 
-The products ``x S^T`` are torch's; norms, statistics, decision and the correction of the tokens
-that fire are kernels of ``csrc/gate.cuh``: fixed summation order, no atomics, nothing read back to
-the host. So a token's decision is the same alone and in any batch, and a call can be captured in a
-CUDA graph. :class:`Prefix` takes its scan, and :class:`Ungated` its decision, from plain torch.
+Up to 64 tokens go through the kernels of ``csrc/decode.cuh``, see ``decode.py``. For more the
+products ``x S^T`` are torch's; norms, statistics, decision and the correction of the tokens that
+fire are kernels of ``csrc/gate.cuh``: fixed summation order, no atomics, nothing read back to the
+host. So a token's decision is the same alone and in any batch, and a call can be captured in a CUDA
+graph. There :class:`Prefix` takes its scan, and :class:`Ungated` its decision, from plain torch.
 
 Every argument was checked by the op; what is left to this file is layout.
 """
@@ -11,14 +12,13 @@ Every argument was checked by the op; what is left to this file is layout.
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from coachhook.errors import BackendUnavailableError
-from coachhook.ops import _backends
+from coachhook.ops.hooked_linear import decode
 from coachhook.ops.hooked_linear.gate import Tokens, fires, group_sums, scores
+from coachhook.ops.hooked_linear.native import DTYPES, address, native, stream, threshold
 from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
 from coachhook.ops.hooked_linear.scopes import (
     Membership,
@@ -32,13 +32,11 @@ from coachhook.ops.hooked_linear.scopes import (
 # Oldest architecture the extension is built for, see setup.py.
 MIN_CAPABILITY = (8, 0)
 
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
 
 @cache
 def runtime_problem() -> str | None:
     """Why the extension's CUDA runtime cannot use this machine's driver, or None."""
-    build = _native().build_info()
+    build = native().build_info()
     if build["devices"] > 0:
         return None
     runtime, driver = (
@@ -52,28 +50,13 @@ def runtime_problem() -> str | None:
 
 def supports(x: Tensor) -> str | None:
     """Why the kernels cannot take these tokens, or None."""
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return f"it computes in float32, x is {x.dtype}"
     capability = torch.cuda.get_device_capability(x.device)
     if capability < MIN_CAPABILITY:
         wanted, got = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
         return f"it needs compute capability {wanted}, {x.device} has {got}"
     return runtime_problem()
-
-
-def _native() -> ModuleType:
-    native = _backends.native()
-    if native is None:
-        raise BackendUnavailableError(f"hooked_linear: {_backends.native_error()}")
-    return native
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _per_sequence(value: float | Tensor, device: torch.device) -> Tensor:
@@ -90,16 +73,16 @@ def _gate(
     scope: Sequence | Population | Membership,
 ) -> tuple[Tensor, Tensor]:
     """z float32 ``[N]`` and fired uint8 ``[N]`` from features float32 ``[N, f]``."""
-    native = _native()
+    module = native()
     rows, device = features.shape[0], features.device
-    reduction, kind = native.Reduction.norm, native.Scope.sequence
+    reduction, kind = module.Reduction.norm, module.Scope.sequence
     mean = std = state = kept = None
     population_stride = 0
     if isinstance(scope, Membership):
         features = group_sums(features, scope.groups)
-        reduction, kind = native.Reduction.max, native.Scope.direct
+        reduction, kind = module.Reduction.max, module.Scope.direct
     elif isinstance(scope, Population):
-        kind = native.Scope.population
+        kind = module.Scope.population
         mean, std = torch.broadcast_tensors(
             _per_sequence(scope.mean, device), _per_sequence(scope.std, device)
         )
@@ -114,32 +97,32 @@ def _gate(
         features = features.contiguous()
     mask = None if tokens.real is None else tokens.real.contiguous()
     cu_seqlens = None if tokens.cu_seqlens is None else tokens.cu_seqlens.int().contiguous()
-    threshold = alpha.to(device, torch.float32) if isinstance(alpha, Tensor) else None
+    alpha_tensor, alpha_value = threshold(alpha, device)
     magnitude = features.new_empty(rows)
     z = features.new_empty(rows)
     fired = torch.empty(rows, dtype=torch.uint8, device=device)
-    native.row_norm_zscore_gate(
-        coefficients=_address(features),
-        dtype=getattr(native.DType, _DTYPES[features.dtype]),
+    module.row_norm_zscore_gate(
+        coefficients=address(features),
+        dtype=getattr(module.DType, DTYPES[features.dtype]),
         rows=rows,
         rank=features.shape[1],
         row_stride=features.stride(0),
         reduction=reduction,
         scope=kind,
         sequences=tokens.rows,
-        cu_seqlens=_address(cu_seqlens),
-        mask=_address(mask),
-        mean=_address(mean),
-        std=_address(std),
+        cu_seqlens=address(cu_seqlens),
+        mask=address(mask),
+        mean=address(mean),
+        std=address(std),
         population_stride=population_stride,
-        alpha=_address(threshold),
-        alpha_value=0.0 if threshold is not None else alpha,
-        state=_address(state),
-        magnitude=_address(magnitude),
-        z=_address(z),
-        fired=_address(fired),
+        alpha=address(alpha_tensor),
+        alpha_value=alpha_value,
+        state=address(state),
+        magnitude=address(magnitude),
+        z=address(z),
+        fired=address(fired),
         device=device.index or 0,
-        stream=_stream(device),
+        stream=stream(device),
     )
     if kept is not None and state is not None and kept is not state:
         kept.copy_(state)
@@ -158,23 +141,23 @@ def _decide(
 
 def _add_correction_(y: Tensor, lift: Tensor, weights: Tensor, fired: Tensor) -> None:
     """In place ``y[t] += lift @ weights[t]`` where ``fired``; y ``[N, m]``, weights ``[N, f]``."""
-    native = _native()
+    module = native()
     lift = lift.to(torch.float32).contiguous()
     weights = weights.contiguous()
-    native.add_correction(
-        y=_address(y),
-        dtype=getattr(native.DType, _DTYPES[y.dtype]),
+    module.add_correction(
+        y=address(y),
+        dtype=getattr(module.DType, DTYPES[y.dtype]),
         rows=y.shape[0],
         out_features=y.shape[1],
         y_row_stride=y.stride(0),
         rank=lift.shape[1],
-        q=_address(lift),
+        q=address(lift),
         q_row_stride=lift.stride(0),
-        s=_address(weights),
+        s=address(weights),
         s_row_stride=weights.stride(0),
-        fired=_address(fired),
+        fired=address(fired),
         device=y.device.index or 0,
-        stream=_stream(y.device),
+        stream=stream(y.device),
     )
 
 
@@ -183,6 +166,8 @@ def gate_scores(
 ) -> Tensor:
     """As :func:`reference.gate_scores`."""
     with torch.no_grad():
+        if decode.takes(x, delta, cu_seqlens, scope, x.dtype):
+            return decode.run(x, delta, 0.0, mask, cu_seqlens, scope)[1]
         features = project(x.flatten(0, -2), delta)
         z, _ = _decide(features, 0.0, Tokens.of(x, mask, cu_seqlens), scope)
         return z.view(x.shape[:-1])
@@ -203,17 +188,24 @@ def hook_output(
     Args:
         owned: whether ``base_output`` may be overwritten.
     """
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    learns = differentiates(base_output, x, *parts)
+    if not learns and decode.takes(x, delta, cu_seqlens, scope, base_output.dtype):
+        with torch.no_grad():
+            y, z = decode.run(
+                x, delta, alpha, mask, cu_seqlens, scope, base=base_output, owned=owned
+            )
+        return y, z
     tokens = Tokens.of(x, mask, cu_seqlens)
     features = project(x.flatten(0, -2), delta)
     with torch.no_grad():
         z, fired = _decide(features.detach(), alpha, tokens, scope)
     z = z.view(x.shape[:-1])
-    parts = (delta,) if isinstance(delta, Tensor) else delta
     if (
         isinstance(delta, Tensor)  # its features are the correction already
         or (isinstance(scope, Membership) and scope.correction == "own")
-        or base_output.dtype not in _DTYPES
-        or differentiates(base_output, x, *parts)
+        or base_output.dtype not in DTYPES
+        or learns
     ):
         added = correction(features, delta, scope).view(base_output.shape)
         hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
@@ -223,4 +215,43 @@ def hook_output(
     else:
         y = base_output.clone(memory_format=torch.contiguous_format)
     _add_correction_(y.view(-1, y.shape[-1]), delta[0], features, fired)
+    return y, z
+
+
+def fuses(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Delta,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> bool:
+    """Whether :func:`hooked_linear` may compute the frozen product of this call itself."""
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    layer = (weight,) if bias is None else (weight, bias)
+    return (
+        all(tensor.dtype == x.dtype for tensor in layer)
+        and weight.shape[0] > 0
+        and not torch.is_autocast_enabled(x.device.type)
+        and not differentiates(x, *layer, *parts)
+        and decode.takes(x, delta, cu_seqlens, scope, x.dtype)
+    )
+
+
+def hooked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> tuple[Tensor, Tensor]:
+    """The whole layer in one pass over ``[W0; S]``, where :func:`fuses` allows it.
+
+    The frozen product is summed in float32 and rounded once: not the bits of ``F.linear``.
+    """
+    with torch.no_grad():
+        y, z = decode.run(x, delta, alpha, mask, cu_seqlens, scope, weight=weight, bias=bias)
     return y, z

@@ -22,7 +22,7 @@ from coachhook.ops.hooked_linear.scopes import (
 )
 
 # A standard deviation within this many units of rounding of the mean norm is noise.
-_NOISE_UNITS = 8
+NOISE_UNITS = 8
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def scores(features: Tensor, tokens: Tokens, scope: Scope) -> Tensor:
             mean, std = _prefix_statistics(norms, tokens, scope.state)
         else:
             mean, std = _sequence_statistics(norms, tokens, scope.state)
-        noise = mean * (_NOISE_UNITS * torch.finfo(features.dtype).eps)
+        noise = mean * (NOISE_UNITS * torch.finfo(features.dtype).eps)
         std = std.masked_fill(std <= noise, float("nan"))
         z = ((tokens.grid(norms) - mean) / std).to(features.dtype).view(-1)
     return z if tokens.real is None else z.masked_fill(~tokens.real, float("nan"))

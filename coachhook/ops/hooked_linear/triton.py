@@ -27,11 +27,13 @@ from coachhook.ops.hooked_linear.scopes import Membership, Population, Prefix, S
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Tokens and features a program of the reductions holds, tokens one of the gate and the list.
-_REDUCE_TOKENS, _REDUCE_FEATURES = 8, 128
-_GROUP_TOKENS, _GROUP_FEATURES = 32, 32
-_GATE_TOKENS = 1024
-_LIST_TOKENS = 1024
+# Tokens and features a program of the reductions holds, tokens one of the gate and the list; warps.
+_REDUCE_TOKENS, _REDUCE_FEATURES, _REDUCE_WARPS = 8, 128, 4
+_GROUP_TOKENS, _GROUP_FEATURES, _GROUP_WARPS = 32, 32, 8
+_GATE_TOKENS, _GATE_WARPS = 1024, 8
+_LIST_TOKENS, _LIST_WARPS = 1024, 4
+# Named at every launch: the default of Triton is announced to change.
+_FUSION = True
 # Rows of float32 features start on 64 bytes: a pitch divisible by 16 makes 16-byte accesses.
 _PITCH = 16
 
@@ -167,6 +169,7 @@ def _features(
         BK=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=_FUSION,
     )
     kernels._reduce_kernel[(-(-tokens // _REDUCE_TOKENS),)](
         part,
@@ -183,6 +186,8 @@ def _features(
         REDUCTION=reduction.value,
         BT=_REDUCE_TOKENS,
         BF=_REDUCE_FEATURES,
+        num_warps=_REDUCE_WARPS,
+        enable_fp_fusion=_FUSION,
     )
     features = part[0, :, :count]
     if isinstance(scope, Membership) and scope.groups is not None:
@@ -196,6 +201,8 @@ def _features(
             pitch,
             BT=_GROUP_TOKENS,
             BF=_GROUP_FEATURES,
+            num_warps=_GROUP_WARPS,
+            enable_fp_fusion=_FUSION,
         )
     return features, magnitude, winner, z, fired
 
@@ -249,6 +256,8 @@ def _gate(
         0 if state is None else state.stride(1),
         SCOPE=kind.value,
         BT=_GATE_TOKENS,
+        num_warps=_GATE_WARPS,
+        enable_fp_fusion=_FUSION,
     )
     return _Gate(features, z, fired, magnitude, winner)
 
@@ -266,7 +275,15 @@ def _add_correction_(y: Tensor, lift: Tensor | None, gate: _Gate, scope: Scope) 
     tile = sizes.correct_full if full else sizes.correct
     index = y.new_empty(tokens, dtype=torch.int32)
     count = y.new_empty(1, dtype=torch.int32)
-    kernels._list_kernel[(1,)](gate.fired, index, count, tokens, BT=_LIST_TOKENS)
+    kernels._list_kernel[(1,)](
+        gate.fired,
+        index,
+        count,
+        tokens,
+        BT=_LIST_TOKENS,
+        num_warps=_LIST_WARPS,
+        enable_fp_fusion=_FUSION,
+    )
     kernels._correct_kernel[(-(-tokens // tile.tokens), -(-outputs // tile.width))](
         y,
         gate.features,
@@ -287,6 +304,7 @@ def _add_correction_(y: Tensor, lift: Tensor | None, gate: _Gate, scope: Scope) 
         BK=tile.depth,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=_FUSION,
     )
 
 

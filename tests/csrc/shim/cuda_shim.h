@@ -56,6 +56,7 @@ struct Fiber {
 
 struct Warp {
   uint64_t slot[kWarp];
+  uint32_t left[kWarp][4], right[kWarp][2];
   unsigned waiting = 0;
 };
 
@@ -219,6 +220,29 @@ void launch(dim3 grid, dim3 threads, Kernel kernel) {
   active = nullptr;
 }
 
+// C += A B by a warp, A 16 x depth and B depth x 8, in the fragments of csrc/common/mma_16x8.cuh.
+// `number(register, half)` is one of the one or two numbers in a register.
+template <typename Number>
+void mma_16x8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int depth,
+              Number number) {
+  const unsigned lane = active->current->index % kWarp;
+  Warp& warp = active->warps[active->current->index / kWarp];
+  std::memcpy(warp.left[lane], a, sizeof(a));
+  std::memcpy(warp.right[lane], b, sizeof(b));
+  sync_warp();
+  const int per_register = depth / 8;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < depth; ++k) {
+      const int pair = k / (depth / 2), holder = k % (depth / 2) / per_register;
+      const float left =
+          number(warp.left[row % 8 * 4 + holder][row / 8 + 2 * pair], k % per_register);
+      c[i] += left * number(warp.right[column * 4 + holder][pair], k % per_register);
+    }
+  }
+  sync_warp();
+}
+
 }  // namespace shim
 
 #define threadIdx (shim::active->current->thread)
@@ -229,18 +253,83 @@ void launch(dim3 grid, dim3 threads, Kernel kernel) {
   ((void)(stream), shim::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
 
 inline void __syncthreads() { shim::sync_block(); }
+inline void __syncwarp() { shim::sync_warp(); }
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcs(const T* address) {
+  return *address;
+}
+
+inline uint32_t __float_as_uint(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+namespace shim {
+
+inline unsigned lane() { return active->current->index % kWarp; }
+
+// Every lane leaves a value; `read` sees those of the whole warp.
+template <typename T, typename Read>
+void exchange(T value, Read read) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
+  Warp& warp = active->warps[active->current->index / kWarp];
+  std::memcpy(&warp.slot[lane()], &value, sizeof(T));
+  sync_warp();
+  read([&warp](unsigned from) {
+    T result;
+    std::memcpy(&result, &warp.slot[from % kWarp], sizeof(T));
+    return result;
+  });
+  sync_warp();
+}
+
+// sum [8, 8] += A [8, 4] B [4, 8], distributed as in mma.sync.m8n8k4.f64.
+inline void mma_8x8x4(double (&sum)[2], double a, double b) {
+  Warp& warp = active->warps[active->current->index / kWarp];
+  const unsigned row = lane() / 4, column = 2 * (lane() % 4);
+  std::memcpy(&warp.slot[lane()], &a, sizeof(a));
+  std::memcpy(&warp.left[lane()], &b, sizeof(b));
+  sync_warp();
+  for (unsigned k = 0; k < 4; ++k) {
+    double left, right[2];
+    std::memcpy(&left, &warp.slot[4 * row + k], sizeof(left));
+    for (unsigned i = 0; i < 2; ++i) {
+      std::memcpy(&right[i], &warp.left[4 * (column + i) + k], sizeof(right[i]));
+      sum[i] = std::fma(left, right[i], sum[i]);
+    }
+  }
+  sync_warp();
+}
+
+}  // namespace shim
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  if (mask != 0xffffffffu) std::abort();
+  T result;
+  shim::exchange(value, [&](auto of) { result = of(source); });
+  return result;
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
   if (mask != 0xffffffffu) std::abort();
-  const unsigned lane = shim::active->current->index % shim::kWarp;
-  shim::Warp& warp = shim::active->warps[shim::active->current->index / shim::kWarp];
-  std::memcpy(&warp.slot[lane], &value, sizeof(T));
-  shim::sync_warp();
   T result;
-  std::memcpy(&result, &warp.slot[lane ^ lane_mask], sizeof(T));
-  shim::sync_warp();
+  shim::exchange(value, [&](auto of) { result = of(shim::lane() ^ lane_mask); });
   return result;
 }
 

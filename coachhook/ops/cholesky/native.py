@@ -1,0 +1,127 @@
+"""The Cholesky kernels of ``csrc/cholesky.cuh`` on torch tensors.
+
+Every argument was checked by the op; what is left to this file is layout.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# Panels of this many columns; as many keys as the kernels take at once.
+WIDTH = 32
+MAX_KEYS = 64
+# Oldest architecture the extension is built for, and the first with float64 tensor cores.
+MIN_CAPABILITY = (8, 0)
+# Blocks of 64 rows are the second dimension of a grid.
+MAX_ROWS = 1 << 20
+
+
+def padded_keys(k: int) -> int:
+    """Columns that the kernels work on for k keys; the rest are zero."""
+    return 32 if k <= 32 else 64
+
+
+def padded_rows(n: int) -> int:
+    """n rounded up to whole panels."""
+    return -(-n // WIDTH) * WIDTH
+
+
+def _place(tensor: Tensor) -> dict[str, int]:
+    device = tensor.device
+    if device.type != "cuda":  # the kernels built for the host
+        return {"device": 0, "stream": 0}
+    stream = torch.cuda.current_stream(device)
+    return {"device": stream.device_index, "stream": stream.cuda_stream}
+
+
+def _real(native: ModuleType, dtype: torch.dtype) -> object:
+    return native.Real.float64 if dtype == torch.float64 else native.Real.float32
+
+
+def rotations(
+    native: ModuleType,
+    factor: Tensor,
+    solved: Tensor,
+    keys: int,
+    sign: int,
+    margin: float,
+    pivot_limit: float,
+    status: Tensor,
+    inverse: Tensor | None,
+) -> Tensor:
+    """``G_jj`` over ``W_j`` [panels, 32 + c, 32], from X alone; see ``_panels.py``.
+
+    Args:
+        native: the extension module.
+        factor: L [n, n], of which the diagonal is checked.
+        solved: X [32 panels, c], contiguous, zero below row n and right of column ``keys``.
+        keys: k.
+        sign: s.
+        margin: ``(1 - margin) I + s X^T X`` must be positive definite, else the update fails.
+        pivot_limit: largest ratio of its squared pivots called even.
+        status: int32 [2] of zeros; its first becomes 1 where the update fails or something is not
+            finite, its second where the pivots are not even.
+        inverse: [c, c] receives ``(I + s X^T X)^-1``, or None.
+    """
+    rows, columns = solved.shape
+    by_panel = solved.view(rows // WIDTH, WIDTH, columns)
+    sums = solved.new_empty(len(by_panel) + 1, columns, columns)
+    torch.bmm(by_panel.mT, by_panel, out=sums[:-1])
+    stacked = solved.new_empty(len(by_panel), WIDTH + columns, WIDTH)
+    native.cholesky_rotations(
+        real=_real(native, factor.dtype),
+        n=len(factor),
+        keys=keys,
+        columns=columns,
+        sign=sign,
+        solved=solved.data_ptr(),
+        sums=sums.data_ptr(),
+        factor=factor.data_ptr(),
+        diagonal_stride=sum(factor.stride()),
+        margin=margin,
+        pivot_limit=pivot_limit,
+        rotations=stacked.data_ptr(),
+        inverse=0 if inverse is None else inverse.data_ptr(),
+        status=status.data_ptr(),
+        **_place(factor),
+    )
+    return stacked
+
+
+def apply_(
+    native: ModuleType,
+    factor: Tensor,
+    residuals: Tensor,
+    chunk: int,
+    solved: Tensor,
+    stacked: Tensor,
+    status: Tensor,
+) -> None:
+    """Overwrite the lower triangle of L by that of L G where ``status[0]`` is 0.
+
+    Args:
+        native: the extension module.
+        factor: L [n, n], any strides.
+        residuals: [chunks, n, c], see ``BlockedFactor.solve_keeping``.
+        chunk: columns of L between two of them.
+        solved: X [32 panels, c].
+        stacked: from :func:`rotations`.
+        status: int32 [2].
+    """
+    native.cholesky_apply(
+        real=_real(native, factor.dtype),
+        n=len(factor),
+        columns=solved.shape[1],
+        factor=factor.data_ptr(),
+        row_stride=factor.stride(0),
+        column_stride=factor.stride(1),
+        residuals=residuals.data_ptr(),
+        chunk=chunk,
+        solved=solved.data_ptr(),
+        rotations=stacked.data_ptr(),
+        status=status.data_ptr(),
+        **_place(factor),
+    )

@@ -1,0 +1,69 @@
+// The Cholesky kernels in the module coachhook._C; see bindings.cpp.
+#include "bindings.h"
+#include "cholesky.h"
+
+namespace ch = coachhook;
+
+namespace {
+
+void cholesky_rotations(ch::Real real, int64_t n, int64_t keys, int64_t columns, int sign,
+                        uintptr_t solved, uintptr_t sums, uintptr_t factor, int64_t diagonal_stride,
+                        double margin, double pivot_limit, uintptr_t rotations, uintptr_t inverse,
+                        uintptr_t status, int device, uintptr_t stream) {
+  ch::RotationParams p;
+  p.real = real;
+  p.n = n;
+  p.keys = keys;
+  p.columns = columns;
+  p.sign = sign;
+  p.solved = pointer<const void>(solved);
+  p.sums = pointer<void>(sums);
+  p.factor = pointer<const void>(factor);
+  p.diagonal_stride = diagonal_stride;
+  p.margin = margin;
+  p.pivot_limit = pivot_limit;
+  p.rotations = pointer<void>(rotations);
+  p.inverse = pointer<void>(inverse);
+  p.status = pointer<int32_t>(status);
+  p.device = device;
+  p.stream = pointer<void>(stream);
+  raise_unless_ok(ch::cholesky_rotations(p));
+}
+
+void cholesky_apply(ch::Real real, int64_t n, int64_t columns, uintptr_t factor, int64_t row_stride,
+                    int64_t column_stride, uintptr_t residuals, int64_t chunk, uintptr_t solved,
+                    uintptr_t rotations, uintptr_t status, int device, uintptr_t stream) {
+  ch::ApplyParams p;
+  p.real = real;
+  p.n = n;
+  p.columns = columns;
+  p.factor = pointer<void>(factor);
+  p.row_stride = row_stride;
+  p.column_stride = column_stride;
+  p.residuals = pointer<const void>(residuals);
+  p.chunk = chunk;
+  p.solved = pointer<const void>(solved);
+  p.rotations = pointer<const void>(rotations);
+  p.status = pointer<const int32_t>(status);
+  p.device = device;
+  p.stream = pointer<void>(stream);
+  raise_unless_ok(ch::cholesky_apply(p));
+}
+
+}  // namespace
+
+void bind_cholesky(py::module_& m) {
+  py::enum_<ch::Real>(m, "Real", py::module_local())
+      .value("float32", ch::Real::kFloat32)
+      .value("float64", ch::Real::kFloat64);
+  m.attr("CHOLESKY_WIDTH") = ch::kPanelWidth;
+  m.def("cholesky_rotations", &cholesky_rotations, py::kw_only(), py::arg("real"), py::arg("n"),
+        py::arg("keys"), py::arg("columns"), py::arg("sign"), py::arg("solved"), py::arg("sums"),
+        py::arg("factor"), py::arg("diagonal_stride"), py::arg("margin"), py::arg("pivot_limit"),
+        py::arg("rotations"), py::arg("inverse"), py::arg("status"), py::arg("device"),
+        py::arg("stream"));
+  m.def("cholesky_apply", &cholesky_apply, py::kw_only(), py::arg("real"), py::arg("n"),
+        py::arg("columns"), py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"),
+        py::arg("residuals"), py::arg("chunk"), py::arg("solved"), py::arg("rotations"),
+        py::arg("status"), py::arg("device"), py::arg("stream"));
+}

@@ -1,0 +1,99 @@
+// Host side of the Cholesky update: checks, choice of the template instance, launches.
+#include "cholesky.cuh"
+
+#include <cstdint>
+
+namespace coachhook {
+namespace {
+
+constexpr const char* kRotationsOp = "cholesky_rotations";
+constexpr const char* kApplyOp = "cholesky_apply";
+constexpr int64_t kMaxRows = int64_t{1} << 20;  // blocks of 64 rows are a second grid dimension
+
+Status check(const RotationParams& p) {
+  COACHHOOK_REQUIRE(p.n >= 1 && p.n <= kMaxRows, kRotationsOp, "n", "from 1 to 2^20", p.n);
+  COACHHOOK_REQUIRE(p.columns == 32 || p.columns == 64, kRotationsOp, "columns", "32 or 64",
+                    p.columns);
+  COACHHOOK_REQUIRE(p.keys >= 1 && p.keys <= p.columns, kRotationsOp, "keys", "from 1 to columns",
+                    p.keys);
+  COACHHOOK_REQUIRE(p.sign == 1 || p.sign == -1, kRotationsOp, "sign", "1 or -1", p.sign);
+  COACHHOOK_REQUIRE(p.solved && p.sums && p.factor && p.rotations && p.status, kRotationsOp,
+                    "solved, sums, factor, rotations and status", "non-null pointers", 0);
+  return Status();
+}
+
+Status check(const ApplyParams& p) {
+  COACHHOOK_REQUIRE(p.n >= 1 && p.n <= kMaxRows, kApplyOp, "n", "from 1 to 2^20", p.n);
+  COACHHOOK_REQUIRE(p.columns == 32 || p.columns == 64, kApplyOp, "columns", "32 or 64", p.columns);
+  COACHHOOK_REQUIRE(p.chunk >= kPanelWidth && p.chunk % kPanelWidth == 0, kApplyOp, "chunk",
+                    "a positive multiple of 32", p.chunk);
+  COACHHOOK_REQUIRE(p.factor && p.residuals && p.solved && p.rotations && p.status, kApplyOp,
+                    "factor, residuals, solved, rotations and status", "non-null pointers", 0);
+  return Status();
+}
+
+template <typename T, int kColumns>
+Status launch_rotations(const RotationParams& p, cudaStream_t stream) {
+  const int64_t panels = ceil_div(p.n, kPanelWidth);
+  constexpr int kElements = kColumns * kColumns;
+  const dim3 prefix_grid(static_cast<unsigned>(ceil_div(kElements, PrefixTraits::kThreads)));
+  COACHHOOK_LAUNCH(prefix_sums_kernel<T>, prefix_grid, dim3(PrefixTraits::kThreads), stream,
+                   static_cast<T*>(p.sums), panels, kElements);
+  const Status status = launched(kRotationsOp, "prefix_sums_kernel");
+  if (!status.ok()) return status;
+
+  const dim3 grid(static_cast<unsigned>(panels + PanelTraits<kColumns>::kIdentities));
+  COACHHOOK_LAUNCH((panel_rotations_kernel<T, kColumns>), grid,
+                   dim3(PanelTraits<kColumns>::kThreads), stream, p);
+  return launched(kRotationsOp, "panel_rotations_kernel");
+}
+
+template <typename T>
+Status launch_rotations(const RotationParams& p, cudaStream_t stream) {
+  return p.columns == 32 ? launch_rotations<T, 32>(p, stream) : launch_rotations<T, 64>(p, stream);
+}
+
+template <typename T, int kColumns>
+Status launch_apply(const ApplyParams& p, cudaStream_t stream) {
+  using Traits = ApplyTraits<T, kColumns>;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.n, p.chunk)),
+                  static_cast<unsigned>(ceil_div(p.n, Traits::kRows)));
+  const dim3 block(Traits::kThreads);
+  const bool aligned = reinterpret_cast<uintptr_t>(p.factor) % sizeof(Chunk<T>) == 0 &&
+                       p.column_stride == 1 && (p.row_stride * sizeof(T)) % sizeof(Chunk<T>) == 0;
+  if (aligned) {
+    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, true>), grid, block, stream, p);
+  } else {
+    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, false>), grid, block, stream, p);
+  }
+  return launched(kApplyOp, "apply_rotations_kernel");
+}
+
+template <typename T>
+Status launch_apply(const ApplyParams& p, cudaStream_t stream) {
+  return p.columns == 32 ? launch_apply<T, 32>(p, stream) : launch_apply<T, 64>(p, stream);
+}
+
+}  // namespace
+
+Status cholesky_rotations(const RotationParams& p) {
+  const Status checked = check(p);
+  if (!checked.ok()) return checked;
+  const DeviceGuard guard(p.device);
+  if (guard.error() != cudaSuccess) return cuda_error(kRotationsOp, "cudaSetDevice", guard.error());
+  const cudaStream_t stream = static_cast<cudaStream_t>(p.stream);
+  return p.real == Real::kFloat64 ? launch_rotations<double>(p, stream)
+                                  : launch_rotations<float>(p, stream);
+}
+
+Status cholesky_apply(const ApplyParams& p) {
+  const Status checked = check(p);
+  if (!checked.ok()) return checked;
+  const DeviceGuard guard(p.device);
+  if (guard.error() != cudaSuccess) return cuda_error(kApplyOp, "cudaSetDevice", guard.error());
+  const cudaStream_t stream = static_cast<cudaStream_t>(p.stream);
+  return p.real == Real::kFloat64 ? launch_apply<double>(p, stream)
+                                  : launch_apply<float>(p, stream);
+}
+
+}  // namespace coachhook

@@ -1,0 +1,61 @@
+// Rank-k update of a Cholesky factor on raw device pointers: what the host sees.
+#pragma once
+
+#include <cstdint>
+
+#include "common/status.h"
+
+namespace coachhook {
+
+enum class Real : int { kFloat32 = 0, kFloat64 = 1 };
+
+constexpr int kPanelWidth = 32;  // columns of a panel
+
+// With X = L^-1 K the new factor is L G, G = chol(I + s X X^T). Per panel of 32 columns, from
+// P = sum of X_i^T X_i over the panels before it and R R^T = I + s P:
+//   Y = R^-1 X_j^T,  G_jj = chol(I + s Y^T Y),  W_j = s R^-T Y G_jj^-T.
+// Arrays are contiguous and row-major. `columns` is the number k of keys rounded up to 32 or 64;
+// columns from k on are zero.
+struct RotationParams {
+  Real real = Real::kFloat64;
+  int64_t n = 0;
+  int64_t keys = 0;              // k
+  int64_t columns = 0;           // 32 or 64
+  int sign = 1;                  // s
+  const void* solved = nullptr;  // [32 panels, columns] X, zero below row n
+  void* sums = nullptr;          // [panels + 1, columns, columns] X_j^T X_j; becomes P, then all
+  const void* factor = nullptr;  // L, of which the diagonal is checked
+  int64_t diagonal_stride = 0;   // elements from one diagonal entry to the next
+  double margin = 0.0;           // (1 - margin) I + s X^T X must be positive definite
+  double pivot_limit = 0.0;      // largest ratio of its squared pivots called even
+  void* rotations = nullptr;     // [panels, 32 + columns, 32] receives G_jj over W_j
+  void* inverse = nullptr;       // [columns, columns] receives its inverse, or null
+  int32_t* status = nullptr;     // [2], zero on entry: failed, pivots not even
+
+  int device = 0;
+  void* stream = nullptr;
+};
+
+// L <- L G below and on the diagonal, where status[0] is 0; else nothing is written:
+//   L_ij <- L_ij G_jj + (K_i - sum_{p <= j} L_ip X_p) W_j  for i > j,   L_jj <- L_jj G_jj.
+struct ApplyParams {
+  Real real = Real::kFloat64;
+  int64_t n = 0;
+  int64_t columns = 0;
+  void* factor = nullptr;  // [n, n], any strides
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+  const void* residuals = nullptr;  // [chunks, n, columns]: K_i minus the sum left of the chunk
+  int64_t chunk = 0;                // columns of L in a chunk, a multiple of 32
+  const void* solved = nullptr;
+  const void* rotations = nullptr;
+  const int32_t* status = nullptr;
+
+  int device = 0;
+  void* stream = nullptr;
+};
+
+Status cholesky_rotations(const RotationParams& params);
+Status cholesky_apply(const ApplyParams& params);
+
+}  // namespace coachhook

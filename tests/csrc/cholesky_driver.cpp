@@ -1,0 +1,81 @@
+// Runs csrc/cholesky.cu on the host, see driver.h.
+#include "driver.h"
+
+#include "cholesky.cu"
+
+namespace {
+
+void run_rotations() {
+  coachhook::RotationParams p;
+  p.real = static_cast<coachhook::Real>(read_int());
+  p.n = read_int();
+  p.keys = read_int();
+  p.columns = read_int();
+  p.sign = static_cast<int>(read_int());
+  p.diagonal_stride = read_int();
+  const bool with_inverse = read_int() != 0;
+  const Bytes numbers = read_array(), solved = read_array(), factor = read_array();
+  const int64_t sums_size = read_int();
+  const Bytes sums(new char[sums_size]);
+  read(sums.get(), sums_size);
+  std::memcpy(&p.margin, numbers.get(), sizeof(double));
+  std::memcpy(&p.pivot_limit, numbers.get() + sizeof(double), sizeof(double));
+  const int64_t element = p.real == coachhook::Real::kFloat64 ? 8 : 4;
+  const int64_t panels = (p.n + coachhook::kPanelWidth - 1) / coachhook::kPanelWidth;
+  const int64_t rotations_size =
+      panels * (coachhook::kPanelWidth + p.columns) * coachhook::kPanelWidth * element;
+  const int64_t inverse_size = with_inverse ? p.columns * p.columns * element : 0;
+  const Bytes rotations = unwritten(rotations_size), inverse = unwritten(inverse_size);
+  int32_t* status = new int32_t[2]();
+  p.solved = solved.get();
+  p.sums = sums.get();
+  p.factor = factor.get();
+  p.rotations = rotations.get();
+  if (with_inverse) p.inverse = inverse.get();
+  p.status = status;
+  finish(coachhook::cholesky_rotations(p));
+  write(status, 2 * sizeof(int32_t));
+  write(sums.get(), sums_size);
+  write(rotations.get(), rotations_size);
+  write(inverse.get(), inverse_size);
+  delete[] status;
+}
+
+void run_apply() {
+  coachhook::ApplyParams p;
+  p.real = static_cast<coachhook::Real>(read_int());
+  p.n = read_int();
+  p.columns = read_int();
+  p.row_stride = read_int();
+  p.column_stride = read_int();
+  p.chunk = read_int();
+  // Elements in front of the matrix move it off a 16-byte boundary.
+  const int64_t offset = read_int();
+  const int64_t factor_size = read_int();
+  const Bytes factor(new char[factor_size]);
+  read(factor.get(), factor_size);
+  const Bytes residuals = read_array(), solved = read_array(), rotations = read_array();
+  const Bytes status = read_array();
+  p.factor = factor.get() + offset * (p.real == coachhook::Real::kFloat64 ? 8 : 4);
+  p.residuals = residuals.get();
+  p.solved = solved.get();
+  p.rotations = rotations.get();
+  p.status = reinterpret_cast<const int32_t*>(status.get());
+  finish(coachhook::cholesky_apply(p));
+  write(factor.get(), factor_size);
+}
+
+}  // namespace
+
+int main() {
+  switch (read_int()) {
+    case 0:
+      run_rotations();
+      return 0;
+    case 1:
+      run_apply();
+      return 0;
+  }
+  std::fprintf(stderr, "cholesky_driver: unknown case\n");
+  return 2;
+}

@@ -1,0 +1,344 @@
+"""The kernels of the Cholesky update, run unchanged on the host, against numpy in float64."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.csrc.host import CSRC, SANITIZE, Host, KernelFailure, _array, build
+from tests.csrc.test_gate_host import mutated
+
+DRIVER = "cholesky_driver.cpp"
+ORDERS = (0, 1, 7, 23)  # of the threads
+WIDTH = 32
+REALS = {"float64": 1, "float32": 0}
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    return Host(build(tmp_path_factory.mktemp("host") / "cholesky", driver=DRIVER))
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    folder = tmp_path_factory.mktemp("sanitized")
+    program = build(folder / "cholesky", *SANITIZE, driver=DRIVER)
+    return Host(program, {"ASAN_OPTIONS": "detect_leaks=1"})
+
+
+@dataclass
+class Update:
+    """L [n, n] and X [n, k] in ``real``; the new factor is L chol(I + sign X X^T)."""
+
+    factor: np.ndarray
+    solved: np.ndarray
+    sign: int = 1
+    real: str = "float64"
+    margin: float = 0.0
+    pivot_limit: float = 100.0
+    chunk: int = 64
+
+    @property
+    def n(self) -> int:
+        return len(self.factor)
+
+    @property
+    def columns(self) -> int:
+        return 32 if self.solved.shape[1] <= 32 else 64
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // WIDTH)
+
+    def padded(self) -> np.ndarray:
+        x = np.zeros((self.panels * WIDTH, self.columns))
+        x[: self.n, : self.solved.shape[1]] = self.solved
+        return x
+
+    def sums(self) -> np.ndarray:
+        """X_j^T X_j of every panel."""
+        x = self.padded().reshape(self.panels, WIDTH, self.columns)
+        return np.einsum("pik,pil->pkl", x, x)
+
+    def dense(self) -> np.ndarray:
+        """G [n, n] in float64."""
+        x = self.solved.astype(np.float64)
+        return np.linalg.cholesky(np.eye(self.n) + self.sign * x @ x.T)
+
+    def rotations(self) -> np.ndarray:
+        """G_jj over W_j by their formulas, [panels, 32 + columns, 32]."""
+        x, out = self.padded(), []
+        prefix = np.eye(self.columns)
+        for panel in range(self.panels):
+            part = x[panel * WIDTH : (panel + 1) * WIDTH]
+            inner = np.linalg.solve(prefix, part.T)
+            corner = np.linalg.cholesky(np.eye(WIDTH) + self.sign * part @ inner)
+            out.append(np.vstack([corner, self.sign * np.linalg.solve(corner, inner.T).T]))
+            prefix = prefix + self.sign * part.T @ part
+        return np.stack(out)
+
+    def residuals(self) -> np.ndarray:
+        """K minus what the columns left of each chunk explain; NaN where nobody may look."""
+        chunks = []
+        for first in range(0, self.n, self.chunk):
+            rest = np.zeros((self.n, self.columns))
+            rest[:, : self.solved.shape[1]] = self.factor[:, first:] @ self.solved[first:]
+            rest[:first] = np.nan
+            chunks.append(rest)
+        return np.stack(chunks)
+
+
+@dataclass
+class Rotations:
+    status: np.ndarray
+    sums: np.ndarray
+    rotations: np.ndarray
+    inverse: np.ndarray
+
+
+def make(n: int, k: int, real: str = "float64", sign: int = 1, **options) -> Update:
+    random = np.random.default_rng(n + k)
+    factor = np.tril(random.standard_normal((n, n))) / np.sqrt(n)
+    np.fill_diagonal(factor, 1.0 + random.random(n))
+    solved = random.standard_normal((n, k))
+    if sign < 0:
+        solved *= 0.8 / np.linalg.norm(solved, 2)
+    return Update(factor.astype(real), solved.astype(real), sign, real, **options)
+
+
+def run_rotations(host: Host, case: Update, order: int = 0, inverse: bool = True) -> Rotations:
+    c, panels, real = case.columns, case.panels, case.real
+    header = (0, REALS[real], case.n, case.solved.shape[1], c, case.sign, case.n + 1, int(inverse))
+    with np.errstate(over="ignore", invalid="ignore"):
+        # The last entry, the total, is for the kernel to write.
+        sums = np.concatenate([case.sums(), np.full((1, c, c), np.nan)]).astype(real)
+    arrays = (
+        np.array([case.margin, case.pivot_limit]),
+        case.padded().astype(real),
+        case.factor,
+        sums,
+    )
+    out = host._run(struct.pack("<8q", *header) + b"".join(map(_array, arrays)), order)
+    status, out = np.frombuffer(out, np.int32, 2), out[8:]
+    numbers = np.frombuffer(out, real)
+    parts = np.split(numbers, np.cumsum([(panels + 1) * c * c, panels * (WIDTH + c) * WIDTH]))
+    return Rotations(
+        status,
+        parts[0].reshape(panels + 1, c, c),
+        parts[1].reshape(panels, WIDTH + c, WIDTH),
+        parts[2].reshape(-1, c),
+    )
+
+
+def stored(case: Update, layout: str) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """A buffer with L in it and NaN elsewhere, its view as [n, n], and (strides, offset)."""
+    n, real = case.n, case.real
+    pitch, offset = {"aligned": (-(-n // 4) * 4, 0), "odd": (n + 3 - n % 2, 1)}.get(layout, (n, 0))
+    buffer = np.full(offset + n * pitch - (pitch - n), np.nan, real)
+    item = buffer.itemsize
+    strides = (item, pitch * item) if layout == "columns" else (pitch * item, item)
+    view = np.lib.stride_tricks.as_strided(buffer[offset:], (n, n), strides)
+    view[np.tril_indices(n)] = case.factor[np.tril_indices(n)]
+    return buffer, view, (strides[0] // item, strides[1] // item, offset)
+
+
+def run_apply(
+    host: Host, case: Update, layout: str = "aligned", order: int = 0, failed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The buffer before and the view [n, n] after."""
+    buffer, _, (down, across, offset) = stored(case, layout)
+    header = (1, REALS[case.real], case.n, case.columns, down, across, case.chunk, offset)
+    real = case.real
+    arrays = (
+        *(buffer, case.residuals().astype(real), case.padded().astype(real)),
+        *(case.rotations().astype(real), np.array([failed, 0], np.int32)),
+    )
+    out = host._run(struct.pack("<8q", *header) + b"".join(map(_array, arrays)), order)
+    after = np.frombuffer(out, real)
+    item = after.itemsize
+    shape, strides = (case.n, case.n), (down * item, across * item)
+    return buffer, np.lib.stride_tricks.as_strided(after[offset:], shape, strides)
+
+
+def limit(case: Update, scale: float) -> float:
+    """Rounding of sums of n + k terms, with a margin for their tail; ``scale`` is their size."""
+    return 16 * float(np.finfo(case.real).eps) * np.sqrt(case.n + case.columns) * scale
+
+
+def check_rotations(case: Update, got: Rotations) -> None:
+    assert got.status[0] == 0
+    sums = np.concatenate([np.zeros((1, case.columns, case.columns)), np.cumsum(case.sums(), 0)])
+    np.testing.assert_allclose(got.sums, sums, rtol=0, atol=limit(case, sums[-1].max()))
+    dense, x = case.dense(), case.padded()
+    for panel, stacked in enumerate(got.rotations.astype(np.float64)):
+        left, right = panel * WIDTH, min((panel + 1) * WIDTH, case.n)
+        size, atol = right - left, limit(case, np.abs(dense).max() * np.sqrt(case.n))
+        corner = stacked[:WIDTH]
+        assert not np.triu(corner, 1).any()
+        np.testing.assert_allclose(
+            corner[:size, :size], dense[left:right, left:right], rtol=0, atol=atol
+        )
+        # What W_j is for: below the diagonal G_ij = X_i W_j.
+        below = x[right : case.n] @ stacked[WIDTH:]
+        np.testing.assert_allclose(below[:, :size], dense[right:, left:right], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("n, k", [(1, 1), (32, 5), (300, 3), (75, 33)])
+def test_rotations(host: Host, real: str, sign: int, n: int, k: int) -> None:
+    case = make(n, k, real, sign)
+    got = run_rotations(host, case)
+    check_rotations(case, got)
+    total = np.eye(case.columns) + sign * got.sums[-1].astype(np.float64)
+    np.testing.assert_allclose(
+        got.inverse, np.linalg.inv(total), rtol=0, atol=limit(case, np.linalg.cond(total))
+    )
+    assert not run_rotations(host, case, inverse=False).inverse.size
+
+
+def test_failures_are_flagged(host: Host) -> None:
+    def failed(case: Update) -> bool:
+        return bool(run_rotations(host, case).status[0])
+
+    for value, row in ((np.nan, 0), (np.inf, 33), (-np.inf, 33), (1e200, 33)):
+        case = make(34, 4)
+        case.solved[row, 2] = value
+        assert failed(case), (value, row)
+    for value in (0.0, -1.0, np.nan, np.inf):
+        case = make(34, 4)
+        case.factor[33, 33] = value
+        assert failed(case), value
+    case = make(34, 4, sign=-1)
+    assert not failed(case)
+    case.solved *= 1.0 / 0.79
+    assert failed(case)
+    case = make(34, 4, sign=-1)
+    gap = 1 - np.linalg.norm(case.solved, 2) ** 2
+    case.margin = 0.99 * gap
+    assert not failed(case)
+    case.margin = 1.01 * gap
+    assert failed(case)
+
+
+def test_uneven_pivots_are_flagged(host: Host) -> None:
+    case = make(34, 3)
+    case.solved[:, 1:] = case.solved[:, :1] * 3.0
+    total = np.linalg.cholesky(np.eye(3) + case.solved.T @ case.solved).diagonal() ** 2
+    for ratio, uneven in ((0.99, 1), (1.01, 0)):
+        case.pivot_limit = ratio * total.max() / total.min()
+        assert run_rotations(host, case).status.tolist() == [0, uneven]
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize("layout", ["aligned", "odd", "columns"])
+@pytest.mark.parametrize("n, k, chunk", [(1, 1, 32), (33, 40, 64), (100, 8, 32), (96, 64, 96)])
+def test_apply(host: Host, real: str, layout: str, n: int, k: int, chunk: int) -> None:
+    case = make(n, k, real, chunk=chunk)
+    before, after = run_apply(host, case, layout)
+    want = case.factor.astype(np.float64) @ case.dense()
+    lower = np.tril_indices(n)
+    atol = limit(case, np.abs(want).max() * np.abs(case.solved).max())
+    np.testing.assert_allclose(after[lower], want[lower], rtol=0, atol=atol)
+    # Above the diagonal and around the matrix nothing was read or written.
+    assert np.isnan(after[np.triu_indices(n, 1)]).all()
+    assert np.isfinite(before).sum() == len(lower[0])
+
+
+def test_apply_of_a_downdate(host: Host) -> None:
+    case = make(70, 4, sign=-1)
+    _, after = run_apply(host, case)
+    want = case.factor @ case.dense()
+    np.testing.assert_allclose(np.tril(after), want, rtol=0, atol=limit(case, 4.0))
+
+
+def test_a_failed_update_writes_nothing(host: Host) -> None:
+    case = make(70, 4)
+    before, after = run_apply(host, case, "odd", failed=1)
+    pitch = after.strides[0] // after.itemsize
+    again = np.lib.stride_tricks.as_strided(before[1:], after.shape, after.strides)
+    assert pitch == 73
+    np.testing.assert_array_equal(again, after)
+
+
+def test_thread_order_does_not_change_a_bit(host: Host) -> None:
+    case = make(70, 5)
+    rotations = run_rotations(host, case).rotations
+    factor = run_apply(host, case)[1]
+    for order in ORDERS[1:]:
+        np.testing.assert_array_equal(run_rotations(host, case, order).rotations, rotations)
+        np.testing.assert_array_equal(run_apply(host, case, order=order)[1], factor)
+
+
+def test_layout_and_chunks_do_not_change_the_result(host: Host) -> None:
+    case = make(100, 5)
+    aligned = np.tril(run_apply(host, case)[1])
+    for layout in ("odd", "columns"):
+        np.testing.assert_array_equal(np.tril(run_apply(host, case, layout)[1]), aligned)
+    case.chunk = 32
+    again = np.tril(run_apply(host, case)[1])
+    np.testing.assert_allclose(again, aligned, rtol=0, atol=limit(case, 4.0))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sanitizers_find_nothing(sanitized: Host, order: int) -> None:
+    real, layout = ("float64", "odd") if order % 2 else ("float32", "columns")
+    case = make(35, 3, real, chunk=32)
+    check_rotations(case, run_rotations(sanitized, case, order))
+    run_apply(sanitized, case, layout, order)
+    if order == ORDERS[-1]:
+        case = make(33, 33, chunk=32)
+        check_rotations(case, run_rotations(sanitized, case, order))
+        run_apply(sanitized, case, "aligned", order)
+
+
+def test_sanitizer_sees_an_access_outside(tmp_path: Path) -> None:
+    """The net has no holes: an index one too far in the kernel is reported."""
+    source = mutated(tmp_path, "cholesky.cuh", "out[i] = value;", "out[i + 1] = value;")
+    program = build(tmp_path / "cholesky", *SANITIZE, csrc=source, driver=DRIVER)
+    with pytest.raises(KernelFailure, match="heap-buffer-overflow"):
+        run_rotations(Host(program), make(8, 4))
+
+
+def everything(program: Host, case: Update, order: int) -> list[np.ndarray]:
+    got = run_rotations(program, case, order)
+    return [got.rotations, got.inverse, np.tril(run_apply(program, case, order=order)[1])]
+
+
+BARRIERS = len(re.findall(r"__syncthreads\(\);", (CSRC / "cholesky.cuh").read_text()))
+
+
+@pytest.mark.parametrize("which", range(BARRIERS))
+def test_every_barrier_is_needed(host: Host, tmp_path: Path, which: int) -> None:
+    """Without it, some order of the threads gives another result."""
+    source = mutated(tmp_path, "cholesky.cuh", "__syncthreads();", "", which)
+    broken = Host(build(tmp_path / "cholesky", "-O0", csrc=source, driver=DRIVER))
+    case = make(70, 3, chunk=96)
+
+    def differs(order: int) -> bool:
+        pairs = zip(everything(broken, case, order), everything(host, case, 0), strict=True)
+        return any(not np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+    assert any(differs(order) for order in ORDERS)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"chunk": 48}, "cholesky_apply: chunk must be a positive multiple of 32, got 48"),
+        ({"sign": 2}, "cholesky_rotations: sign must be 1 or -1, got 2"),
+    ],
+)
+def test_bad_arguments_are_refused(host: Host, change: dict[str, int], message: str) -> None:
+    case = make(40, 2)
+    rotations = case.rotations()
+    for name, value in change.items():
+        setattr(case, name, value)
+    case.rotations = lambda: rotations  # type: ignore[method-assign]
+    with pytest.raises(KernelFailure, match=re.escape(message)):
+        run_apply(host, case) if "chunk" in change else run_rotations(host, case)

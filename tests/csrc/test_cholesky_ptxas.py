@@ -1,0 +1,83 @@
+"""What nvcc makes of the Cholesky kernels: resources, tensor cores and the width of the loads."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.csrc.host import CSRC
+
+# Updates of L: 2 element types x 32 or 64 keys x aligned or not; panels: 4; prefix sums: 2.
+KERNELS = 8 + 4 + 2
+# Static shared memory of a block on every architecture.
+SHARED = 48 << 10
+# A register file holds 65,536: two blocks of 128 threads, three of 256, sixteen of 64.
+MAX_REGISTERS = {"apply": 255, "panel": 80, "prefix": 64}
+
+PATTERN = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    flags=re.DOTALL,
+)
+
+
+def nvcc(*arguments: str) -> str:
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        pytest.skip("needs nvcc")
+    result = subprocess.run(
+        [compiler, "-std=c++17", "-O3", f"-I{CSRC}", *arguments, str(CSRC / "cholesky.cu")],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "80",
+        "90a",
+        "100",
+        # The instructions of sm_80 again, in ten seconds each.
+        *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("86", "89", "120")),
+    ],
+)
+def test_no_spills_within_limits(tmp_path: Path, arch: str) -> None:
+    flags = (f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v")
+    log = nvcc(*flags, "-c", "-o", str(tmp_path / "cholesky.o"))
+    found = [match.groupdict() for match in PATTERN.finditer(log)]
+    assert len(found) == KERNELS
+    for kernel in found:
+        assert (kernel["stack"], kernel["stores"], kernel["loads"]) == ("0", "0", "0"), kernel
+        registers = int(kernel["registers"])
+        shared = re.search(r"(\d+) bytes smem", kernel["rest"])
+        assert (int(shared[1]) if shared else 0) <= SHARED, kernel
+        kind = next(kind for kind in MAX_REGISTERS if kind in kernel["kernel"])
+        assert registers <= MAX_REGISTERS[kind], kernel
+
+
+def test_float64_runs_on_tensor_cores_and_loads_16_bytes(tmp_path: Path) -> None:
+    target = tmp_path / "cholesky.ptx"
+    nvcc("-arch=compute_80", "-ptx", "-o", str(target))
+    bodies = re.split(r"\.visible \.entry ", target.read_text())[1:]
+    named = {body.splitlines()[0]: body for body in bodies}
+    kernels = {name: body for name, body in named.items() if "apply_rotations_kernel" in name}
+    assert len(kernels) == 8
+    for name, body in kernels.items():
+        is_double, is_aligned = "kernelId" in name, "Lb1E" in name
+        columns = 64 if "Li64E" in name else 32
+        # Two tiles of 8 rows; L G of a diagonal block is the same code as that of the others.
+        products = 2 * 8 * (columns // 8) + 2 * 8 * 4 + 2 * (columns // 4) * 4
+        assert body.count("mma.sync.aligned.m8n8k4") == is_double * products, name
+        if is_aligned:
+            # 16 rows of 32 numbers by 32 lanes.
+            wide = re.findall(r"ld\.global\.(?:v2\.\w64|v4\.\w32)", body)
+            assert len(wide) >= (8 if is_double else 4), name

@@ -1,0 +1,94 @@
+"""``benchmarks/gpu/run.sh`` without a GPU: it says so; and its plumbing, with programs in place.
+
+The plumbing is what decides whether an hour on a GPU leaves anything behind: a stage that fails or
+hangs must be reported, and the next ones must run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu" / "run.sh"
+
+pytestmark = pytest.mark.skipif(
+    not SCRIPT.is_file() or shutil.which("bash") is None, reason="needs the repository and bash"
+)
+
+
+def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPT)],
+        env={**os.environ, "OUT": str(out), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU here")
+    result = run(tmp_path / "out")
+    assert result.returncode == 0
+    assert "no NVIDIA GPU here" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None:
+    tools, out = tmp_path / "tools", tmp_path / "out"
+    tools.mkdir()
+    program(tools / "nvidia-smi", 'case "$*" in *compute_cap*) echo 9.0;; *) echo "A card";; esac')
+    program(tools / "compute-sanitizer", "echo sanitized")
+    program(
+        tools / "python",
+        f"""case "$*" in
+          *summary.py*) exec {sys.executable} "$@";;
+          *pytest*) echo "one test failed"; exit 1;;
+          *resources*) echo broken >&2; exit 3;;
+          *bench*) echo '[]';;
+          *) echo "ran $*";;
+        esac""",
+    )
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    result = run(out, PATH=path, PYTHON=str(tools / "python"))
+    assert result.returncode == 1
+    summary = json.loads((out / "summary.json").read_text())
+    ended = {stage["stage"]: stage["status"] for stage in summary["stages"]}
+    assert ended == {
+        "build": 0,
+        "doctor": 0,
+        "pytest": 1,
+        "memcheck": 0,
+        "racecheck": 0,
+        "bench": 0,
+        "resources": 3,
+    }
+    assert summary["gpu"] == "A card" and summary["versions"]["torch"]
+    assert len(summary["commit"] or "") in (0, 40)
+    assert (out / "bench.json").read_text() == "[]\n"
+    assert "one test failed" in (out / "pytest.log").read_text()
+    assert "broken" in result.stdout and "FAILED (1)" in result.stdout
+    assert not (out / "resources.json").exists()
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_the_limits_add_up_to_less_than_nine_minutes() -> None:
+    text = SCRIPT.read_text()
+    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
+    limits = [int(limit) for limit in re.findall(r"^ *stage \S+ (\d+) ", text, re.MULTILINE)]
+    sanitizer = int(re.search(r'stage "\$tool" (\d+)', text)[1])
+    assert sum(limits) + sanitizer < 9 * 60  # the sanitizer's stage runs twice
