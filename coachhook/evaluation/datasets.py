@@ -8,7 +8,7 @@ that one run names every bad one.
 Formats (Meng et al. 2022 for CounterFact, Mitchell et al. 2022 for the zsRE split of MEND):
 
 * ``counterfact``: ``requested_rewrite{prompt, subject, target_new{str}, target_true{str}}``,
-  ``paraphrase_prompts``, ``neighborhood_prompts``, ``case_id``.
+  ``paraphrase_prompts``, ``neighborhood_prompts``, ``generation_prompts``, ``case_id``.
 * ``flat``: ``prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt,
   locality_ground_truth``; the prompt holds the subject literally.
 * ``zsre``: ``src, subject, alt, answers, rephrase, loc, loc_ans``; ``alt`` is the new target.
@@ -190,6 +190,7 @@ def _counterfact(record: _Record) -> EditRequest | None:
         target_true=record.text("requested_rewrite.target_true", required=False, strip=True),
         paraphrases=record.texts("paraphrase_prompts"),
         neighborhood=record.texts("neighborhood_prompts"),
+        generation_prompts=record.texts("generation_prompts"),
         id=record.identifier("case_id"),
     )
 
@@ -252,6 +253,7 @@ def _own(record: _Record) -> EditRequest | None:
         paraphrases=paraphrases,
         neighborhood=record.texts("neighborhood"),
         neighborhood_targets=[t.strip() for t in record.texts("neighborhood_targets")],
+        generation_prompts=record.texts("generation_prompts"),
         id=record.identifier("id", "case_id"),
     )
 

@@ -28,3 +28,26 @@ def wilson(share: float, count: int) -> list[float]:
     low = 0.0 if share == 0 else max(0.0, centre - half)
     high = 1.0 if share == 1 else min(1.0, centre + half)
     return [low, high]
+
+
+def ratio_interval(sums: Sequence[float], counts: Sequence[int]) -> list[float] | None:
+    """95 % interval of ``sum(sums) / sum(counts)`` where the groups are independent.
+
+    For a mean over tokens whose texts are the independent units: the linearised variance of a ratio
+    estimator, ``var = T / (T - 1) sum_t (s_t - r n_t)^2 / (sum_t n_t)^2`` over T groups (Cochran
+    1977, section 6.3).
+
+    Args:
+        sums: sum of the values of each group.
+        counts: values in each group.
+
+    Returns:
+        The bounds; None for fewer than two groups.
+    """
+    groups, total = len(counts), sum(counts)
+    if groups < 2 or total < 1:
+        return None
+    ratio = sum(sums) / total
+    spread = sum((s - ratio * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    half = _Z95 * math.sqrt(groups / (groups - 1) * spread) / total
+    return [ratio - half, ratio + half]

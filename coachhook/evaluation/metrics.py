@@ -12,7 +12,12 @@
   continuation begins with the target and a boundary follows, see :func:`begins_with`; local where
   the first ``locality_tokens`` new tokens are those of the unedited model.
 
-``gate`` tells where the hooks fired: share of unrelated tokens, share of edited prompts.
+``contained`` is the lenient reading of ``generated``: the target stands anywhere in the
+continuation, as whole words. ``kl`` is the drift ``KL(P_before || P_after)`` of the token after a
+neighbourhood prompt. ``gate`` tells where the hooks fired: share of unrelated tokens, share of
+edited prompts. On request: ``language`` (unrelated text, see
+:mod:`coachhook.evaluation.language`), ``fluency`` and ``cache`` (see
+:mod:`coachhook.evaluation.fluency`), and ``records``, everything request by request.
 
 Each value is the mean over requests of the mean over a request's prompts, so that a request with
 five neighbours counts as much as one with a single neighbour.
@@ -20,9 +25,9 @@ five neighbours counts as much as one with a single neighbour.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +35,18 @@ from torch import Tensor
 from coachhook.editing.requests import EditRequest
 from coachhook.errors import FactsError
 from coachhook.evaluation.firing import trace
-from coachhook.evaluation.intervals import harmonic_mean, wilson
+from coachhook.evaluation.fluency import cache_agreement, ngram_entropy
+from coachhook.evaluation.intervals import harmonic_mean, ratio_interval, wilson
+from coachhook.evaluation.language import measure_language, prompt_drift
+from coachhook.evaluation.observations import (
+    FAMILIES,
+    Pass,
+    Prompt,
+    Prompts,
+    families_of,
+    request_means,
+    request_records,
+)
 from coachhook.evaluation.scoring import (
     Row,
     Score,
@@ -41,66 +57,22 @@ from coachhook.evaluation.scoring import (
     greedy,
     score,
 )
+from coachhook.hooks import HookSet
 from coachhook.models import describe
 
-if TYPE_CHECKING:
-    from coachhook.hooks import HookSet
 
-_FAMILIES = {
-    "teacher_forced": ("reliability", "generality", "locality"),
-    "probability": ("efficacy", "paraphrase", "neighborhood"),
-    "generated": ("reliability", "generality", "locality"),
-}
+class Edits(Protocol):
+    """What can be measured: the hooks of a model, or a system that edits it in another way."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A block in which the model answers without its edits."""
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt of request ``request`` and the answers it is judged by."""
+class _Unedited:
+    """A model without edits."""
 
-    request: int
-    text: str
-    new: str
-    true: str | None
-
-
-@dataclass
-class _Prompts:
-    edit: list[_Prompt] = field(default_factory=list)
-    paraphrase: list[_Prompt] = field(default_factory=list)
-    neighborhood: list[_Prompt] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, requests: Sequence[EditRequest]) -> _Prompts:
-        prompts = cls()
-        for i, request in enumerate(requests):
-            new, true = request.target_new, request.target_true
-            prompts.edit.append(_Prompt(i, request.text, new, true))
-            prompts.paraphrase += [_Prompt(i, text, new, true) for text in request.paraphrases]
-            answers: Sequence[str | None] = request.neighborhood_targets or (
-                [true] * len(request.neighborhood)
-            )
-            prompts.neighborhood += [
-                _Prompt(i, text, new, answer)
-                for text, answer in zip(request.neighborhood, answers, strict=True)
-            ]
-        return prompts
-
-    def all(self) -> list[_Prompt]:
-        return self.edit + self.paraphrase + self.neighborhood
-
-    def split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """Values in the order of :meth:`all`, by kind."""
-        a, b = len(self.edit), len(self.edit) + len(self.paraphrase)
-        return list(values[:a]), list(values[a:b]), list(values[b:])
-
-
-@dataclass
-class _Pass:
-    """What one state of the model says on every prompt, in the order of ``_Prompts.all``."""
-
-    new: list[Score]
-    true: list[Score | None]
-    continuations: list[tuple[int, ...]]
+    def disabled(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def evaluate(
@@ -108,10 +80,16 @@ def evaluate(
     tokenizer: Any,
     requests: Sequence[EditRequest],
     *,
-    hooks: HookSet | None = None,
+    hooks: Edits | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 30,
     locality_tokens: int = 10,
+    generate: bool = True,
+    text: Any = None,
+    text_tokens: int = 20_000,
+    fluency_tokens: int = 0,
+    cache_prompts: int = 0,
+    details: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measures a model with its edits off ("before") and on ("after").
@@ -120,45 +98,82 @@ def evaluate(
         model: the model, its hooks attached.
         tokenizer: its tokenizer.
         requests: the facts to ask for.
-        hooks: the attached hooks; None measures the model as it is, before equal to after.
+        hooks: the attached hooks, or a baseline of :mod:`coachhook.evaluation.baselines`; None
+            measures the model as it is, before equal to after.
         batch_size: prompts per forward pass.
         max_new_tokens: limit of a greedy continuation, the same for all prompts.
         locality_tokens: new tokens compared for locality of generation.
+        generate: False leaves out what is generated, ``generated`` and ``contained``, which takes
+            most of the time.
+        text: unrelated text, as for :func:`coachhook.statistics.read_texts`; gives ``language``.
+        text_tokens: tokens of ``text`` to use.
+        fluency_tokens: length of the texts whose n-gram entropy is taken, prompt included
+            (CounterFact: 100); 0 leaves ``fluency`` out.
+        cache_prompts: prompts decoded with and without a KV cache too, for ``cache``; 0 leaves it
+            out.
+        details: also give ``records``, what was measured request by request, see
+            :func:`~coachhook.evaluation.observations.request_records`.
         progress: show progress bars on stderr.
 
     Returns:
-        A JSON-ready object: ``edits``; per family ``before`` and ``after`` with three shares in
+        A JSON-ready object: ``edits``; per family ``before`` and ``after`` with shares in
         [0, 1] or None where undefined, ``intervals`` (95 %, Wilson's with one observation per
         request, which is conservative for means of shares), ``mean`` (arithmetic; for
-        ``probability`` ``score``, CounterFact's harmonic mean); ``gate``; ``counts``; ``protocol``.
+        ``probability`` ``score``, CounterFact's harmonic mean); ``kl`` in nats; ``gate``;
+        ``counts``; ``protocol``; and what was asked for besides.
 
     Raises:
-        ValueError: there is no request.
+        ValueError: there is no request, or ``text`` holds none.
         FactsError: a prompt does not fit the context window; all such prompts are named and
             nothing is run.
     """
     if not requests:
         raise ValueError("evaluate: requests must not be empty, got none")
-    prompts = _Prompts.of(requests)
-    max_positions = describe(model).max_positions
-    work = _Work(model, tokenizer, prompts, max_positions, batch_size, max_new_tokens, progress)
-    gate: dict[str, float | None] = {"fired_unrelated": None, "fired_edited": None}
+    prompts = Prompts.of(requests)
+    work = _Work(model, tokenizer, prompts, batch_size, max_new_tokens, generate, progress)
+    edits: Edits = hooks if hooks is not None else _Unedited()
+    gates = hooks if isinstance(hooks, HookSet) else None
+    extra: dict[str, Any] = {}
     with evaluation_mode(model):
-        if hooks is None:
-            before = after = work.run("unedited")
-        else:
-            with hooks.disabled():
-                before = work.run("before")
-            after = work.run("after")
-            gate = _gate(model, tokenizer, prompts, hooks, batch_size)
+        with edits.disabled():
+            before = work.run("before")
+        after = before if hooks is None else work.run("after")
+        drift = prompt_drift(
+            model, tokenizer, [p.text for p in prompts.neighborhood], edits, batch_size=batch_size
+        )
+        gate = _gate(model, tokenizer, prompts, gates, batch_size)
+        if text is not None:
+            extra["language"] = measure_language(
+                model, tokenizer, text, hooks=edits, gates=gates, max_tokens=text_tokens
+            )
+        if fluency_tokens:
+            extra["fluency"] = _fluency(work, requests, edits, fluency_tokens)
+        if cache_prompts:
+            extra["cache"] = cache_agreement(
+                model,
+                tokenizer,
+                [p.text for p in prompts.all()[:cache_prompts]],
+                gates=gates,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+            )
     result: dict[str, Any] = {"edits": len(requests)}
     measured = {
-        state: _families(tokenizer, prompts, before, this, locality_tokens)
+        state: families_of(tokenizer, prompts, before, this, locality_tokens)
         for state, this in (("before", before), ("after", after))
     }
-    for family, names in _FAMILIES.items():
-        result[family] = _report(family, names, measured)
+    records = request_records(tokenizer, requests, prompts, measured, before, after)
+    result.update(summarise(records))
+    drifts = list(zip((p.request for p in prompts.neighborhood), drift, strict=True))
+    means = request_means(drifts)
+    for number, mean in zip(dict(drifts), means, strict=True):
+        records[number]["kl"] = mean
+    result["kl"] = {
+        "neighborhood": sum(means) / len(means) if means else None,
+        "interval": ratio_interval(means, [1] * len(means)),
+    }
     result["gate"] = gate
+    result.update(extra)
     result["counts"] = {
         "requests": len(requests),
         "paraphrases": len(prompts.paraphrase),
@@ -169,6 +184,8 @@ def evaluate(
         "locality_tokens": locality_tokens,
         "intervals": "95 % Wilson, one observation per request",
     }
+    if details:
+        result["records"] = records
     return result
 
 
@@ -179,23 +196,24 @@ class _Work:
         self,
         model: Any,
         tokenizer: Any,
-        prompts: _Prompts,
-        max_positions: int | None,
+        prompts: Prompts,
         batch_size: int,
         max_new_tokens: int,
+        generate: bool,
         progress: bool,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.progress = batch_size, progress
-        self.max_positions, self.max_new_tokens = max_positions, max_new_tokens
+        self.max_positions = describe(model).max_positions
+        self.max_new_tokens, self.generate = max_new_tokens, generate
         asked = prompts.all()
         self.prompts = encode_prompts(tokenizer, [p.text for p in asked])
         self.new = encode_pairs(tokenizer, [(p.text, p.new) for p in asked])
         self.with_true = [i for i, p in enumerate(asked) if p.true is not None]
         self.true = encode_pairs(tokenizer, [(p.text, p.true) for p in asked if p.true is not None])
-        _check_lengths(asked, self.new, self.true, self.with_true, max_positions)
+        _check_lengths(asked, self.new, self.true, self.with_true, self.max_positions)
 
-    def run(self, state: str) -> _Pass:
+    def run(self, state: str) -> Pass:
         scores = score(
             self.model,
             self.new + self.true,
@@ -205,20 +223,29 @@ class _Work:
         true: list[Score | None] = [None] * len(self.new)
         for at, value in zip(self.with_true, scores[len(self.new) :], strict=True):
             true[at] = value
-        continuations = greedy(
+        continuations = None
+        if self.generate:
+            continuations = self.continue_(self.prompts, self.max_new_tokens, state)
+        return Pass(scores[: len(self.new)], true, continuations)
+
+    def continue_(
+        self, rows: Sequence[tuple[int, ...]], new: int, state: str, limit: int | None = None
+    ) -> list[tuple[int, ...]]:
+        """Greedy continuations; ``limit`` bounds the length with the prompt."""
+        bounds = [b for b in (limit, self.max_positions) if b is not None]
+        return greedy(
             self.model,
             self.tokenizer,
-            self.prompts,
-            max_new_tokens=self.max_new_tokens,
-            max_positions=self.max_positions,
+            rows,
+            max_new_tokens=new,
+            max_positions=min(bounds, default=None),
             batch_size=self.batch_size,
             progress=f"{state}: generating" if self.progress else None,
         )
-        return _Pass(scores[: len(self.new)], true, continuations)
 
 
 def _check_lengths(
-    asked: Sequence[_Prompt],
+    asked: Sequence[Prompt],
     new: Sequence[Row],
     true: Sequence[Row],
     with_true: Sequence[int],
@@ -242,102 +269,32 @@ def _check_lengths(
         )
 
 
-def begins_with(continuation: str, target: str) -> bool:
-    """Whether a continuation gives ``target`` as its answer.
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The families of metrics over some of the ``records`` of :func:`evaluate`.
 
-    Leading white space is dropped; then the text must begin with the target, letter case included,
-    and the target must end there: at the end of the text, or before a character that is neither a
-    letter nor a digit. "Lyon, the" and "Lyon" answer "Lyon"; "Lyons", "lyon" and "the city of Lyon"
-    do not.
+    Returns:
+        Per family that was measured ``before``, ``after``, ``intervals`` and ``mean`` or ``score``,
+        as :func:`evaluate` gives them for all records.
     """
-    text, target = continuation.lstrip(), target.strip()
-    rest = text[len(target) :]
-    return text.startswith(target) and not rest[:1].isalnum()
-
-
-def _families(
-    tokenizer: Any, prompts: _Prompts, before: _Pass, this: _Pass, locality_tokens: int
-) -> dict[str, list[list[tuple[int, float]]]]:
-    """Per family and metric the observations (request, value in [0, 1])."""
-    edit_new, para_new, near_new = prompts.split(this.new)
-    edit_true, para_true, near_true = prompts.split(this.true)
-    edit_text, para_text, near_text = prompts.split(this.continuations)
-    _, _, near_true_before = prompts.split(before.true)
-    _, _, near_text_before = prompts.split(before.continuations)
-
-    def accuracy(asked: list[_Prompt], scores: list[Score]) -> list[tuple[int, float]]:
-        return [(p.request, s.accuracy) for p, s in zip(asked, scores, strict=True)]
-
-    def prefers_new(
-        asked: list[_Prompt], new: list[Score], true: list[Score | None], *, wanted: bool
-    ) -> list[tuple[int, float]]:
-        return [
-            (p.request, float(n.nll < t.nll if wanted else n.nll > t.nll))
-            for p, n, t in zip(asked, new, true, strict=True)
-            if t is not None
-        ]
-
-    def answered(asked: list[_Prompt], found: list[tuple[int, ...]]) -> list[tuple[int, float]]:
-        texts = decode_each(tokenizer, found)
-        return [
-            (p.request, float(begins_with(t, p.new))) for p, t in zip(asked, texts, strict=True)
-        ]
-
-    same_argmax = [
-        (p.request, sum(a == b for a, b in zip(s.argmax, s0.argmax, strict=True)) / len(s0.argmax))
-        for p, s, s0 in zip(prompts.neighborhood, near_true, near_true_before, strict=True)
-        if s is not None and s0 is not None
-    ]
-    same_text = [
-        (p.request, float(a[:locality_tokens] == b[:locality_tokens]))
-        for p, a, b in zip(prompts.neighborhood, near_text, near_text_before, strict=True)
-    ]
-    return {
-        "teacher_forced": [
-            accuracy(prompts.edit, edit_new),
-            accuracy(prompts.paraphrase, para_new),
-            same_argmax,
-        ],
-        "probability": [
-            prefers_new(prompts.edit, edit_new, edit_true, wanted=True),
-            prefers_new(prompts.paraphrase, para_new, para_true, wanted=True),
-            prefers_new(prompts.neighborhood, near_new, near_true, wanted=False),
-        ],
-        "generated": [
-            answered(prompts.edit, edit_text),
-            answered(prompts.paraphrase, para_text),
-            same_text,
-        ],
-    }
-
-
-def _report(
-    family: str,
-    names: Sequence[str],
-    measured: dict[str, dict[str, list[list[tuple[int, float]]]]],
-) -> dict[str, Any]:
     report: dict[str, Any] = {}
-    intervals: dict[str, Any] = {}
-    summary: dict[str, float | None] = {}
-    for state, families in measured.items():
-        per_request = [_request_means(observed) for observed in families[family]]
-        means = [sum(v) / len(v) if v else None for v in per_request]
-        report[state] = dict(zip(names, means, strict=True))
-        intervals[state] = {
-            name: wilson(mean, len(v)) if mean is not None else None
-            for name, mean, v in zip(names, means, per_request, strict=True)
-        }
-        summary[state] = harmonic_mean(means) if family == "probability" else _mean(means)
-    report["intervals"] = intervals
-    report["score" if family == "probability" else "mean"] = summary
+    for family, names in FAMILIES.items():
+        seen = any(family in record["values"]["after"] for record in records)
+        if family in ("generated", "contained") and not seen:
+            continue
+        report[family] = {"intervals": {}}
+        summary: dict[str, float | None] = {}
+        for state in ("before", "after"):
+            found = [record["values"][state].get(family, {}) for record in records]
+            per_request = [[v[name] for v in found if name in v] for name in names]
+            means = [sum(v) / len(v) if v else None for v in per_request]
+            report[family][state] = dict(zip(names, means, strict=True))
+            report[family]["intervals"][state] = {
+                name: wilson(mean, len(v)) if mean is not None else None
+                for name, mean, v in zip(names, means, per_request, strict=True)
+            }
+            summary[state] = harmonic_mean(means) if family == "probability" else _mean(means)
+        report[family]["score" if family == "probability" else "mean"] = summary
     return report
-
-
-def _request_means(observed: Iterable[tuple[int, float]]) -> list[float]:
-    groups: dict[int, list[float]] = {}
-    for request, value in observed:
-        groups.setdefault(request, []).append(value)
-    return [sum(v) / len(v) for v in groups.values()]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -346,13 +303,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _gate(
-    model: Any, tokenizer: Any, prompts: _Prompts, hooks: HookSet, batch_size: int
+    model: Any, tokenizer: Any, prompts: Prompts, hooks: HookSet | None, batch_size: int
 ) -> dict[str, float | None]:
     """Shares of tokens and of prompts; a token fires where the hook of any layer does."""
+    if hooks is None:
+        return {"fired_unrelated": None, "fired_edited": None}
+    gates = hooks
 
-    def any_layer(asked: list[_Prompt]) -> list[Tensor]:
+    def any_layer(asked: list[Prompt]) -> list[Tensor]:
         ids = encode_prompts(tokenizer, [p.text for p in asked])
-        traces = trace(model, hooks, ids, batch_size=batch_size)
+        traces = trace(model, gates, ids, batch_size=batch_size)
         return [torch.stack([layer.fired for layer in t.values()]).any(0) for t in traces]
 
     near, edited = any_layer(prompts.neighborhood), any_layer(prompts.edit)
@@ -361,3 +321,27 @@ def _gate(
         "fired_unrelated": sum(int(f.sum()) for f in near) / tokens if tokens else None,
         "fired_edited": sum(bool(f.any()) for f in edited) / len(edited),
     }
+
+
+def _fluency(
+    work: _Work, requests: Sequence[EditRequest], edits: Edits, tokens: int
+) -> dict[str, Any]:
+    """Mean n-gram entropy of texts of up to ``tokens`` tokens, prompt included."""
+    asked = [
+        (i, text) for i, r in enumerate(requests) for text in r.generation_prompts or (r.text,)
+    ]
+    rows = encode_prompts(work.tokenizer, [text for _, text in asked])
+    report: dict[str, Any] = {"prompts": len(asked), "tokens": tokens, "intervals": {}}
+
+    def measure(state: str) -> None:
+        found = work.continue_(rows, tokens, f"{state}: fluency", tokens)
+        texts = decode_each(work.tokenizer, [a + b for a, b in zip(rows, found, strict=True)])
+        observed = [(i, ngram_entropy(text)) for (i, _), text in zip(asked, texts, strict=True)]
+        means = request_means(observed)
+        report[state] = sum(means) / len(means)
+        report["intervals"][state] = ratio_interval(means, [1] * len(means))
+
+    with edits.disabled():
+        measure("before")
+    measure("after")
+    return report

@@ -11,6 +11,7 @@ _TITLES = {
     "teacher_forced": "teacher-forced (EasyEdit)",
     "probability": "probability (CounterFact)",
     "generated": "generated (greedy)",
+    "contained": "contained (greedy)",
 }
 
 
@@ -40,6 +41,8 @@ def render_evaluation(result: dict[str, Any]) -> str:
     """The object of :func:`coachhook.evaluation.evaluate` as a table."""
     rows: list[list[object]] = []
     for family, title in _TITLES.items():
+        if family not in result:
+            continue
         report = result[family]
         for name, after in report["after"].items():
             interval = report["intervals"]["after"][name]
@@ -65,7 +68,48 @@ def render_evaluation(result: dict[str, Any]) -> str:
                 f"{percent(gate['fired_unrelated'])} of the tokens of neighbourhood prompts"
             ),
         ]
+    drift = result["kl"]["neighborhood"]
+    if drift is not None:
+        lines += ["", f"KL of the token after a neighbourhood prompt: {drift:.4g} nats"]
+    for name, describe in (("language", _language), ("fluency", _fluency), ("cache", _cache)):
+        if name in result:
+            lines += ["", *describe(result[name])]
     return "\n".join(lines)
+
+
+def _language(found: dict[str, Any]) -> list[str]:
+    perplexity, intervals = found["perplexity"], found["intervals"]
+    fired = "" if found["fired"] is None else f", a hook fired on {percent(found['fired'])}"
+    return [
+        f"unrelated text, {found['tokens']} tokens in {found['texts']} texts:",
+        (
+            f"  perplexity {perplexity['before']:.4g} -> {perplexity['after']:.4g}, "
+            f"ratio {perplexity['ratio']:.5f}{_within(intervals['ratio'], '.5f')}"
+        ),
+        f"  KL {found['kl']:.4g} nats per token{_within(intervals['kl'], '.3g')}",
+        f"  next token unchanged on {percent(found['unchanged'])}{fired}",
+    ]
+
+
+def _fluency(found: dict[str, Any]) -> list[str]:
+    return [
+        (
+            f"n-gram entropy of texts of {found['tokens']} tokens: "
+            f"{found['before']:.3f} -> {found['after']:.3f} bits ({found['prompts']} prompts)"
+        )
+    ]
+
+
+def _cache(found: dict[str, Any]) -> list[str]:
+    causes = ", ".join(f"{count} by {cause}" for cause, count in found["causes"].items())
+    return [
+        f"same greedy continuation with and without KV cache: {percent(found['same'])} of "
+        f"{found['prompts']} prompts" + (f" (differences: {causes})" if causes else "")
+    ]
+
+
+def _within(interval: list[float] | None, form: str) -> str:
+    return "" if interval is None else f" [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
 def percent(share: float | None) -> str:

@@ -169,9 +169,10 @@ def greedy(
     max_new_tokens: int,
     max_positions: int | None = None,
     batch_size: int = 64,
+    use_cache: bool = True,
     progress: str | None = None,
 ) -> list[tuple[int, ...]]:
-    """Greedy continuations with a KV cache, ended by the model's end-of-text token or the limit.
+    """Greedy continuations, ended by the model's end-of-text token or the limit.
 
     Args:
         model: a causal language model.
@@ -180,6 +181,7 @@ def greedy(
         max_new_tokens: the limit; it does not depend on any expected answer.
         max_positions: context window; a continuation ends where the window does.
         batch_size: rows per forward pass.
+        use_cache: decode with a KV cache, or read the whole sequence again for every token.
         progress: label of a progress bar on stderr, or None for no bar.
 
     Returns:
@@ -198,7 +200,7 @@ def greedy(
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
-                    generation_config=_greedy_config(tokenizer, room, ends),
+                    generation_config=_greedy_config(tokenizer, room, ends, use_cache),
                 )
                 new = out[:, ids.shape[1] :].tolist()
             else:
@@ -209,7 +211,7 @@ def greedy(
     return [results[i] for i in range(len(prompts))]
 
 
-def _greedy_config(tokenizer: Any, max_new_tokens: int, ends: list[int]) -> Any:
+def _greedy_config(tokenizer: Any, max_new_tokens: int, ends: list[int], use_cache: bool) -> Any:
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
@@ -220,7 +222,7 @@ def _greedy_config(tokenizer: Any, max_new_tokens: int, ends: list[int]) -> Any:
         min_new_tokens=0,
         do_sample=False,
         num_beams=1,
-        use_cache=True,
+        use_cache=use_cache,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=pad,

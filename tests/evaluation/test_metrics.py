@@ -11,7 +11,7 @@ from coachhook.editing.requests import EditRequest
 from coachhook.errors import FactsError
 from coachhook.evaluation import evaluate
 from coachhook.evaluation.intervals import harmonic_mean, wilson
-from coachhook.evaluation.metrics import begins_with
+from coachhook.evaluation.observations import begins_with
 from coachhook.evaluation.scoring import encode_pairs, encode_prompts, greedy, score
 from coachhook.hooks import attach_hooks
 
