@@ -28,6 +28,8 @@ model with the edits off, in one run. Three families of numbers, never mixed:
   teacher_forced  EasyEdit's token-level definitions, comparable with papers, but optimistic
   probability     CounterFact's ES, PS, NS: is the new answer more likely than the old one
   generated       greedy decoding with KV cache and natural stop: what a user sees
+Beside `generated`, which wants the answer at once, `contained` finds it anywhere in the
+continuation. With --text also what the edits do to unrelated text.
 """
 
 
@@ -64,6 +66,33 @@ def register(commands: Any) -> None:
         action="store_true",
         help="also the optimised targets patched in at the last subject token of the unedited "
         "model: what no edit of that position alone can exceed",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE_OR_DIR",
+        help="unrelated plain text: perplexity, drift and share of gated tokens on it",
+    )
+    parser.add_argument(
+        "--text-tokens",
+        type=positive_int,
+        default=20_000,
+        metavar="N",
+        help="tokens of --text to use (default: 20000)",
+    )
+    parser.add_argument(
+        "--fluency",
+        type=positive_int,
+        metavar="N",
+        help="n-gram entropy of greedy texts of N tokens, prompt included (CounterFact: 100)",
+    )
+    parser.add_argument(
+        "--cache-check",
+        type=positive_int,
+        metavar="N",
+        help="decode N prompts with and without KV cache and explain every difference",
+    )
+    parser.add_argument(
+        "--details", action="store_true", help="with --json: also everything fact by fact"
     )
     parser.set_defaults(run=run_eval)
 
@@ -103,9 +132,12 @@ def run_eval(args: argparse.Namespace) -> int:
     """The metrics of ``coachhook.evaluation``, before and after."""
     from coachhook.editing import attach
     from coachhook.evaluation import evaluate, render_evaluation, table
+    from coachhook.statistics import read_texts
 
     with checking():
         requests = read_requests(args)
+        if args.text is not None and next(read_texts(args.text), None) is None:
+            raise InputError(f"--text must hold text, got only empty lines in {args.text}")
         model, tokenizer = open_model(args)
         handle = attach(model, args.edits)
     with handle:
@@ -116,6 +148,11 @@ def run_eval(args: argparse.Namespace) -> int:
             hooks=handle.hooks,
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
+            text=args.text,
+            text_tokens=args.text_tokens,
+            fluency_tokens=args.fluency or 0,
+            cache_prompts=args.cache_check or 0,
+            details=args.details,
         )
         if args.oracle:
             result["oracle"] = _oracle(args, model, tokenizer, handle, requests)

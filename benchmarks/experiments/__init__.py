@@ -1,0 +1,1 @@
+"""The comparisons of docs/experiments.md: ``python -m benchmarks.experiments --help``."""

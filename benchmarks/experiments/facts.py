@@ -1,0 +1,116 @@
+"""Which facts are edited, and which text is unrelated to them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from coachhook.editing import EditRequest
+from coachhook.evaluation import read_facts
+from coachhook.evaluation.scoring import encode_prompts
+from coachhook.statistics import read_texts
+
+
+def gather(
+    paths: Sequence[Path], *, known: Path | None, model: str, count: int | None, seed: int
+) -> tuple[list[EditRequest], list[EditRequest]]:
+    """Facts of several files, mixed in an order that only the seed decides.
+
+    Bad records are left out, and so are second facts with the prompt of an earlier one.
+
+    Returns:
+        The facts to edit, and others about other subjects for systems that need training: known
+        ones that are left over, then ones that the model does not know.
+
+    Args:
+        paths: facts files of any format that `coachhook edit` reads.
+        known: a JSON file that says which records a model knows, by the name of its folder:
+            `counterfact_case_ids` (ids) and `zsre_index` (places in the file); None takes all.
+        model: name of the model's folder.
+        count: take so many; None takes all.
+        seed: of the order.
+
+    Raises:
+        ValueError: fewer than `count` facts are left, or `known` does not know the model.
+    """
+    only = None
+    if known is not None:
+        listing = json.loads(known.read_text(encoding="utf-8"))
+        if model not in listing:
+            raise ValueError(f"--known must have an entry {model!r}, got {sorted(listing)}")
+        only = listing[model]
+    mixed = _mixed([r for path in paths for r in _requests(path, only)], seed)
+    if count is not None and len(mixed) < count:
+        raise ValueError(f"--count must be at most the {len(mixed)} facts there are, got {count}")
+    edited, spare = mixed[:count], mixed[len(mixed) if count is None else count :]
+    if only is not None:
+        spare += _mixed([r for path in paths for r in _requests(path, None)], seed)
+    taken = {request.subject for request in edited}
+    spare = [r for r in _unique(spare) if r.subject not in taken]
+    return edited, spare
+
+
+def _mixed(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
+    mixed = _unique(requests)
+    random.Random(seed).shuffle(mixed)
+    return mixed
+
+
+def _unique(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    found: dict[str, EditRequest] = {}
+    for request in requests:
+        found.setdefault(request.text, request)
+    return list(found.values())
+
+
+def _requests(path: Path, only: dict[str, Any] | None) -> list[EditRequest]:
+    facts = read_facts(path)
+    if only is None or facts.format not in ("counterfact", "flat", "zsre"):
+        return facts.requests
+    if facts.format != "zsre":
+        ids = set(only["counterfact_case_ids"])
+        return [r for r in facts.requests if r.id in ids]
+    # zsRE records have no id; a list of prompts survives bad records being left out.
+    records = json.loads(path.read_text(encoding="utf-8"))
+    asked = {records[i]["src"] for i in only["zsre_index"]}
+    return [r for r in facts.requests if r.text in asked]
+
+
+def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
+    """Writes facts in our own format, one a line."""
+    lines = [json.dumps(r.to_dict(), ensure_ascii=False) for r in requests]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_written(path: Path) -> list[EditRequest]:
+    """Reads what :func:`write_facts` wrote."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [EditRequest.from_dict(json.loads(line)) for line in lines]
+
+
+def unrelated(
+    text: Path, requests: Sequence[EditRequest], tokenizer: Any, tokens: int
+) -> list[str]:
+    """Passages that name no edited subject, from the end of the text, up to `tokens` tokens.
+
+    Statistics read a text from its beginning, so the end is what they have not seen, if the text is
+    long enough.
+    """
+    subjects = {r.subject for r in requests}
+    chosen: list[str] = []
+    for passage in reversed(list(read_texts(text))):
+        if tokens <= 0:
+            break
+        if not any(subject in passage for subject in subjects):
+            tokens -= len(encode_prompts(tokenizer, [passage])[0])
+            chosen.append(passage)
+    return chosen
+
+
+def batches(requests: Sequence[EditRequest], size: int) -> Iterator[Sequence[EditRequest]]:
+    """Consecutive slices."""
+    for start in range(0, len(requests), size):
+        yield requests[start : start + size]

@@ -1,0 +1,291 @@
+"""An experiment: what is the same for all of its runs, and the runs, one process each."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+import coachhook
+from benchmarks.experiments import facts as facts_module
+from benchmarks.experiments.systems import TITLES
+from benchmarks.experiments.worker import open_model
+from coachhook.editing import EditConfig, EditRequest
+from coachhook.models import describe
+from coachhook.statistics import collect_statistics
+from coachhook.store import fingerprint
+
+# Experiment -> systems, batch size, checkpoints.
+DEFAULTS: dict[str, tuple[tuple[str, ...], int, tuple[int, ...]]] = {
+    "single": (
+        ("ours", "paper", "memit", "alphaedit", "fine-tuning", "lora", "grace", "mend", "serac",
+         "retrieval"),
+        30,
+        (),
+    ),
+    "consecutive": (
+        ("ours", "paper", "memit", "accumulated", "alphaedit", "fine-tuning", "lora", "grace",
+         "mend", "serac", "retrieval"),
+        10,
+        (30, 100, 300, 1000),
+    ),
+    "ablation": (
+        ("ours", "no-gate", "paper", "accumulated", "memit"),
+        10,
+        (10, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500, 700, 1000, 1500),
+    ),
+    "zscores": (("ours", "paper"), 10, (10, 30, 100, 300, 1000)),
+}  # fmt: skip
+TRAINING_FACTS = 300
+
+
+class ExperimentError(Exception):
+    """The experiment cannot be run as asked."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process.
+
+    Raises:
+        ExperimentError: another process has it.
+    """
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ExperimentError(f"{folder} is in use by another process") from error
+        yield
+
+
+def prepare(args: Any) -> dict[str, Any]:
+    """Facts, unrelated text and statistics of an experiment, made once; what all runs share.
+
+    Raises:
+        ExperimentError: the folder holds another experiment.
+    """
+    out: Path = args.out
+    plan = {
+        "experiment": args.experiment,
+        "model": str(args.model),
+        "device": args.device,
+        "dtype": args.dtype,
+        "facts": [str(path) for path in args.facts],
+        "known": None if args.known is None else str(args.known),
+        "count": args.count,
+        "seed": args.seed,
+        "text": str(args.text),
+        "text_tokens": args.text_tokens,
+        "tokens": args.tokens,
+        "stats": None if args.stats is None else str(args.stats),
+    }
+    path = out / "plan.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        other = sorted(k for k in plan if found.get(k) != plan[k])
+        if other:
+            raise ExperimentError(
+                f"--out must be a new folder or hold the same experiment, got one in {out} with "
+                f"another {', '.join(other)}"
+            )
+        shared: dict[str, Any] = found
+        return shared
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found_plan = _make(args, plan)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the runs need it
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(found_plan, indent=1))
+    fresh.replace(path)
+    return found_plan
+
+
+def _make(args: Any, plan: dict[str, Any]) -> dict[str, Any]:
+    """Writes facts, text and statistics, and completes the plan."""
+    out: Path = args.out
+    model, tokenizer = open_model(plan)
+    name = Path(args.model).name
+    edited, spare = facts_module.gather(
+        args.facts, known=args.known, model=name, count=args.count, seed=args.seed
+    )
+    facts_module.write_facts(out / "facts.jsonl", edited)
+    facts_module.write_facts(out / "training.jsonl", spare[:TRAINING_FACTS])
+    text = facts_module.unrelated(args.text, edited, tokenizer, args.text_tokens)
+    (out / "unrelated.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    plan["facts_edited"] = len(edited)
+    plan["sources"] = _sources(edited)
+    plan["training_facts"] = min(len(spare), TRAINING_FACTS)
+    plan |= _statistics(args, plan, model, tokenizer)
+    plan |= {
+        "fingerprint": fingerprint(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "architecture": type(model).__name__,
+        "versions": _versions(),
+    }
+    return plan
+
+
+def _sources(requests: Sequence[EditRequest]) -> dict[str, int]:
+    """How many facts have which form: a question, or a sentence to go on with."""
+    questions = sum(r.text.rstrip().endswith("?") for r in requests)
+    return {"questions": questions, "sentences": len(requests) - questions}
+
+
+def _statistics(args: Any, plan: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
+    if args.stats is not None:
+        return {"statistics": str(args.stats), "statistics_seconds": None}
+    layers = sorted({*describe(model).default_layers(), *EditConfig.for_model(model).layers})
+    begin = time.perf_counter()
+    statistics = collect_statistics(model, tokenizer, args.text, layers, max_tokens=args.tokens)
+    seconds = time.perf_counter() - begin
+    statistics.save(args.out / "statistics")
+    return {"statistics": str(args.out / "statistics"), "statistics_seconds": seconds}
+
+
+def _versions() -> dict[str, str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "coachhook": coachhook.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+        "machine": f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def specs(args: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The spec of every run: each system with each batch size."""
+    found = []
+    for system in args.systems:
+        for size in args.batch_sizes:
+            options = dict(args.settings.get(system, {}))
+            label = f"{system}, batches of {size}" if len(args.batch_sizes) > 1 else system
+            found.append(
+                {
+                    "label": label,
+                    "title": TITLES.get(system, system),
+                    "system": system,
+                    "options": options,
+                    "batch_size": size,
+                    "checkpoints": sorted(args.checkpoints),
+                    "first": args.first or max(size, 10),
+                    "sample": args.sample,
+                    "save_every": args.save_every,
+                    "evaluation_batch": args.evaluation_batch,
+                    "facts": str(args.out / "facts.jsonl"),
+                    "training": str(args.out / "training.jsonl"),
+                    "unrelated": str(args.out / "unrelated.txt"),
+                    **{
+                        name: plan[name]
+                        for name in (
+                            "experiment", "model", "device", "dtype", "seed", "text_tokens",
+                            "statistics",
+                        )
+                    },
+                }
+            )  # fmt: skip
+    return found
+
+
+def run_folder(out: Path, spec: dict[str, Any]) -> Path:
+    """Where a run keeps what it does."""
+    return out / "runs" / f"{spec['system']}-{spec['batch_size']}"
+
+
+def run_all(out: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs what is not done yet, one process after the other.
+
+    Returns:
+        Per run its ``spec``, and ``final`` or, where it failed, ``error``.
+
+    Raises:
+        ExperimentError: a run was begun with other settings.
+    """
+    results = []
+    for spec in found:
+        folder = run_folder(out, spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "spec.json"
+        # How often a run is saved changes nothing in its result.
+        if path.is_file():
+            old = {**json.loads(path.read_text()), "save_every": spec["save_every"]}
+            other = sorted(k for k in spec if old.get(k) != spec[k])
+            if other:
+                raise ExperimentError(
+                    f"{folder} was begun with another {', '.join(other)}; delete it, or take "
+                    "another --out"
+                )
+        path.write_text(json.dumps(spec, indent=1))
+        if not (folder / "final.json").is_file():
+            _run_one(folder)
+        results.append(read_run(folder))
+    return results
+
+
+def _run_one(folder: Path) -> None:
+    (folder / "error.txt").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.experiments", "run", str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    tail = b""
+    if process.stderr is not None:
+        while block := process.stderr.read1():  # type: ignore[attr-defined]
+            sys.stderr.buffer.write(block)
+            sys.stderr.buffer.flush()
+            tail = (tail + block)[-4000:]
+    status = process.wait()
+    if status:
+        lines = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]
+        reason = lines[-1] if lines and status > 0 else f"killed by signal {-status}"
+        (folder / "error.txt").write_text(reason, encoding="utf-8")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run left: its spec, logs, and its result or why there is none."""
+    found: dict[str, Any] = {"spec": json.loads((folder / "spec.json").read_text())}
+    for name in ("edits", "checkpoints"):
+        path = folder / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found[name] = [json.loads(line) for line in lines]
+    final, error = folder / "final.json", folder / "error.txt"
+    if final.is_file():
+        found["final"] = json.loads(final.read_text(encoding="utf-8"))
+    else:
+        found["error"] = error.read_text(encoding="utf-8") if error.is_file() else "not finished"
+    return found
+
+
+def read_all(out: Path) -> list[dict[str, Any]]:
+    """Every run of a folder, in the order of the systems' names here."""
+    order = list(TITLES)
+    runs = [read_run(path.parent) for path in (out / "runs").glob("*/spec.json")]
+
+    def key(run: dict[str, Any]) -> tuple[float, int]:
+        system = run["spec"]["system"]
+        place = order.index(system) if system in order else math.inf
+        return place, run["spec"]["batch_size"]
+
+    return sorted(runs, key=key)

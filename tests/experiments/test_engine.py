@@ -1,0 +1,243 @@
+"""The engine on the bundled model: a killed run goes on, and every number has its source."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.experiments import plan, tables
+from benchmarks.experiments.__main__ import build_parser, main
+from benchmarks.experiments.facts import gather, load_written, unrelated
+from coachhook import bundled
+from coachhook.editing import EditConfig, Editor
+from coachhook.editing.folder import load_state
+from coachhook.evaluation import evaluate
+from coachhook.models import load_model
+from coachhook.statistics import Statistics
+from tests.experiments.conftest import parse, run, words
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COUNT, BATCH, STEPS = 5, 2, 8
+CONSECUTIVE = (
+    "--count",
+    COUNT,
+    "--batch-sizes",
+    BATCH,
+    "--checkpoints",
+    "2,3",
+    "--systems",
+    "ours",
+    "--set",
+    f"ours.target_steps={STEPS}",
+)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def killed(world, tmp_path_factory):
+    """A run killed after its first batch, and the experiment finished by its command."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    argv = words(world, "consecutive", out, *CONSECUTIVE, "--save-every", 0)
+    args = parse(argv)
+    out.mkdir()
+    (spec,) = plan.specs(args, plan.prepare(args))
+    folder = plan.run_folder(out, spec)
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    command = [sys.executable, "-m", "benchmarks.experiments", "run", str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (folder / "state" / "manifest.json").is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (folder / "final.json").exists()
+    before = len(lines(folder / "edits.jsonl"))
+    said, printed = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
+        status = main(argv)
+    messages = said.buffer.getvalue().decode()
+    assert status == 0, messages
+    return out, before, messages, printed.getvalue()
+
+
+def test_a_killed_run_goes_on_where_it_was(killed):
+    out, before, messages, printed = killed
+    assert 1 <= before <= 3
+    assert "ours: goes on after" in messages
+    log = lines(out / "runs" / f"ours-{BATCH}" / "edits.jsonl")
+    assert [line["edits"] for line in log] == [2, 4, 5]
+    assert [line["facts"] for line in log] == [2, 2, 1]
+    assert all(line["seconds"] > 0 and line["cpu_seconds"] > 0 for line in log)
+    assert printed.strip() == str(out / "report.html")
+
+
+def test_and_ends_where_one_without_a_kill_does(killed, world, tmp_path):
+    out, *_ = killed
+    model, tokenizer = load_model(bundled.model_path(), dtype="float32")
+    statistics = Statistics.load(world / "stats-only" / "statistics")
+    requests = load_written(out / "facts.jsonl")
+    config = EditConfig.for_model(model, target_steps=STEPS)
+    editor = Editor(model, tokenizer, statistics=statistics, config=config)
+    for start in range(0, COUNT, BATCH):
+        editor.edit(requests[start : start + BATCH])
+    editor.save(tmp_path / "whole")
+    whole = load_state(tmp_path / "whole")
+    state = load_state(out / "runs" / f"ours-{BATCH}" / "state")
+    assert state.num_requests == COUNT and list(state.batches) == list(whole.batches)
+    for layer in config.layers:
+        found, wanted = (s.layers[layer].memory.delta() for s in (state, whole))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+    result = evaluate(model, tokenizer, requests, hooks=editor.hooks, progress=False)
+    final = json.loads((out / "runs" / f"ours-{BATCH}" / "final.json").read_text())
+    for family in ("teacher_forced", "generated", "contained", "probability"):
+        assert final["all"][family]["after"] == pytest.approx(result[family]["after"])
+    editor.detach()
+
+
+def test_checkpoints_hold_all_facts_so_far_and_the_first(killed):
+    out, *_ = killed
+    points = lines(out / "runs" / f"ours-{BATCH}" / "checkpoints.jsonl")
+    # The checkpoint 3 lies within the second batch.
+    assert [p["edits"] for p in points] == [2, 4]
+    rows = list(csv.DictReader((out / "checkpoints.csv").open()))
+    assert [int(r["edits"]) for r in rows] == [2, 4, 5]
+    assert [int(r["first_facts"]) for r in rows] == [2, 4, 5]
+    assert all(0 <= float(r["first_tf_reliability"]) <= 1 for r in rows)
+    assert {r["system"] for r in rows} == {"ours"}
+
+
+def test_the_results_have_every_column(killed):
+    out, *_ = killed
+    (row,) = csv.DictReader((out / "results.csv").open())
+    for column in (
+        "tf_reliability", "tf_reliability_low", "tf_reliability_high", "tf_mean",
+        "gen_generality", "cont_reliability", "prob_score", "kl_neighborhood", "ppl_ratio",
+        "ppl_ratio_low", "kl_text", "text_fired", "entropy_after", "cache_same",
+        "oracle_reliability", "share_generality", "edits_per_second", "edits_per_cpu_second",
+        "peak_mib", "gate_fired_unrelated",
+    ):  # fmt: skip
+        assert float(row[column]) == float(row[column]), column
+    # The statistics were given, so nobody knows what they cost.
+    assert row["statistics_seconds"] == "" and row["edits_per_second_with_preparation"] == ""
+    assert int(row["edits"]) == COUNT and row["error"] == ""
+    assert lines(out / "results.jsonl")[0]["system"] == "ours"
+    low, mid, high = (float(row[f"tf_reliability{s}"]) for s in ("_low", "", "_high"))
+    assert low <= mid <= high
+
+
+def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, world, capsys):
+    out, *_ = killed
+    final = out / "runs" / f"ours-{BATCH}" / "final.json"
+    written = final.stat().st_mtime_ns
+    assert main(words(world, "consecutive", out, *CONSECUTIVE)) == 0
+    assert final.stat().st_mtime_ns == written
+    assert main(words(world, "consecutive", out, *CONSECUTIVE, "--seed", 5)) == 2
+    assert "another seed" in capsys.readouterr().err
+    assert main(words(world, "consecutive", out, *CONSECUTIVE, "--set", "ours.alpha=0.6")) == 2
+    assert "begun with another options" in capsys.readouterr().err
+    with plan.locked(out):
+        assert main(words(world, "consecutive", out, *CONSECUTIVE)) == 2
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_a_system_that_fails_is_named_and_the_others_are_run(world, tmp_path, capsys):
+    argv = words(world, "consecutive", tmp_path, "--count", 1, "--systems", "memit")
+    assert main([*argv, "--set", "memit.no_such_setting=1"]) == 1
+    assert "memit: failed:" in capsys.readouterr().err
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert "no_such_setting" in row["error"]
+    assert "no_such_setting" in (tmp_path / "report.html").read_text()
+
+
+def test_single_rounds_start_from_the_unedited_model(world, tmp_path):
+    more = ("--count", 3, "--batch-sizes", 2, "--systems", "ours")
+    quick = ("--set", f"ours.target_steps={STEPS}")
+    shared = run(world, "single", tmp_path, *more, *quick)
+    (found,) = plan.read_all(tmp_path)
+    final = found["final"]
+    assert len(final["records"]) == final["facts_measured"] == 3
+    assert [line["edits"] for line in found["edits"]] == [2, 3]
+    model, tokenizer = load_model(bundled.model_path(), dtype="float32")
+    editor = Editor(
+        model,
+        tokenizer,
+        statistics=Statistics.load(shared["statistics"]),
+        config=EditConfig.for_model(model, target_steps=STEPS),
+    )
+    last = load_written(tmp_path / "facts.jsonl")[2:]
+    editor.edit(last)
+    (alone,) = evaluate(model, tokenizer, last, hooks=editor.hooks, details=True, progress=False)[
+        "records"
+    ]
+    editor.detach()
+    assert final["records"][2]["values"] == alone["values"]
+    assert final["language"]["tokens"] > 0
+    row = tables.result_row(found, shared)
+    assert row["tf_reliability"] == final["all"]["teacher_forced"]["after"]["reliability"]
+
+
+def test_facts_are_mixed_and_known_ones_are_chosen(tmp_path, shared_dir):
+    data = shared_dir / "data"
+    paths = [data / "counterfact_dev.json", data / "zsre_dev.json"]
+    known = shared_dir / "models" / "known_ids.json"
+    edited, spare = gather(paths, known=known, model="factlm-gpt2", count=None, seed=0)
+    listing = json.loads(known.read_text())["factlm-gpt2"]
+    assert len(edited) <= len(listing["counterfact_case_ids"]) + len(listing["zsre_index"])
+    assert len(edited) > 1900
+    # Mixed: the first hundred hold both kinds.
+    kinds = {r.id is None for r in edited[:100]}
+    assert kinds == {True, False}
+    again, _ = gather(paths, known=known, model="factlm-gpt2", count=50, seed=0)
+    assert again == edited[:50]
+    other, _ = gather(paths, known=known, model="factlm-gpt2", count=50, seed=1)
+    assert other != again
+    subjects = {r.subject for r in edited}
+    assert spare and not any(r.subject in subjects for r in spare)
+    with pytest.raises(ValueError, match="--count must be at most"):
+        gather(paths[:1], known=None, model="x", count=5000, seed=0)
+    with pytest.raises(ValueError, match="entry 'x'"):
+        gather(paths[:1], known=known, model="x", count=None, seed=0)
+
+
+def test_unrelated_text_names_no_edited_subject(world):
+    _, tokenizer = load_model(bundled.model_path())
+    requests = load_written(world / "stats-only" / "facts.jsonl")
+    subject = requests[0].subject
+    text = [f"{subject} is far.", *bundled.texts()[:50], f"On {subject}.", "The end of it."]
+    chosen = unrelated(text, requests, tokenizer, 60)
+    assert chosen[0] == "The end of it." and not any(subject in passage for passage in chosen)
+    tokens = [len(tokenizer(passage)["input_ids"]) for passage in chosen]
+    assert sum(tokens[:-1]) < 60 <= sum(tokens)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--set", "nobody.x=1"], "must be SYSTEM.NAME=VALUE"),
+        (["--batch-sizes", "0"], "must be positive"),
+    ],
+)
+def test_bad_arguments(world, capsys, argv, message):
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args([*words(world, "single", "x"), *argv])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_systems_are_refused(world, tmp_path, capsys):
+    assert main(words(world, "single", tmp_path / "new", "--systems", "ours,magic")) == 2
+    assert "magic" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
