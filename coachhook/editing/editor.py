@@ -18,7 +18,7 @@ from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, read_inputs, read_states
-from coachhook.editing.requests import EditRequest
+from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.editing.state import BatchRecord, EditState, LayerEdits
 from coachhook.editing.targets import (
     EncodedRequest,
@@ -163,7 +163,7 @@ class Editor:
             ValueError: the batch is empty, a subject is not found in its prompt, a prompt does not
                 fit the context window, or the model's outputs are not finite.
         """
-        requests = self._check_requests(requests)
+        requests = check_requests(requests)
         encoded = encode_requests(
             self._tokenizer,
             requests,
@@ -221,22 +221,6 @@ class Editor:
     def detach(self) -> None:
         """Takes the hooks off; the model answers as before, to the bit."""
         self.hooks.detach()
-
-    @staticmethod
-    def _check_requests(requests: Sequence[EditRequest]) -> list[EditRequest]:
-        if isinstance(requests, EditRequest | str):
-            raise TypeError(
-                f"edit: requests must be a list of EditRequest, got one {type(requests).__name__}"
-            )
-        found = list(requests)
-        wrong = next((r for r in found if not isinstance(r, EditRequest)), None)
-        if wrong is not None:
-            raise TypeError(
-                f"edit: requests must be a list of EditRequest, got a {type(wrong).__name__} in it"
-            )
-        if not found:
-            raise ValueError("edit: requests must hold at least one request, got none")
-        return found
 
     def _refresh(self) -> None:
         for layer in self.config.layers:

@@ -106,3 +106,25 @@ class EditRequest:
     def from_dict(cls, record: dict[str, Any]) -> EditRequest:
         """The inverse of :meth:`to_dict`."""
         return cls(**record)
+
+
+def check_requests(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The requests of a batch as a list.
+
+    Raises:
+        TypeError: something else than a list of requests was given.
+        ValueError: there is none.
+    """
+    if isinstance(requests, EditRequest | str):
+        raise TypeError(
+            f"edit: requests must be a list of EditRequest, got one {type(requests).__name__}"
+        )
+    found = list(requests)
+    wrong = next((r for r in found if not isinstance(r, EditRequest)), None)
+    if wrong is not None:
+        raise TypeError(
+            f"edit: requests must be a list of EditRequest, got a {type(wrong).__name__} in it"
+        )
+    if not found:
+        raise ValueError("edit: requests must hold at least one request, got none")
+    return found

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from coachhook.editing.requests import EditRequest
+from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.hooks import attached_hooks
 from coachhook.models import check_finite, describe, prepare_tokenizer
 from coachhook.statistics import Statistics
@@ -142,7 +142,7 @@ class Baseline(ABC):
         self._check_open("edit")
         if self._depth:
             raise RuntimeError("edit: the baseline must be on, got it within disabled()")
-        batch = _check_requests(requests)
+        batch = check_requests(requests)
         state = self._snapshot()
         was_training = self._model.training
         self._model.eval()
@@ -237,19 +237,3 @@ class Baseline(ABC):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
-
-
-def _check_requests(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    if isinstance(requests, EditRequest | str):
-        raise TypeError(
-            f"edit: requests must be a list of EditRequest, got one {type(requests).__name__}"
-        )
-    batch = list(requests)
-    wrong = next((r for r in batch if not isinstance(r, EditRequest)), None)
-    if wrong is not None:
-        raise TypeError(
-            f"edit: requests must be a list of EditRequest, got a {type(wrong).__name__} in it"
-        )
-    if not batch:
-        raise ValueError("edit: requests must hold at least one request, got none")
-    return batch
