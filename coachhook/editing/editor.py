@@ -230,7 +230,14 @@ class Editor:
     def _ties(self, requests: list[EditRequest]) -> Ties:
         if self.config.scope != "membership" or self.config.correction != "own":
             return Ties(list(range(len(requests))), [], {})
-        return find_ties(requests, (r for b in self._state.batches.values() for r in b.requests))
+        # A fact that was never written cannot be kept, and would only hold the others up.
+        written = (
+            request
+            for batch in self._state.batches.values()
+            for request, converged in zip(batch.requests, batch.converged, strict=True)
+            if converged
+        )
+        return find_ties(requests, written)
 
     def _targets(self, encoded: list[EncodedRequest], ties: Ties, pad_id: int) -> Targets:
         """Targets of the batch; those of a replaced request are its replacement's, unused."""

@@ -76,6 +76,14 @@ def test_batches_about_one_subject_keep_the_earlier_facts(make_editor, about_one
     again.detach()
 
 
+def test_a_fact_that_did_not_converge_is_not_kept(make_editor, about_one):
+    editor, model, tokenizer = make_editor(target_steps=1)
+    assert editor.edit(about_one[:1]).converged == [False]
+    result = editor.edit(about_one[1:2])
+    assert editor._ties(about_one[1:2]).reminders == []
+    assert result.steps == [0]
+
+
 def test_of_two_answers_to_one_prompt_the_later_holds(make_editor, about_one, requests):
     first = about_one[0]
     second = EditRequest(
