@@ -157,5 +157,7 @@ def _processes(args: argparse.Namespace) -> Iterator[int]:
         dist.init_process_group("nccl" if chosen_device(args).startswith("cuda") else "gloo")
     try:
         yield dist.get_rank()
+        # A process that leaves while another still talks to it may be aborted by gloo.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
