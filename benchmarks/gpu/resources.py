@@ -34,7 +34,16 @@ MMA = ("HMMA", "HGMMA", "UTCHMMA")
 # What the heavy products must use: mma.sync runs at a fraction of the rate on sm_90 and sm_100.
 NATIVE_MMA = {90: "HGMMA", 100: "UTCHMMA"}
 
-_FEATURES = {"pitch", "features", "stride_x", "stride_s", "stride_y", "stride_lift", "chunk"}
+_FEATURES = {
+    "pitch",
+    "features",
+    "stride_x",
+    "stride_s",
+    "stride_weight",
+    "stride_y",
+    "stride_lift",
+    "chunk",
+}
 _SIZES = {"depth", "outputs", *_FEATURES}
 
 
@@ -91,8 +100,10 @@ def cases(arch: int) -> Iterator[Case]:
         pointers = {"x_ptr": x, "s_ptr": s, "part_ptr": "fp32"}
         if squares:
             pointers["squares_ptr"] = "fp32"
+        if kind.startswith("fused"):
+            pointers |= {"weight_ptr": x, "bias_ptr": x, "y_ptr": x}
         constants = {
-            "PAIR": kind == "pair",
+            "PAIR": kind.endswith("pair"),
             "GROUP": policy.group,
             "BT": tile.tokens,
             "BF": tile.width,
@@ -110,6 +121,8 @@ def cases(arch: int) -> Iterator[Case]:
     yield project("bf16 x, bf16 dense", "single", "bf16", "bf16", 4096, True)
     yield project("fp16 x, fp16 S", "single", "fp16", "fp16", 128, False)
     yield project("fp32", "full", "fp32", "fp32", 128, False)
+    yield project("with W0, bf16 x, bf16 dense", "fused_single", "bf16", "bf16", 4096, True)
+    yield project("with W0, fp16 x, fp32 dense", "fused_pair", "fp16", "fp32", 4096, True)
 
     def correct(name: str, y: str, full: bool, lift: bool, own: bool) -> Case:
         tile = policy.correct_full if full else policy.correct
@@ -135,14 +148,16 @@ def cases(arch: int) -> Iterator[Case]:
     yield correct("fp32 y", "fp32", full=True, lift=True, own=False)
 
     per_token = {"magnitude_ptr": "fp32", "z_ptr": "fp32", "fired_ptr": "u8"}
-    reduce_sizes = {"BT": launcher._REDUCE_TOKENS, "BF": launcher._REDUCE_FEATURES}
+    block = launcher._REDUCE_TOKENS, launcher._REDUCE_FEATURES
+    wide_block = launcher._WIDE_TOKENS, launcher._WIDE_FEATURES
     chunks = policy.programs_per_token_tile
-    for name, splits, reduction, more in (
-        (f"norm of {chunks} chunks", chunks, kernels.NORM, {}),
-        ("norm, dense", 1, kernels.NORM, {"squares_ptr": "fp32"}),
-        (f"largest of {chunks} chunks", chunks, kernels.LARGEST, {"winner_ptr": "i32"}),
+    for name, splits, reduction, more, (tokens, features) in (
+        (f"norm of {chunks} chunks", chunks, kernels.NORM, {}, block),
+        ("norm, dense", 1, kernels.NORM, {"squares_ptr": "fp32"}, block),
+        ("norm of whole rows", 1, kernels.NORM, {}, wide_block),
+        (f"largest of {chunks} chunks", chunks, kernels.LARGEST, {"winner_ptr": "i32"}, block),
     ):
-        constants = {"SPLITS": splits, "REDUCTION": reduction.value, **reduce_sizes}
+        constants = {"SPLITS": splits, "REDUCTION": reduction.value, "BT": tokens, "BF": features}
         pointers = {"part_ptr": "fp32", **per_token, **more}
         # The squares of a token's tiles are few and start anywhere.
         wide = "squares_ptr" not in more

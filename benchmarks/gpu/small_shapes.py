@@ -52,7 +52,7 @@ def decoding() -> int:
     """Both ways to the frozen product, aligned rows and others, one tile of tokens and several."""
     calls = 0
     for way in ("exact", "fused"):
-        os.environ["COACHHOOK_DECODING"] = way
+        os.environ["COACHHOOK_PRODUCTS"] = way
         for dtype in DTYPES:
             for tokens, n in ((3, 72), (19, 72), (19, 37)):
                 calls += decode(dtype, tokens, n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from coachhook.bench.peers import compiled_hook, lora_layer, plain_hook, published_hook
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import Membership, Population, Scope, Sequence, available_backends, hooked_linear
+from coachhook.ops.hooked_linear.products import ENVIRONMENT_SWITCH
 
 ALPHA = 2.2
 
@@ -116,24 +118,44 @@ def _bytes(layer: Layer, x: Tensor, storage: str) -> int:
     return read + tokens * (m * x.element_size() + 4)
 
 
-def _case(layer: Layer, x: Tensor, load: Load, backend: str, compiles: bool) -> Case:
+def with_products(way: str, function: Callable[[], object]) -> Callable[[], object]:
+    """``function`` with another value of ``COACHHOOK_PRODUCTS``."""
+
+    def call() -> object:
+        before = os.environ.get(ENVIRONMENT_SWITCH)
+        os.environ[ENVIRONMENT_SWITCH] = way
+        try:
+            return function()
+        finally:
+            del os.environ[ENVIRONMENT_SWITCH]
+            if before is not None:
+                os.environ[ENVIRONMENT_SWITCH] = before
+
+    return call
+
+
+def _case(
+    layer: Layer, x: Tensor, load: Load, backend: str, compiles: bool, way: str = "exact"
+) -> Case:
     m, n = layer.weight.shape
     alpha = torch.tensor(ALPHA, device=x.device)
     frozen = x, layer.weight, layer.bias
     rank = "" if load.storage == "dense" else f" r={layer.q.shape[1]}"
+    shape = f"m={m} n={n} B={load.batch} T={load.tokens} {load.storage}{rank} {load.scope}"
+    run = partial(
+        hooked_linear,
+        *frozen,
+        layer.delta(load.storage),
+        alpha,
+        scope=layer.scope(load.scope),
+        backend=backend,
+    )
     return Case(
         op="hooked_linear",
-        shape=f"m={m} n={n} B={load.batch} T={load.tokens} {load.storage}{rank} {load.scope}",
+        shape=shape if way == "exact" else f"{shape} {way}",
         dtype=x.dtype,
         backend=backend,
-        run=partial(
-            hooked_linear,
-            *frozen,
-            layer.delta(load.storage),
-            alpha,
-            scope=layer.scope(load.scope),
-            backend=backend,
-        ),
+        run=run if way == "exact" else with_products(way, run),
         floor=partial(F.linear, *frozen),
         peer_name="published eager hook",
         peer=partial(published_hook, *frozen, layer.hook, layer.bias, ALPHA),
@@ -166,6 +188,13 @@ def _gpu_load(tokens: int, storage: str) -> Load:
     return Load(1, tokens, "sequence", storage)
 
 
+def _ways(tokens: int, storage: str) -> list[tuple[str, str]]:
+    """Backends and the other values of ``COACHHOOK_PRODUCTS`` that they have here."""
+    if tokens <= _DECODING_TOKENS:
+        return [("cuda", "fused")]
+    return [("triton", "fused"), ("triton", "library")] if storage == "dense" else []
+
+
 def _gpu_cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
     """The most telling ones first, so that a budget leaves out the others."""
     sizes, ranks, counts = _GPU_QUICK if quick else (_GPU_SIZES, _GPU_RANKS, _GPU_TOKENS)
@@ -183,8 +212,13 @@ def _gpu_cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> 
                     x = torch.randn(
                         load.batch, load.tokens, n, generator=generator, device=device
                     ).to(kind)
-                    for backend in _backends(device) if main else ["auto"]:
-                        yield _case(layer, x, load, backend, main and (m, n) == _GPU_SIZES[0])
+                    compiles = main and (m, n) == _GPU_SIZES[0]
+                    backends = _backends(device)
+                    for backend in backends if main else ["auto"]:
+                        yield _case(layer, x, load, backend, compiles)
+                    for backend, way in _ways(tokens, storage) if main else ():
+                        if backend in backends:
+                            yield _case(layer, x, load, backend, False, way)
 
 
 @benchmark("hooked_linear", share=4.0)

@@ -21,15 +21,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coachhook.bench.hooked_linear import ALPHA, Layer
+from coachhook.bench.hooked_linear import ALPHA, Layer, with_products
 from coachhook.bench.runner import captured, time_alternately
-from coachhook.ops import hook_output
+from coachhook.ops import hook_output, hooked_linear
 from coachhook.ops.hooked_linear.policy import ENVIRONMENT_SWITCH, LaunchPolicy, Tile, policy
 
 # What a candidate must gain: less is the noise of a measurement.
@@ -46,7 +47,9 @@ class Load:
         n: inputs of the layer.
         rank: rank of the hook; 0 for a dense one.
         tokens: tokens of one sequence.
-        dtype: dtype of the tokens; hooks are stored in float32.
+        dtype: dtype of the tokens.
+        stored: dtype of the hook.
+        fused: whether a dense hook's kernel computes the frozen product too.
     """
 
     m: int
@@ -54,13 +57,17 @@ class Load:
     rank: int
     tokens: int
     dtype: torch.dtype
+    stored: torch.dtype = torch.float32
+    fused: bool = False
 
     def fields(self) -> tuple[str, ...]:
         """Fields of the launch policy that this load depends on, in the order of their weight."""
         full = self.dtype == torch.float32
-        cuts = ("programs_per_token_tile", "min_chunk") if self.rank else ()
-        tiles = ("full", "correct_full") if full else ("pair", "correct")
-        return (tiles[0], *cuts, tiles[1]) if self.rank else (tiles[0],)
+        tile = "full" if full else "single" if self.stored == self.dtype else "pair"
+        if not self.rank:
+            return (f"fused_{tile}" if self.fused and not full else tile,)
+        correct = "correct_full" if full else "correct"
+        return tile, "programs_per_token_tile", "min_chunk", correct
 
 
 Measure = Callable[[LaunchPolicy, Load], float]
@@ -78,6 +85,10 @@ def candidates(name: str, sizes: LaunchPolicy) -> list[Any]:
         values = [128, 256, 512, 1024]
     else:
         x_bytes, s_bytes = (4, 4) if name in ("full", "correct_full") else (2, 4)
+        if name.endswith("single"):
+            s_bytes = 2
+        if name.startswith("fused"):
+            s_bytes += x_bytes  # W0 beside the hook
         tokens = (16, 32, 64) if name.startswith("correct") else (32, 64, 128)
         depths = (16, 32) if x_bytes == 4 else (32, 64)
         values = [
@@ -157,7 +168,7 @@ def in_force(sizes: LaunchPolicy) -> Iterator[None]:
 
 
 class GraphTimer:
-    """Milliseconds of the hook alone, without the frozen product, on a CUDA device."""
+    """Milliseconds of the hook on a CUDA device, without the frozen product unless it is fused."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -169,9 +180,20 @@ class GraphTimer:
             layer = Layer(load.m, load.n, load.rank or 128, load.dtype, self.device)
             x = torch.randn(1, load.tokens, load.n, device=self.device).to(load.dtype)
             base = torch.randn(1, load.tokens, load.m, device=self.device).to(load.dtype)
-            delta = layer.delta("factored" if load.rank else "dense")
+            delta: Any = layer.delta("factored" if load.rank else "dense")
+            if load.rank:
+                delta = delta[0], delta[1].to(load.stored)
+            else:
+                delta = delta.to(load.stored)
             alpha = torch.tensor(ALPHA, device=self.device)
-            self._calls[load] = lambda: hook_output(base, x, delta, alpha, backend="triton")
+            hook: Callable[[], object] = partial(
+                hook_output, base, x, delta, alpha, backend="triton"
+            )
+            if load.fused:
+                frozen = x, layer.weight, layer.bias
+                whole = partial(hooked_linear, *frozen, delta, alpha, backend="triton")
+                hook = with_products("fused", whole)
+            self._calls[load] = hook
         return self._calls[load]
 
     def __call__(self, sizes: LaunchPolicy, load: Load) -> float:
@@ -197,14 +219,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", nargs="+", type=int, default=[128], help="0: a dense hook")
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 4096])
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--stored", choices=("float32", "own"), default="float32", help="the hook")
+    parser.add_argument("--fused", action="store_true", help="dense hooks: with the frozen product")
     given = parser.parse_args(arguments)
     sizes = [tuple(map(int, size.split("x"))) for size in given.size]
     if not torch.cuda.is_available():
         print("tune: needs a CUDA device, torch sees none", file=sys.stderr)
         return 2
     dtype = getattr(torch, given.dtype)
+    stored = dtype if given.stored == "own" else torch.float32
     loads = [
-        Load(m, n, rank, tokens, dtype)
+        Load(m, n, rank, tokens, dtype, stored, given.fused and not rank)
         for (m, n), rank, tokens in product(sizes, given.rank, given.tokens)
     ]
     device = torch.device("cuda")

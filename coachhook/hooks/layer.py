@@ -18,7 +18,7 @@ from coachhook.ops import (
     Prefix,
     Sequence,
     Ungated,
-    fuses_decoding,
+    fuses_products,
     gate_scores,
     hook_output,
     hooked_linear,
@@ -41,10 +41,15 @@ class HookSnapshot:
     include_padding: bool
 
 
-def _is_bare_linear(module: nn.Module) -> bool:
-    """Whether calling the module is ``F.linear`` of its weight and bias, and nothing besides."""
+def _is_bare_linear(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling the module is ``F.linear`` of its weight and bias, and nothing besides.
+
+    Args:
+        dtype: of the tokens; under autocast it may be another than the weight's.
+    """
     return (
         type(module) is nn.Linear
+        and module.weight.dtype == dtype
         and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
     )
@@ -289,7 +294,7 @@ class HookedLinear(nn.Module):
             return plain
         # None: the op computes it together with the hook.
         output: Tensor | None = None
-        if args or kwargs or not (fuses_decoding(x) and _is_bare_linear(self.base)):
+        if args or kwargs or not (fuses_products(x) and _is_bare_linear(self.base, x.dtype)):
             output = self.base(x, *args, **kwargs)
         context = self.context
         rows, columns = self._grid(x)

@@ -22,10 +22,10 @@ from coachhook.ops import (
     Sequence,
     Ungated,
     _backends,
-    fuses_decoding,
+    fuses_products,
     hooked_linear,
 )
-from coachhook.ops.hooked_linear import cuda, decode
+from coachhook.ops.hooked_linear import cuda, decode, products
 from tests.ops.gate_oracle import oracle, threshold
 from tests.tolerances import tol
 
@@ -180,19 +180,19 @@ def test_what_the_kernels_do_not_take_runs_elsewhere() -> None:
 
 
 def test_switch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not decode.is_fused() and not fuses_decoding(torch.randn(1, 4))
-    monkeypatch.setenv("COACHHOOK_DECODING", "fused")
-    assert decode.is_fused() and not fuses_decoding(torch.randn(1, 4))  # not on the CPU
-    monkeypatch.setenv("COACHHOOK_DECODING", "fast")
-    with pytest.raises(ValueError, match="COACHHOOK_DECODING must be exact or fused, got 'fast'"):
-        decode.is_fused()
+    assert products.way() == "exact" and not fuses_products(torch.randn(1, 4))
+    monkeypatch.setenv("COACHHOOK_PRODUCTS", "fused")
+    assert products.way() == "fused" and not fuses_products(torch.randn(1, 4))  # not on the CPU
+    monkeypatch.setenv("COACHHOOK_PRODUCTS", "fast")
+    with pytest.raises(ValueError, match="must be one of exact, fused, library, got 'fast'"):
+        products.way()
 
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device with COACHHOOK_DECODING=fused."""
+    """As on a CUDA device with COACHHOOK_PRODUCTS=fused."""
     for module in (op, hooks):
-        monkeypatch.setattr(module, "fuses_decoding", lambda x: x.numel() <= 64 * x.shape[-1])
+        monkeypatch.setattr(module, "fuses_products", lambda x: True)
     monkeypatch.setattr(_backends, "resolve", lambda *a, **k: cuda.hook_output)
 
 
@@ -205,6 +205,21 @@ def test_the_op_takes_the_frozen_product_where_it_may(fused: None) -> None:
     leaf = x.clone().requires_grad_()
     y, _ = hooked_linear(leaf, weight, bias, delta, 1.0)
     assert y.requires_grad
+
+
+def test_a_hook_layer_leaves_the_frozen_product_to_autocast(fused: None) -> None:
+    x, weight, bias, (q, s) = layer(3, 4)
+    base = nn.Linear(72, 21).requires_grad_(False)
+    base.weight.copy_(weight)
+    hooked = HookedLinear(base, in_features=72, out_features=21, index=0)
+    hooked.set_factored(q, s)
+    hooked.set_alpha(1.0)
+    hooked.state = "validated"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = base(x.bfloat16())
+        y = hooked(x.bfloat16())
+    untouched = (y == plain).all(-1)
+    assert untouched.any() and not untouched.all()
 
 
 class Doubled(nn.Linear):

@@ -22,7 +22,7 @@ from coachhook.ops import (
     hook_output,
     hooked_linear,
 )
-from coachhook.ops.hooked_linear import decode
+from coachhook.ops.hooked_linear import products
 from tests.ops.gate_oracle import oracle, threshold
 from tests.tolerances import tol
 
@@ -43,7 +43,7 @@ def _cuda(nan_filled_memory: None) -> None:
 @pytest.fixture(params=["exact", "fused"])
 def frozen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who computes the frozen product: torch, or the hook's own pass."""
-    monkeypatch.setenv(decode.ENVIRONMENT_SWITCH, request.param)
+    monkeypatch.setenv(products.ENVIRONMENT_SWITCH, request.param)
     return str(request.param)
 
 
@@ -156,7 +156,7 @@ def test_equal_bits_on_every_run_and_in_every_batch(
     dtype: torch.dtype, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether a library GEMM depends on the batch is not the kernels' doing: theirs is the product.
-    monkeypatch.setenv(decode.ENVIRONMENT_SWITCH, "fused")
+    monkeypatch.setenv(products.ENVIRONMENT_SWITCH, "fused")
     x, weight, bias, delta = to_gpu(layer(dtype, 64, 1, n=n))
     for scope in (Population(14.0, 5.0), Prefix(), Membership(correction="own")):
 

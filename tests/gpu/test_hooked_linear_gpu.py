@@ -20,6 +20,7 @@ from coachhook.ops import (
     hook_output,
     hooked_linear,
 )
+from coachhook.ops.hooked_linear import products
 from tests.ops.gate_oracle import oracle, threshold
 from tests.ops.triton_cases import DTYPES, LAYOUTS, SCOPES, make_layout, make_pair, pair_error
 from tests.tolerances import tol
@@ -121,6 +122,52 @@ def test_tokens_that_do_not_fire_are_those_of_the_frozen_layer(dtype) -> None:
     assert not torch.equal(y[fired], frozen[fired])
 
 
+@pytest.mark.parametrize("way", ["fused", "library"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m, n", [(37, 61), (400, 1600)])
+@pytest.mark.parametrize("stored", ["own", "float32"])
+def test_other_ways_to_the_products(
+    way, dtype, m, n, stored, nan_filled_memory, monkeypatch
+) -> None:
+    monkeypatch.setenv(products.ENVIRONMENT_SWITCH, way)
+    x, weight, bias, (q, s) = layer(dtype, (4, 70), n=n, m=m, r=20)
+    delta = (q @ s).to(dtype if stored == "own" else torch.float32)
+    mask = torch.arange(70, device="cuda") > torch.tensor([[-1], [9], [60], [30]], device="cuda")
+    frozen = F.linear(x, weight, bias)
+    host = [t.cpu() for t in (x, weight, bias, delta, mask, frozen)]
+    base = F.linear(*(t.double() for t in host[:3])) if way == "fused" else host[5].double()
+    for scope in (Sequence(), Prefix(), Population(1.0, 0.5)):
+        alpha = threshold(oracle(base, host[0], host[3], 0.0, host[4], None, scope).z)
+        want = oracle(base, host[0], host[3], alpha, host[4], None, scope)
+        y, z = hooked_linear(
+            x, weight, bias, delta, alpha, mask=mask, scope=scope, backend="triton"
+        )
+        scores = tol("score", dtype, reduction=n, scale=want.ratio)
+        torch.testing.assert_close(z.cpu().double(), want.z, equal_nan=True, **scores)
+        outputs = tol("output", dtype, reduction=n, scale=float(want.y.abs().max()))
+        torch.testing.assert_close(y.cpu().double(), want.y, **outputs)
+        if way == "library":
+            assert torch.equal(y.cpu()[~want.taken], host[5][~want.taken])  # bit for bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["own", "float32"])
+def test_fused_bits_do_not_depend_on_the_batch(dtype, stored, monkeypatch) -> None:
+    monkeypatch.setenv(products.ENVIRONMENT_SWITCH, "fused")
+    x, weight, bias, (q, s) = layer(dtype, (40, 70))
+    delta = (q @ s).to(dtype if stored == "own" else torch.float32)
+
+    def call(x: Tensor) -> Tensor:
+        return hooked_linear(x, weight, bias, delta, 1.0, backend="triton")[0]
+
+    y = call(x)
+    assert not torch.equal(y, F.linear(x, weight, bias))
+    for _ in range(10):
+        assert torch.equal(call(x), y)
+    for rows in (slice(0, 1), slice(17, 19), slice(38, 40)):
+        assert torch.equal(call(x[rows]), y[rows])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_bits_on_every_run_alone_in_a_batch_and_behind_padding(dtype) -> None:
     x, _, _, delta = layer(dtype, (40, 70))
@@ -160,6 +207,36 @@ def test_nothing_waits_for_the_device() -> None:
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("way", ["fused", "library"])
+def test_a_graph_of_another_way_follows_what_changes_in_place(way, monkeypatch) -> None:
+    monkeypatch.setenv(products.ENVIRONMENT_SWITCH, way)
+    x, weight, bias, (q, s) = layer(torch.bfloat16, (3, 90))
+    delta, alpha = (q @ s).bfloat16(), torch.tensor(1.0, device="cuda")
+
+    def call() -> tuple[Tensor, Tensor]:
+        return hooked_linear(x, weight, bias, delta, alpha, backend="triton")
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, z = call()
+    for step in range(3):
+        new = layer(torch.bfloat16, (3, 90))
+        x.copy_(new[0])
+        weight.copy_(new[1])
+        delta.copy_(new[3][0] @ new[3][1])
+        alpha.fill_(0.5 + step / 2)
+        graph.replay()
+        after = y.clone(), z.clone()
+        eager = call()
+        assert torch.equal(after[0], eager[0]) and torch.equal(after[1], eager[1])
+        assert ((after[1] >= alpha).sum(-1) > 0).any()
 
 
 @pytest.mark.parametrize("kind", ["sequence", "prefix", "population", "membership_own"])

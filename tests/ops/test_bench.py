@@ -97,6 +97,34 @@ def test_op_and_peers_answer_alike():
     torch.testing.assert_close(lora(x), torch.nn.functional.linear(x, *frozen))
 
 
+def test_cases_of_a_gpu_have_every_backend_and_way(monkeypatch):
+    """Built and run on the CPU, with small sizes."""
+    from coachhook.bench import hooked_linear as gated
+    from coachhook.ops import hooked_linear
+    from coachhook.ops.hooked_linear import products
+
+    monkeypatch.setattr(gated, "_GPU_SIZES", [(24, 40)])
+    monkeypatch.setattr(gated, "_GPU_QUICK", ([(24, 40)], [8, 0], [1, 80]))
+    monkeypatch.setattr(gated, "_MAIN_RANK", 8)
+    monkeypatch.setattr(gated, "_backends", lambda device: ["cuda", "triton"])
+    monkeypatch.setattr(gated, "_more_peers", lambda *_: {})
+    seen = []
+
+    def hooked(x, weight, bias, delta, alpha, *, backend, scope):
+        seen.append((x.shape[0] * x.shape[1], backend, products.way()))
+        return hooked_linear(x, weight, bias, delta, alpha, scope=scope)
+
+    monkeypatch.setattr(gated, "hooked_linear", hooked)
+    for case in gated._gpu_cases(torch.device("cpu"), torch.bfloat16, True):
+        y, _ = case.run()
+        assert y.shape == case.floor().shape
+        assert (seen[-1][-1] == "exact") != case.shape.endswith(seen[-1][-1])
+    one = [(1, "cuda", "exact"), (1, "triton", "exact"), (1, "cuda", "fused")]
+    many = [(80, "cuda", "exact"), (80, "triton", "exact")]
+    assert seen == one + many + one + many + [(80, "triton", "fused"), (80, "triton", "library")]
+    assert products.way() == "exact"
+
+
 def test_peers_are_silent_at_one_token(recwarn):
     from coachhook.bench.peers import plain_hook, published_hook
 

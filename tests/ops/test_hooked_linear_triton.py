@@ -68,6 +68,9 @@ def test_sizes_fit_the_architecture(arch) -> None:
                 splits = -(-depth // chunk)
                 assert (splits - 1) * chunk < depth  # none is empty
                 assert splits <= sizes.programs_per_token_tile
+    for tile, s_bytes in ((sizes.fused_pair, 4), (sizes.fused_single, 2)):
+        step = tile.depth * (tile.tokens * 2 + tile.width * (2 + s_bytes))
+        assert step * tile.stages <= sizes.shared_memory
     assert sizes.prefers_dense(2048, 4096) and not sizes.prefers_dense(128, 4096)
 
 

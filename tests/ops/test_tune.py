@@ -24,11 +24,28 @@ def _no_switch(monkeypatch):
 def test_fields_that_a_load_depends_on():
     assert SMALL.fields() == ("pair", "programs_per_token_tile", "min_chunk", "correct")
     assert replace(SMALL, dtype=torch.float32).fields()[::3] == ("full", "correct_full")
-    assert replace(SMALL, rank=0).fields() == ("pair",)
+    dense = replace(SMALL, rank=0)
+    assert dense.fields() == ("pair",)
+    assert replace(dense, stored=torch.bfloat16).fields() == ("single",)
+    assert replace(dense, fused=True).fields() == ("fused_pair",)
+    assert replace(dense, stored=torch.bfloat16, fused=True).fields() == ("fused_single",)
+    assert replace(dense, dtype=torch.float32, fused=True).fields() == ("full",)
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (8, 6), (9, 0), (12, 0)])
-@pytest.mark.parametrize("name", ["pair", "full", "correct", "correct_full", "min_chunk"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pair",
+        "single",
+        "full",
+        "fused_pair",
+        "fused_single",
+        "correct",
+        "correct_full",
+        "min_chunk",
+    ],
+)
 def test_candidates_fit_and_differ_from_what_is(arch, name):
     sizes = LaunchPolicy.for_arch(*arch)
     values = candidates(name, sizes)
@@ -36,7 +53,9 @@ def test_candidates_fit_and_differ_from_what_is(arch, name):
     assert len(set(values)) == len(values)
     for value in values:
         if isinstance(value, Tile):
-            step = value.depth * (2 * value.tokens + 4 * value.width)
+            rows = 2 if name.endswith("single") else 4
+            rows += 2 * name.startswith("fused")
+            step = value.depth * (2 * value.tokens + rows * value.width)
             assert step * value.stages <= sizes.shared_memory
         replace(sizes, **{name: value})
 

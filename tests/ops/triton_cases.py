@@ -5,21 +5,34 @@ The interpreter is chosen when triton is imported, so these cases share a proces
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coachhook.bench import tune
-from coachhook.ops import Membership, Population, Prefix, Scope, Sequence, Ungated
+from coachhook.hooks import layer as hooks
+from coachhook.hooks.layer import HookedLinear
+from coachhook.ops import (
+    Membership,
+    Population,
+    Prefix,
+    Scope,
+    Sequence,
+    Ungated,
+    _backends,
+)
 from coachhook.ops.hooked_linear import policy as launch
-from coachhook.ops.hooked_linear import reference, triton
+from coachhook.ops.hooked_linear import products, reference, triton
 from tests.ops.gate_oracle import oracle, threshold
 from tests.tolerances import tol
 
+# The package, which the function of the same name hides.
+op = importlib.import_module("coachhook.ops.hooked_linear")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 M, N, RANK = 53, 37, 7
 SCOPES = {
@@ -100,6 +113,110 @@ def check(
     assert torch.equal(base, kept)
     again = triton.gate_scores(x, delta, mask, cu_seqlens, scope)
     assert torch.equal(again.nan_to_num(-9.0), z.nan_to_num(-9.0))
+
+
+def check_fused(
+    x: Tensor,
+    delta: Tensor,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scope: Scope | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Output and scores of the pass that computes the frozen product too, against float64."""
+    scope = Sequence() if scope is None else scope
+    m, n = delta.shape
+    weight = (torch.randn(m, n) / math.sqrt(n)).to(x.dtype)
+    base = x.double() @ weight.double().T
+    base = base if bias is None else base + bias.double()
+    alpha = threshold(oracle(base, x, delta, 0.0, mask, cu_seqlens, scope).z)
+    want = oracle(base, x, delta, alpha, mask, cu_seqlens, scope)
+    assert triton.fuses(x, weight, bias, delta, cu_seqlens, scope)
+    y, z = triton.hooked_linear(x, weight, bias, delta, alpha, mask, cu_seqlens, scope)
+    assert z.dtype == torch.float32 and y.dtype == x.dtype and y.shape == base.shape
+    scores = tol("score", x.dtype, reduction=n, scale=want.ratio)
+    scores["atol"] += pair_error(x, delta) * want.ratio
+    torch.testing.assert_close(z.double(), want.z, equal_nan=True, **scores)
+    outputs = tol("output", x.dtype, reduction=n, scale=float(want.y.abs().max()))
+    torch.testing.assert_close(y.double(), want.y, **outputs)
+    # The frozen product of the reference, rounded once: nothing of the hook is in these rows.
+    frozen = base.to(x.dtype)[~want.taken]
+    torch.testing.assert_close(y[~want.taken], frozen, rtol=torch.finfo(x.dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layout", "scope"), zip(LAYOUTS, SCOPES, strict=False))
+def test_fused_scopes_and_layouts(layout, scope) -> None:
+    x, mask, cu_seqlens, rows = make_layout(layout, torch.bfloat16)
+    q, s = make_pair()
+    check_fused(x, q @ s, mask, cu_seqlens, SCOPES[scope](rows), torch.randn(M).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m, n", [(1, 1), (64, 16), (130, 67), (200, 300)])
+def test_fused_sizes_and_storage(dtype, m, n) -> None:
+    x, _, _, _ = make_layout("batch", dtype, n)
+    delta = torch.randn(m, n) / math.sqrt(n)
+    for stored in (delta, delta.to(dtype), delta.double()):
+        check_fused(x, stored)
+    wide = torch.randn(3, 9, 2 * n).to(dtype)
+    check_fused(wide[..., ::2], delta, bias=torch.randn(m).to(dtype))
+
+
+def test_what_is_not_fused() -> None:
+    x, (q, s) = torch.randn(2, 9, N).bfloat16(), make_pair()
+    weight, dense = torch.randn(M, N).bfloat16(), q @ s
+
+    def fuses(x=x, weight=weight, bias=None, delta=dense) -> bool:
+        return triton.fuses(x, weight, bias, delta, None, Sequence())
+
+    assert fuses() and fuses(delta=dense.bfloat16()) and fuses(bias=torch.randn(M).bfloat16())
+    assert not fuses(delta=(q, s))
+    assert not fuses(x=x.float(), weight=weight.float())
+    assert not fuses(weight=weight.float()) and not fuses(bias=torch.randn(M))
+    assert not fuses(weight=torch.randn(N, M).bfloat16().T)
+    assert not fuses(x=x[:, :0]) and not fuses(weight=weight[:0], delta=dense[:0])
+    assert not fuses(x=x.clone().requires_grad_())
+    with torch.autocast("cpu"):
+        assert not fuses()
+
+
+def test_the_op_and_a_hook_layer_take_the_fused_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (op, hooks):
+        monkeypatch.setattr(module, "fuses_products", lambda x: True)
+    monkeypatch.setattr(_backends, "resolve", lambda *a, **k: triton.hook_output)
+    x, (q, s) = torch.randn(2, 9, N).bfloat16(), make_pair()
+    base = nn.Linear(N, M).requires_grad_(False).to(torch.bfloat16)
+    for delta in (q @ s, (q, s)):
+        y, z = op.hooked_linear(x, base.weight, base.bias, delta, 0.5)
+        want_y, want_z = reference.hook_output(base(x), x, delta, 0.5, None, None, Sequence())
+        torch.testing.assert_close(z, want_z, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(y, want_y, rtol=2**-7, atol=2**-7)
+    want = triton.hooked_linear(x, base.weight, base.bias, q @ s, 0.5, None, None, Sequence())
+    hooked = HookedLinear(base, in_features=N, out_features=M, index=0)
+    hooked.set_delta(q @ s)
+    hooked.set_alpha(0.5)
+    hooked.state = "validated"
+    assert torch.equal(hooked(x), want[0])
+
+
+def test_the_library_may_form_both_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(products.ENVIRONMENT_SWITCH, "library")
+    monkeypatch.setattr(triton, "_WIDE_FEATURES", 32)
+    taken = []
+    whole = products.library_features
+    monkeypatch.setattr(
+        products, "library_features", lambda *pair: taken.append(pair) or whole(*pair)
+    )
+    q, s = make_pair()
+    for layout in ("left_padded", "packed_tail"):
+        x, mask, cu_seqlens, _ = make_layout(layout, torch.bfloat16)
+        check(x, (q @ s).bfloat16(), mask, cu_seqlens, Sequence())
+        check(x, (q, s.bfloat16()), mask, cu_seqlens, Membership(correction="own"))
+        assert taken and all(projection.dtype == x.dtype for _, projection in taken)
+        taken.clear()
+        check(x, q @ s, mask, cu_seqlens, Sequence())  # more digits than the library's operands
+        check(x.float(), q @ s, mask, cu_seqlens, Sequence())
+        assert not taken
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -307,6 +424,15 @@ def test_equal_bits_alone_in_a_batch_and_behind_padding(dtype) -> None:
     padded = torch.cat((torch.randn(30, 4, N).to(dtype), x), dim=1)
     mask = (torch.arange(13) >= 4).expand(30, 13)
     assert torch.equal(triton.gate_scores(padded, delta, mask, None, Sequence())[:, 4:], z)
+    if dtype == torch.float32:
+        return
+    dense, weight = (delta[0] @ delta[1]).round(), torch.randint(-9, 10, (M, N)).to(dtype)
+
+    def fused(x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return triton.hooked_linear(x, weight, None, dense, 0.5, mask, None, Sequence())[0]
+
+    y = fused(x)
+    assert torch.equal(fused(x[17]), y[17]) and torch.equal(fused(padded, mask)[:, 4:], y)
 
 
 def test_sizes_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

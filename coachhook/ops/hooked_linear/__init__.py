@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from coachhook.ops import _backends
 from coachhook.ops._registry import is_plain_eager, register_op
-from coachhook.ops.hooked_linear import cpu, cuda, decode, reference, triton
+from coachhook.ops.hooked_linear import cpu, cuda, decode, products, reference, triton
 from coachhook.ops.hooked_linear.checks import (
     check_base_output,
     check_gate,
@@ -46,7 +46,7 @@ __all__ = [
     "Scope",
     "Sequence",
     "Ungated",
-    "fuses_decoding",
+    "fuses_products",
     "gate_scores",
     "hook_output",
     "hooked_linear",
@@ -252,17 +252,16 @@ def _hook(
     return y, z
 
 
-def fuses_decoding(x: Tensor) -> bool:
-    """Whether :func:`hooked_linear` may compute the frozen product of ``x`` with the hook's.
+def fuses_products(x: Tensor) -> bool:
+    """Whether :func:`hooked_linear` is to compute the frozen product of ``x`` itself if it can.
 
-    That is where ``COACHHOOK_DECODING=fused``, ``x [..., n]`` is on a CUDA device with at most 64
-    tokens, and nothing is being traced or compiled.
+    That is where ``COACHHOOK_PRODUCTS=fused``, ``x`` is on a CUDA device, and nothing is being
+    traced or compiled.
 
     Raises:
-        ValueError: ``COACHHOOK_DECODING`` is neither "exact" nor "fused".
+        ValueError: ``COACHHOOK_PRODUCTS`` is none of "exact", "fused" and "library".
     """
-    # The number of tokens is looked at last: a compiled graph must not be guarded on it.
-    return x.is_cuda and is_plain_eager(x) and decode.is_fused() and _is_decoding(x)
+    return x.is_cuda and is_plain_eager(x) and products.way() == "fused"
 
 
 def hooked_linear(
@@ -280,7 +279,7 @@ def hooked_linear(
     """Frozen linear layer plus a gated hook, ``y_t = W0 x_t + b (+ Delta x_t where z_t >= alpha)``.
 
     Tokens that do not fire are bit-identical to ``F.linear(x, weight, bias)``, except where the
-    environment asks for another frozen product, see :func:`fuses_decoding`. In a compiled graph the
+    environment asks for another frozen product, see :func:`fuses_products`. In a compiled graph the
     frozen product stays visible to the compiler; the gate is the op ``coachhook::hook_output``.
 
     Args:
@@ -318,13 +317,13 @@ def hooked_linear(
     delta, scope = check_gate(op, x, delta, alpha, mask, cu_seqlens, scope, weight.shape[0])
     _backends.check_backend(op, backend)
     parts = (delta,) if isinstance(delta, Tensor) else delta
-    if (
-        fuses_decoding(x)
-        and is_plain_eager(weight, bias, *parts)
-        and cuda.fuses(x, weight, bias, delta, cu_seqlens, scope)
-        and _backends.resolve(op, backend, x, first="cuda") is cuda.hook_output
-    ):
-        return cuda.hooked_linear(x, weight, bias, delta, alpha, mask, cu_seqlens, scope)
+    if fuses_products(x) and is_plain_eager(weight, bias, *parts):
+        function = _backends.resolve(op, backend, x, first=_first_choice(x))
+        for kernels in (cuda, triton):
+            if function is kernels.hook_output and kernels.fuses(
+                x, weight, bias, delta, cu_seqlens, scope
+            ):
+                return kernels.hooked_linear(x, weight, bias, delta, alpha, mask, cu_seqlens, scope)
     base_output = F.linear(x, weight, bias)
     return _hook(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, True)
 

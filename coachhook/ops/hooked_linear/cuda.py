@@ -3,8 +3,9 @@
 Up to 64 tokens go through the kernels of ``csrc/decode.cuh``, see ``decode.py``. For more the
 products ``x S^T`` are torch's; norms, statistics, decision and the correction of the tokens that
 fire are kernels of ``csrc/gate.cuh``: fixed summation order, no atomics, nothing read back to the
-host. So a token's decision is the same alone and in any batch, and a call can be captured in a CUDA
-graph. There :class:`Prefix` takes its scan, and :class:`Ungated` its decision, from plain torch.
+host. So a call can be captured in a CUDA graph, and a token's decision follows from its features
+alone; whether those have the same bits in every batch is up to torch's product. There
+:class:`Prefix` takes its scan, and :class:`Ungated` its decision, from plain torch.
 
 Every argument was checked by the op; what is left to this file is layout.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from coachhook.ops.hooked_linear import decode
 from coachhook.ops.hooked_linear.gate import Tokens, fires, group_sums, scores
 from coachhook.ops.hooked_linear.native import DTYPES, address, native, stream, threshold
+from coachhook.ops.hooked_linear.products import can_fuse
 from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
 from coachhook.ops.hooked_linear.scopes import (
     Membership,
@@ -227,15 +229,7 @@ def fuses(
     scope: Scope,
 ) -> bool:
     """Whether :func:`hooked_linear` may compute the frozen product of this call itself."""
-    parts = (delta,) if isinstance(delta, Tensor) else delta
-    layer = (weight,) if bias is None else (weight, bias)
-    return (
-        all(tensor.dtype == x.dtype for tensor in layer)
-        and weight.shape[0] > 0
-        and not torch.is_autocast_enabled(x.device.type)
-        and not differentiates(x, *layer, *parts)
-        and decode.takes(x, delta, cu_seqlens, scope, x.dtype)
-    )
+    return can_fuse(x, weight, bias, delta) and decode.takes(x, delta, cu_seqlens, scope, x.dtype)
 
 
 def hooked_linear(

@@ -10,7 +10,6 @@ Every argument was checked by the op; what is left to this file is layout.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -29,8 +28,6 @@ from coachhook.ops.hooked_linear.scopes import (
     Ungated,
 )
 
-ENVIRONMENT_SWITCH = "COACHHOOK_DECODING"
-
 # As in csrc/decode.h; the second axis of a grid bounds the sequences.
 MAX_TOKENS = 64
 MAX_KEYS = 512
@@ -43,18 +40,6 @@ _SCOPES = {
     Membership: "direct",
     Ungated: "ungated",
 }
-
-
-def is_fused() -> bool:
-    """Whether ``COACHHOOK_DECODING`` asks for the frozen product in the hook's own pass.
-
-    Raises:
-        ValueError: it is neither "exact" nor "fused".
-    """
-    value = os.environ.get(ENVIRONMENT_SWITCH) or "exact"
-    if value not in ("exact", "fused"):
-        raise ValueError(f"{ENVIRONMENT_SWITCH} must be exact or fused, got {value!r}")
-    return value == "fused"
 
 
 def _factors(delta: Delta) -> tuple[Tensor | None, Tensor]:

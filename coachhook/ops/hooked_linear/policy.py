@@ -79,6 +79,8 @@ class LaunchPolicy:
         pair: projection of 16-bit tokens with a hook stored in more digits (two products).
         single: projection of 16-bit tokens with a hook in their own dtype.
         full: projection of float32 tokens, in float32.
+        fused_pair: ``pair``, of a dense hook, together with the frozen product.
+        fused_single: ``single``, of a dense hook, together with the frozen product.
         correct: correction of 16-bit outputs (tensor cores, three products of TF32 halves).
         correct_full: correction of float32 outputs, in float32.
         group: tiles of tokens that are worked on together, for the L2 cache.
@@ -94,6 +96,8 @@ class LaunchPolicy:
     pair: Tile
     single: Tile
     full: Tile
+    fused_pair: Tile
+    fused_single: Tile
     correct: Tile
     correct_full: Tile
     group: int = 8
@@ -126,6 +130,8 @@ class LaunchPolicy:
                 pair=Tile(128, 128, 32, warps=8, stages=6),
                 single=Tile(128, 128, 64, warps=8, stages=4),
                 full=full,
+                fused_pair=Tile(128, 64, 32, warps=8, stages=4),
+                fused_single=Tile(128, 128, 64, warps=8, stages=3),
                 correct=Tile(32, 128, 32, warps=8, stages=3),
                 correct_full=correct_full,
             )
@@ -135,12 +141,14 @@ class LaunchPolicy:
             pair=Tile(64, 128, 32, warps=8, stages=4),
             single=Tile(64, 128, 64, warps=8, stages=3),
             full=full,
+            fused_pair=Tile(64, 64, 32, warps=8, stages=3),
+            fused_single=Tile(128, 64, 32, warps=8, stages=4),
             correct=Tile(32, 64, 32, warps=8, stages=3),
             correct_full=correct_full,
         )
 
     def project(self, kind: str, features: int) -> Tile:
-        """Tile of the projection; ``kind`` is ``"pair"``, ``"single"`` or ``"full"``."""
+        """Tile of the projection; ``kind`` is the name of its field, such as ``"pair"``."""
         tile: Tile = getattr(self, kind)
         return replace(tile, width=min(tile.width, 64)) if features <= 64 else tile
 

@@ -1,7 +1,8 @@
 """The gated hook in Triton: tensor-core products for many tokens, on the GPU alone.
 
 The frozen product stays the library's own, and only the rows of tokens that fire are written to:
-the others are bit-identical to the unhooked layer. Features and norms are formed in float32,
+the others are bit-identical to the unhooked layer (:mod:`.products` says what else there is to
+choose). Features and norms are formed in float32,
 statistics in float64. Nothing is read back to the host and no shape depends on data, so a call can
 be captured in a CUDA graph; Python numbers are baked into a graph, tensors (alpha, hook,
 population, state) are read at every replay. Design and floors: ``docs/kernels/hooked_linear.md``.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.ops.hooked_linear import reference
+from coachhook.ops.hooked_linear import products, reference
 from coachhook.ops.hooked_linear.policy import MIN_CAPABILITY, LaunchPolicy, Tile, policy
 from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
 from coachhook.ops.hooked_linear.scopes import Membership, Population, Prefix, Scope, Ungated
@@ -29,6 +30,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tokens and features a program of the reductions holds, tokens one of the gate and the list; warps.
 _REDUCE_TOKENS, _REDUCE_FEATURES, _REDUCE_WARPS = 8, 128, 4
+# Rows of a library's product are long: more of one in flight.
+_WIDE_TOKENS, _WIDE_FEATURES = 2, 1024
 _GROUP_TOKENS, _GROUP_FEATURES, _GROUP_WARPS = 32, 32, 8
 _GATE_TOKENS, _GATE_WARPS = 1024, 8
 _LIST_TOKENS, _LIST_WARPS = 1024, 4
@@ -54,6 +57,21 @@ def supports(x: Tensor) -> str | None:
         wanted, got = (".".join(map(str, c)) for c in (MIN_CAPABILITY, capability))
         return f"it needs compute capability {wanted}, {x.device} has {got}"
     return None
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """The frozen layer, where a kernel computes it with the features of a dense hook.
+
+    Attributes:
+        weight: ``[m, n]`` in the dtype of x, adjacent elements in a row.
+        bias: ``[m]``, or None.
+        y: ``[N, m]`` contiguous, receives ``x W0^T + b``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    y: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,46 +138,43 @@ def projection_sizes(
     return tile, chunk, -(-depth // chunk)
 
 
-def _features(
-    x: Tensor, projection: Tensor, scope: Scope
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Features ``[N, f]``, magnitude, winner, and z and fired as they are outside any sequence."""
+def _product(
+    x: Tensor, projection: Tensor, frozen: _Frozen | None, want_squares: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Partial features ``[splits, N, pitch]``, and sums of squares ``[N, tiles]`` of their rows.
+
+    The squares are there only where ``want_squares`` and the sum over n is not cut.
+    """
     kernels = _kernels()
     tokens, depth = x.shape
     count = projection.shape[0]
-    if projection.dtype == torch.float64:
-        projection = projection.to(torch.float32)
-    projection = _rows(projection)
     kind = _kind(x, projection)
     sizes = policy(x.device)
-    tile, chunk, splits = projection_sizes(sizes, kind, count, depth)
+    if frozen is None:
+        tile, chunk, splits = projection_sizes(sizes, kind, count, depth)
+    else:
+        tile, chunk, splits = sizes.project(f"fused_{kind}", count), depth, 1
     tiles = -(-count // tile.width)
     pitch = -(-count // _PITCH) * _PITCH
-
-    membership = isinstance(scope, Membership)
-    reduction = kernels.LARGEST if membership else kernels.NORM
-    if isinstance(scope, Ungated):
-        reduction = kernels.NO_REDUCTION
     part = x.new_empty(splits, tokens, pitch, dtype=torch.float32)
     squares = None
-    if splits == 1 and reduction == kernels.NORM:
+    if splits == 1 and want_squares:
         squares = x.new_empty(tokens, tiles, dtype=torch.float32)
-    magnitude = x.new_empty(tokens, dtype=torch.float32)
-    winner = x.new_empty(tokens, dtype=torch.int32) if membership else None
-    z = torch.empty_like(magnitude)
-    fired = x.new_empty(tokens, dtype=torch.uint8)
-
     token_tiles = -(-tokens // tile.tokens)
     kernels._project_kernel[(token_tiles * tiles, splits)](
         x,
         projection,
         part,
         squares,
+        None if frozen is None else frozen.weight,
+        None if frozen is None else frozen.bias,
+        None if frozen is None else frozen.y,
         tokens,
         count,
         depth,
         x.stride(0),
         projection.stride(0),
+        0 if frozen is None else frozen.weight.stride(0),
         pitch,
         chunk,
         PAIR=kind == "pair",
@@ -171,7 +186,37 @@ def _features(
         num_stages=tile.stages,
         enable_fp_fusion=_FUSION,
     )
-    kernels._reduce_kernel[(-(-tokens // _REDUCE_TOKENS),)](
+    return part, squares
+
+
+def _features(
+    x: Tensor, projection: Tensor, scope: Scope, frozen: _Frozen | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Features ``[N, f]``, magnitude, winner, and z and fired as they are outside any sequence."""
+    kernels = _kernels()
+    tokens, count = x.shape[0], projection.shape[0]
+    if projection.dtype == torch.float64:
+        projection = projection.to(torch.float32)
+    projection = _rows(projection)
+
+    membership = isinstance(scope, Membership)
+    reduction = kernels.LARGEST if membership else kernels.NORM
+    if isinstance(scope, Ungated):
+        reduction = kernels.NO_REDUCTION
+    block_tokens, block_features = _REDUCE_TOKENS, _REDUCE_FEATURES
+    library = frozen is None and products.way() == "library"
+    if library and products.library_takes(x, projection):
+        part, squares = products.library_features(x, projection)[None], None
+        if count > _WIDE_FEATURES:
+            block_tokens, block_features = _WIDE_TOKENS, _WIDE_FEATURES
+    else:
+        part, squares = _product(x, projection, frozen, reduction == kernels.NORM)
+    splits, _, pitch = part.shape
+    magnitude = x.new_empty(tokens, dtype=torch.float32)
+    winner = x.new_empty(tokens, dtype=torch.int32) if membership else None
+    z = torch.empty_like(magnitude)
+    fired = x.new_empty(tokens, dtype=torch.uint8)
+    kernels._reduce_kernel[(-(-tokens // block_tokens),)](
         part,
         squares,
         magnitude,
@@ -181,11 +226,11 @@ def _features(
         tokens,
         count,
         pitch,
-        tiles,
+        0 if squares is None else squares.shape[1],
         SPLITS=splits,
         REDUCTION=reduction.value,
-        BT=_REDUCE_TOKENS,
-        BF=_REDUCE_FEATURES,
+        BT=block_tokens,
+        BF=block_features,
         num_warps=_REDUCE_WARPS,
         enable_fp_fusion=_FUSION,
     )
@@ -214,10 +259,11 @@ def _gate(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     scope: Scope,
+    frozen: _Frozen | None = None,
 ) -> _Gate:
     """Features, scores and decisions of the tokens of ``x``; updates the state of the scope."""
     kernels = _kernels()
-    features, magnitude, winner, z, fired = _features(_rows(x), projection, scope)
+    features, magnitude, winner, z, fired = _features(_rows(x), projection, scope, frozen)
     device = x.device
     mean = std = state = None
     kind = kernels.SEQUENCE
@@ -360,3 +406,45 @@ def hook_output(
     with torch.no_grad(), _device(x):
         _add_correction_(y.view(-1, y.shape[-1]), lift, gate, scope)
     return y, z
+
+
+def fuses(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Delta,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> bool:
+    """Whether :func:`hooked_linear` may compute the frozen product of this call itself.
+
+    A factored hook has too few rows to share the tiles of x with W0, and in float32 the products
+    are bound by their operations wherever x comes from.
+    """
+    dense = isinstance(delta, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return dense and products.can_fuse(x, weight, bias, delta)
+
+
+def hooked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> tuple[Tensor, Tensor]:
+    """The whole layer with a dense hook, x read once, where :func:`fuses` allows it.
+
+    The frozen product is summed in float32 and rounded once: not the bits of ``F.linear``.
+    """
+    if not isinstance(delta, Tensor):
+        raise TypeError("hooked_linear: delta must be dense, got factors")
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = y.view(-1, y.shape[-1])
+    with torch.no_grad(), _device(x):
+        frozen = _Frozen(weight, None if bias is None else bias.contiguous(), rows)
+        gate = _gate(x, delta, alpha, mask, cu_seqlens, scope, frozen)
+        _add_correction_(rows, None, gate, scope)
+    return y, gate.z.view(x.shape[:-1])

@@ -1,6 +1,7 @@
 """Device code of the gated hook in Triton; the launchers are in ``triton.py``.
 
     part[s] = x S^T over chunk s of n        _project_kernel     [splits, N, pitch] float32
+    and, where asked, y = x W0^T + b
     f = sum_s part[s];  M = ||f|| or max f   _reduce_kernel      sums in the order of the chunks
     M = max_g sum_{j in g} f_j               _group_max_kernel   membership with groups
     z, fired                                 _gate_kernel        one program per sequence, float64
@@ -57,13 +58,17 @@ def _project_kernel(
     s_ptr,  # [features, depth], rows `stride_s` apart
     part_ptr,  # float32 [splits, tokens, pitch]
     squares_ptr,  # float32 [tokens, feature tiles], or None
+    weight_ptr,  # [features, depth], rows `stride_weight` apart, dtype of x; None: f alone
+    bias_ptr,  # [features], or None
+    y_ptr,  # [tokens, features], becomes x W0^T + b
     tokens,
     features,
     depth,
     stride_x,
     stride_s,
+    stride_weight,
     pitch,
-    chunk,  # multiple of BK
+    chunk,  # multiple of BK; all of depth beside W0
     PAIR: tl.constexpr,
     GROUP: tl.constexpr,
     BT: tl.constexpr,
@@ -75,6 +80,8 @@ def _project_kernel(
     PAIR: S has more digits than x. It is cut into a high and a low number of x's dtype, and both
     products are kept in float32. The left operand of a tensor-core product may stay in registers,
     so the cut costs no shared memory.
+
+    With W0, of a dense hook, the frozen product is formed from the same tile of x.
     """
     i_tile = tl.program_id(0)
     i_split = tl.program_id(1).to(tl.int64)
@@ -98,11 +105,16 @@ def _project_kernel(
 
     b_f = tl.zeros((BF, BT), tl.float32)
     b_low_f = tl.zeros((BF, BT), tl.float32)
+    b_p = tl.zeros((BF, BT), tl.float32)
     start = tl.program_id(1) * chunk
     for k in range(start, tl.minimum(start + chunk, depth), BK):
         m_k = k + o_k < depth
         b_x = tl.load(p_x + k, mask=m_k[:, None] & m_t[None, :], other=0.0)
         b_s = tl.load(p_s + k, mask=m_f[:, None] & m_k[None, :], other=0.0)
+        if weight_ptr is not None:
+            p_w = weight_ptr + o_f[:, None].to(tl.int64) * stride_weight + (k + o_k)[None, :]
+            b_w = tl.load(p_w, mask=m_f[:, None] & m_k[None, :], other=0.0)
+            b_p = _dot(b_w, b_x, b_p)
         if PAIR:
             b_s = b_s.to(tl.float32)
             if b_x.dtype == tl.float16:
@@ -120,6 +132,11 @@ def _project_kernel(
     tl.store(p_part, b_f, mask=m_f[:, None] & m_t[None, :])
     if squares_ptr is not None:
         tl.store(squares_ptr + o_t * n_f + i_f, tl.sum(b_f * b_f, axis=0), mask=m_t)
+    if weight_ptr is not None:
+        if bias_ptr is not None:
+            b_p += tl.load(bias_ptr + o_f, mask=m_f, other=0.0).to(tl.float32)[:, None]
+        p_y = y_ptr + o_t[None, :] * features + o_f[:, None]
+        tl.store(p_y, b_p.to(y_ptr.dtype.element_ty), mask=m_f[:, None] & m_t[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
