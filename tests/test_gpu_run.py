@@ -24,9 +24,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(out: Path, script: Path = SCRIPT, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", str(SCRIPT)],
+        ["bash", str(script)],
         env={**os.environ, "OUT": str(out), **environment},
         capture_output=True,
         text=True,
@@ -59,12 +59,19 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
           *summary.py*) exec {sys.executable} "$@";;
           *pytest*) echo "one test failed"; exit 1;;
           *resources*) echo broken >&2; exit 3;;
-          *bench*) echo '[]';;
+          *"bench model"*) echo '[{{"op": "mod'; exit 1;;
+          *"bench memory"*) trap 'echo "[3]"; exit 0' INT; sleep 60 & wait;;
+          *bench*) echo '["'$4'"]';;
           *) echo "ran $*";;
         esac""",
     )
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    result = run(out, PATH=path, PYTHON=str(tools / "python"))
+    # One stage takes too long, and says what it has when it is told to stop.
+    script = tmp_path / "benchmarks" / "gpu" / "run.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text(SCRIPT.read_text().replace("bench memory 15", "bench memory 1"))
+    shutil.copy(SCRIPT.with_name("summary.py"), script.parent)
+    result = run(out, script=script, PATH=path, PYTHON=str(tools / "python"))
     assert result.returncode == 1
     summary = json.loads((out / "summary.json").read_text())
     ended = {stage["stage"]: stage["status"] for stage in summary["stages"]}
@@ -74,12 +81,18 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
         "pytest": 1,
         "memcheck": 0,
         "racecheck": 0,
-        "bench": 0,
+        "bench-hooked_linear": 0,
+        "bench-model": 1,
+        "bench-cholesky": 0,
+        "bench-gram": 0,
+        "bench-memory": 124,
+        "bench-overhead": 0,
         "resources": 3,
     }
     assert summary["gpu"] == "A card" and summary["versions"]["torch"]
     assert len(summary["commit"] or "") in (0, 40)
-    assert (out / "bench.json").read_text() == "[]\n"
+    rows = json.loads((out / "bench.json").read_text())
+    assert rows == ["hooked_linear", "cholesky", "gram", 3, "overhead"]
     assert "one test failed" in (out / "pytest.log").read_text()
     assert "broken" in result.stdout and "FAILED (1)" in result.stdout
     assert not (out / "resources.json").exists()
@@ -89,6 +102,7 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
 def test_the_limits_add_up_to_less_than_nine_minutes() -> None:
     text = SCRIPT.read_text()
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
-    limits = [int(limit) for limit in re.findall(r"^ *stage \S+ (\d+) ", text, re.MULTILINE)]
+    pattern = r"^ *(?:stage|bench) \S+ (\d+) "
+    limits = [int(limit) for limit in re.findall(pattern, text, re.MULTILINE)]
     sanitizer = int(re.search(r'stage "\$tool" (\d+)', text)[1])
     assert sum(limits) + sanitizer < 9 * 60  # the sanitizer's stage runs twice

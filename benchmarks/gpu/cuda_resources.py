@@ -29,13 +29,7 @@ _NAMES = {90: "90a"}
 _WIDE = re.compile(r"(row_magnitude|decode_project)<.*true>|decode_finish|add_correction")
 _TENSOR = re.compile(r"decode_project")
 
-_ENTRY = re.compile(
-    r"Compiling entry function '(?P<kernel>\w+)' for '\w+'"
-    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads"
-    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-    flags=re.DOTALL,
-)
+_USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -65,8 +59,8 @@ def tool(name: str) -> str | None:
     return found
 
 
-def _run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+def _run(*command: str, at: str | None = None) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, cwd=at)
     if result.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {result.stderr.strip()[:2000]}")
     return result.stdout + result.stderr
@@ -81,37 +75,58 @@ def short_name(mangled: str) -> str:
     return name
 
 
-def measure(source: str, arch: int) -> list[Row]:
-    """Compile one file for one architecture; a row per kernel."""
-    nvcc, disassembler = tool("nvcc"), tool("nvdisasm")
-    if nvcc is None or disassembler is None:
-        raise RuntimeError("needs nvcc, and nvdisasm of the CUDA toolkit or of the package triton")
-    target = f"sm_{_NAMES.get(arch, arch)}"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / "kernels.cubin")
-        csrc = ROOT / "csrc"
-        flags = ("-std=c++17", "-O3", f"-I{csrc}", f"-arch={target}", "-cubin", "-Xptxas=-v")
-        log = _run(nvcc, *flags, "-o", cubin, str(csrc / source))
-        code = _run(disassembler, "-c", cubin)
-    bodies = dict(re.findall(r"\.section\s+\.text\.(\w+),(.*?)(?=\.section\s|\Z)", code, re.DOTALL))
+def read(cubin: Path, arch: int) -> list[Row]:
+    """A row per kernel of a compiled file."""
+    reader, disassembler = tool("cuobjdump"), tool("nvdisasm")
+    if reader is None or disassembler is None:
+        raise RuntimeError("needs cuobjdump and nvdisasm of the CUDA toolkit or of package triton")
+    usage = _run(reader, "-res-usage", str(cubin))
+    code = _run(disassembler, "-c", str(cubin))
+    sections = (part.split(",", 1) for part in re.split(r"\.section\s+\.text\.", code)[1:])
+    bodies = {name: body for name, body in sections}
     rows = []
-    for match in _ENTRY.finditer(log):
-        name, body = short_name(match["kernel"]), bodies[match["kernel"]]
-        spills = int(match["stack"]) + int(match["stores"]) + int(match["loads"])
-        shared = re.search(r"(\d+) bytes smem", match["rest"])
+    for mangled, registers, stack, shared in _USAGE.findall(usage):
+        name, body = short_name(mangled), bodies[mangled]
+        spills = int(stack) + len(re.findall(r"\b(?:STL|LDL)\b", body))
         tensor = len(re.findall(r"\bHMMA\b", body))
         wide = len(re.findall(r"\bLDG\.\S*128", body))
         problems = []
         if spills:
-            problems.append(f"{spills} bytes of stack and spills")
+            problems.append(f"{spills} spills (stack bytes and local accesses)")
         if _WIDE.search(name) and not wide:
             problems.append("no 16-byte loads")
         if _TENSOR.search(name) and not tensor:
             problems.append("no tensor-core products")
-        registers = int(match["registers"])
-        held = int(shared[1]) if shared else 0
-        rows.append(Row(name, arch, registers, spills, held, tensor, wide, problems))
+        rows.append(Row(name, arch, int(registers), spills, int(shared), tensor, wide, problems))
     return sorted(rows, key=lambda row: row.name)
+
+
+def measure(source: str, arch: int) -> list[Row]:
+    """Compile one file for one architecture; a row per kernel."""
+    nvcc = tool("nvcc")
+    if nvcc is None:
+        raise RuntimeError("needs nvcc")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        csrc = ROOT / "csrc"
+        flags = ("-std=c++17", "-O3", f"-I{csrc}", f"-arch=sm_{_NAMES.get(arch, arch)}", "-cubin")
+        _run(nvcc, *flags, "-o", str(cubin), str(csrc / source))
+        return read(cubin, arch)
+
+
+def measure_extension(extension: Path, arch: int) -> list[Row]:
+    """The same for every kernel that a built extension ships for an architecture."""
+    reader = tool("cuobjdump")
+    if reader is None:
+        raise RuntimeError("needs cuobjdump of the CUDA toolkit or of package triton")
+    target = f"sm_{_NAMES.get(arch, arch)}.cubin"
+    listed = _run(reader, "-lelf", str(extension)).split()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (word for word in listed if word.endswith(target)):
+            _run(reader, "-xelf", name, str(extension), at=folder)
+            rows += read(Path(folder) / name, arch)
+    return rows
 
 
 def section(rows: list[Row]) -> str:
@@ -133,12 +148,13 @@ def section(rows: list[Row]) -> str:
     return f"""## CUDA C++
 
 Compiled by nvcc {release[1] if release else "?"} from `csrc/`, printed by
-`python benchmarks/gpu/cuda_resources.py`; `tests/csrc/test_decode_ptxas.py` fails on a spill, where
+`python benchmarks/gpu/cuda_resources.py`; `tests/csrc/test_resources.py` fails on a spill, where
 a kernel that reads aligned rows has no 16-byte load, and where one that multiplies has no
-tensor-core product. Template arguments are the types of x (or y) and of the matrix or the
-reduction, the tiles of 8 tokens, and whether rows start on 16 bytes (`decode_finish`: whether f was
-summed by a launch of its own). Of spills and KiB of shared memory the largest over the
-architectures is given, of products and 16-byte loads, counted in the code, the smallest.
+tensor-core product, in the extension as it was built. Template arguments are the types of x (or y)
+and of the matrix or the reduction, the tiles of 8 tokens, and whether rows start on 16 bytes
+(`decode_finish`: whether f was summed by a launch of its own). Of spills and KiB of shared memory
+the largest over the architectures is given, of products and 16-byte loads, counted in the code, the
+smallest.
 
 {chr(10).join(lines)}
 """

@@ -32,7 +32,8 @@ stage() {
   local name=$1 limit=$2 file=$out/$3 started=$SECONDS status=0
   shift 3
   echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" >>"$file" 2>"$file.err" || status=$?
+  # Interrupted, pytest and the benchmarks still say what they have found so far.
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$file" 2>"$file.err" || status=$?
   # JSON stays clean: messages follow results in logs only.
   case $file in
     *.json) [ "$status" -eq 0 ] || cat "$file.err" ;;
@@ -45,19 +46,31 @@ stage() {
 
 rm -f "$out"/{build,pytest,sanitizer}.log "$out"/{doctor,resources,bench,summary}.json
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-stage build 80 build.log env COACHHOOK_BUILD_CUDA=1 COACHHOOK_CUDA_ARCHS="$capability" \
+stage build 70 build.log env COACHHOOK_BUILD_CUDA=1 COACHHOOK_CUDA_ARCHS="$capability" \
   "$python" setup.py build_ext --inplace
 stage doctor 30 doctor.json "$python" -m coachhook doctor --selftest --json
-stage pytest 140 pytest.log "$python" -m pytest -q -m "gpu and not slow"
+# Compiling Triton kernels is what takes the time, and that the workers do beside one another.
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+stage pytest 140 pytest.log "$python" -m pytest -q -m "gpu and not slow" "${workers[@]}"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    stage "$tool" 35 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    stage "$tool" 40 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" benchmarks/gpu/small_shapes.py
   done
 else
   echo "sanitizer 127 0" >>"$stages"
 fi
-stage bench 175 bench.json "$python" -m coachhook bench --json --device cuda --budget 135
+# A process each: a kernel that faults takes down the measurements after it in its process only.
+bench() {
+  stage "bench-$1" "$2" bench.json "$python" -m coachhook bench "$1" --json --device cuda --budget "$3"
+}
+bench hooked_linear 75 60
+bench model 45 30
+bench cholesky 20 10
+bench gram 15 5
+bench memory 15 5
+bench overhead 10 5
 stage resources 30 resources.json "$python" benchmarks/gpu/resources.py --json --arch "$capability"
 
-"$python" benchmarks/gpu/summary.py "$stages" "$out/summary.json"
+"$python" benchmarks/gpu/summary.py "$stages" "$out"

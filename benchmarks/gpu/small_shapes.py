@@ -1,4 +1,4 @@
-"""Calls every CUDA kernel on small odd shapes, for compute-sanitizer."""
+"""Calls every CUDA and Triton kernel on small odd shapes, for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from coachhook.ops import (
     Scope,
     Sequence,
     Ungated,
+    available_backends,
     cholesky_downdate_,
     cholesky_update_solve_,
     gate_scores,
@@ -81,6 +82,28 @@ def decode(dtype: torch.dtype, tokens: int, n: int) -> int:
     return calls
 
 
+def triton() -> int:
+    """Each Triton kernel; one dtype, since each call compiles its kernels first."""
+    available, reason = available_backends("hooked_linear")["triton"]
+    if not available:
+        print(f"triton left out: {reason}")
+        return 0
+    q, s = torch.randn(37, 11, device="cuda"), torch.randn(11, 29, device="cuda")
+    weight, bias = (q @ s).bfloat16(), q[:, 0].bfloat16()
+    x = torch.randn(3, 25, 29, device="cuda", dtype=torch.bfloat16)
+    groups = torch.arange(11, device="cuda") % 3
+    calls = 0
+    for scope in (Sequence(), Membership(groups, "own")):
+        hooked_linear(x, weight, bias, (q, s), 0.5, scope=scope, backend="triton")
+        calls += 1
+    for way in ("fused", "library"):
+        os.environ["COACHHOOK_PRODUCTS"] = way
+        for delta in (weight, q @ s):
+            hooked_linear(x, weight, bias, delta, 0.5, backend="triton")
+            calls += 1
+    return calls
+
+
 def cholesky() -> int:
     """Both widths of the kernels, aligned rows and others, more than one chunk of columns."""
     calls = 0
@@ -97,7 +120,7 @@ def cholesky() -> int:
 
 def main() -> None:
     torch.manual_seed(0)
-    calls = gate() + decoding() + cholesky()
+    calls = gate() + decoding() + cholesky() + triton()
     torch.cuda.synchronize()
     print(f"{calls} calls done")
 

@@ -1,4 +1,7 @@
-"""Writes summary.json: what ran where, and how each stage ended. Used by run.sh."""
+"""Writes summary.json: what ran where, and how each stage ended. Used by run.sh.
+
+The lists that the benchmarks appended to bench.json become one.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,23 @@ def version(package: str) -> str | None:
         return None
 
 
-def main(stages: Path, target: Path) -> int:
+def merge(path: Path) -> None:
+    """Join the JSON lists that follow one another in a file; what was cut off is left out."""
+    rest, rows = path.read_text(encoding="utf-8").strip(), []
+    while rest:
+        try:
+            found, end = json.JSONDecoder().raw_decode(rest)
+            rows += found
+        except json.JSONDecodeError as error:
+            print(f"{path.name}: {error}")
+            end = rest.find("\n[") % (len(rest) + 1)  # the next list, or the end
+        rest = rest[end:].strip()
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def main(stages: Path, out: Path) -> int:
+    if (out / "bench.json").exists():
+        merge(out / "bench.json")
     query = ("nvidia-smi", "--format=csv,noheader")
     rows = [line.split() for line in stages.read_text(encoding="utf-8").splitlines()]
     ended = [{"stage": n, "status": int(s), "seconds": int(t)} for n, s, t in rows]
@@ -43,10 +62,10 @@ def main(stages: Path, target: Path) -> int:
         "versions": {p: version(p) for p in ("torch", "triton", "transformers", "numpy")},
         "stages": ended,
     }
-    target.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for stage in ended:
         verdict = "ok" if stage["status"] == 0 else f"FAILED ({stage['status']})"
-        print(f"{stage['stage']:<12}{stage['seconds']:>5} s  {verdict}")
+        print(f"{stage['stage']:<20}{stage['seconds']:>5} s  {verdict}")
     return int(any(stage["status"] for stage in ended))
 
 

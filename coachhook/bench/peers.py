@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,10 +89,14 @@ def plain_hook(
     return torch.where(taken, y + added, y), z
 
 
-@cache
 def compiled_hook() -> Callable[..., Any]:
-    """:func:`plain_hook` under ``torch.compile``."""
-    return torch.compile(plain_hook)
+    """:func:`plain_hook` under ``torch.compile``, for the shapes it is called with first.
+
+    Forgets what was compiled before: all shapes of a function share a limit, past which it runs
+    uncompiled without a word.
+    """
+    torch._dynamo.reset()
+    return torch.compile(plain_hook, fullgraph=True, dynamic=False)
 
 
 def lora_layer(weight: Tensor, bias: Tensor | None, rank: int) -> Callable[[Tensor], Tensor] | None:

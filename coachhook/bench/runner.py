@@ -289,8 +289,8 @@ def run(
             out is logged.
 
     Returns:
-        One row per case: op, shape, dtype, device, backend, median_ms, p20_ms, p80_ms (of the op),
-        floor_ms and peer_ms (medians; None where there is none), peer, ratio = peer_ms / median_ms;
+        One row per case (those so far, where interrupted): op, shape, dtype, device, backend,
+        median_ms, p20_ms, p80_ms (of the op), floor_ms and peer_ms (medians; None where there is none), peer, ratio = peer_ms / median_ms;
         times_floor = op / floor, gb_per_s and copy_share (of a copy's bandwidth), these three as
         CUDA graphs where there are any; peers_ms and graph_ms (medians by name); min_ms; rounds;
         clock ("events", or on the CPU "thread" where torch runs one thread: a busy machine does not
@@ -308,6 +308,24 @@ def run(
     names = sorted(factories) if op is None else [op]
     end = time.perf_counter() + (math.inf if budget is None else budget)
     rows: list[dict[str, Any]] = []
+    try:
+        _run(names, device, dtype, quick, seconds, end, rows)
+    except KeyboardInterrupt:
+        _LOG.warning("bench: interrupted after %d cases", len(rows))
+    return rows
+
+
+def _run(
+    names: list[str],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    quick: bool,
+    seconds: float,
+    end: float,
+    rows: list[dict[str, Any]],
+) -> None:
+    """Append a row for each case of the ops; seconds per case, no case begun after ``end``."""
+    factories = _load_factories()
     for i, name in enumerate(names):
         shares = [_SHARES.get(other, 1.0) for other in names[i:]]
         now = time.perf_counter()
@@ -326,4 +344,3 @@ def run(
                 break
             except Exception as error:
                 rows.append(_failed(case, device, error))
-    return rows

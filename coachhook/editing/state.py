@@ -21,9 +21,9 @@ from coachhook.editing.unrelated import Ending, SampleTokens
 from coachhook.hooks import HookedLinear
 from coachhook.ops import Population, gate_scores
 
-# Above this share of m the factored gate reads more bytes than the dense one (two 16-bit halves of
-# S against one 16-bit Delta, always on): the floors in docs/kernels/hooked_linear.md.
-BREAK_EVEN = 0.45
+# Above this share of m the factors hold more numbers than Delta, and hardly run faster: hooks keep
+# both in float32, so the gate reads r n numbers or m n. Times: docs/kernels/hooked_linear.md.
+BREAK_EVEN = 0.8
 
 
 # A prompt alone and in a padded batch differ in the last bits of a 16-bit model; the prompt that

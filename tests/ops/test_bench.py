@@ -163,6 +163,15 @@ def test_what_fails_is_reported_and_the_rest_measured(monkeypatch):
     assert good["left_out"] == {"bad": "RuntimeError: no kernel image"}
 
 
+def test_an_interrupted_run_returns_what_it_has(monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    table = {"op": lambda *_: iter([a_case(lambda: None), a_case(stop), a_case(lambda: None)])}
+    monkeypatch.setattr(runner, "_load_factories", lambda: table)
+    assert [row["error"] for row in bench.run(quick=True)] == [None]
+
+
 def test_a_spent_budget_begins_no_case(monkeypatch, caplog):
     table = {"op": lambda *_: iter([a_case(lambda: None)] * 3)}
     monkeypatch.setattr(runner, "_load_factories", lambda: table)

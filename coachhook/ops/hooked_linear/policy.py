@@ -87,8 +87,6 @@ class LaunchPolicy:
         programs_per_token_tile: wanted number of programs per tile of tokens; where the features
             do not give them, the sum over n is cut.
         min_chunk: shortest piece of the sum over n that is worth a program.
-        dense_from: rank, as a share of m, from which a dense hook is expected to be the cheaper
-            storage (its projection costs ``m n`` per token, the factored one ``2 r n``).
     """
 
     arch: tuple[int, int]
@@ -103,7 +101,6 @@ class LaunchPolicy:
     group: int = 8
     programs_per_token_tile: int = 16
     min_chunk: int = 512
-    dense_from: float = 0.45
 
     @staticmethod
     def for_arch(major: int, minor: int) -> LaunchPolicy:
@@ -158,10 +155,6 @@ class LaunchPolicy:
         splits = max(1, min(self.programs_per_token_tile // tiles, depth // self.min_chunk))
         steps = -(-depth // tile.depth)
         return -(-steps // splits) * tile.depth
-
-    def prefers_dense(self, rank: int, out_features: int) -> bool:
-        """Whether a hook of this rank is expected to run faster as a dense matrix."""
-        return rank > self.dense_from * out_features
 
     def to_json(self) -> dict[str, Any]:
         """The sizes as the JSON file holds them, without ``arch`` and ``shared_memory``."""
