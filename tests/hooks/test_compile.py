@@ -81,6 +81,35 @@ def test_batches_are_swapped_in_without_a_new_graph(scope: str) -> None:
     assert all(not torch.allclose(a, b) for a, b in pairwise(answers))
 
 
+@pytest.mark.parametrize("scope", ["sequence", "membership"])
+def test_one_graph_for_prompts_and_one_for_steps_of_every_size(scope: str) -> None:
+    """Neither the number of sequences nor a length, nor that of the cache, makes a new graph."""
+    model = tiny("llama").double()
+    hooks = hooked(model, scope)
+    for layer in hooks.values():
+        layer.reserve(16)
+    counter, graphs = CompileCounter(), []
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for rows, length in ((4, 12), (3, 9)):
+            given = {"input_ids": torch.randint(3, 60, (rows, length))}
+            mask = torch.ones(rows, length, dtype=torch.long)
+            mask[0, :3] = 0
+            caches = [None, None]
+            for _ in range(3):
+                given["attention_mask"] = mask
+                outs = [
+                    run(**given, past_key_values=cache, use_cache=True)
+                    for run, cache in zip((model, compiled), caches, strict=True)
+                ]
+                torch.testing.assert_close(outs[1].logits, outs[0].logits)
+                graphs.append(counter.frame_count)
+                caches = [out.past_key_values for out in outs]
+                given["input_ids"] = outs[0].logits[:, -1:].argmax(-1)
+                mask = torch.cat([mask, torch.ones(rows, 1, dtype=torch.long)], 1)
+    assert graphs == [1, 2, 2, 2, 2, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 def test_inductor(scope: str) -> None:
