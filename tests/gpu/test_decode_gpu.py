@@ -259,6 +259,40 @@ def test_a_hook_layer_decodes(dtype: torch.dtype, frozen: str) -> None:
         assert torch.equal(y[~want.taken], plain[~want.taken])
 
 
+def test_a_captured_hook_layer_follows_new_edits(frozen: str) -> None:
+    x, weight, bias, _ = to_gpu(layer(torch.bfloat16, 5, 1))
+    base = nn.Linear(N, M).requires_grad_(False).to("cuda", torch.bfloat16)
+    base.weight.copy_(weight)
+    base.bias.copy_(bias)
+    hooked = HookedLinear(base, in_features=N, out_features=M, index=0, device="cuda")
+    hooked.reserve(RANK)
+    hooked.set_scope("population", population=(14.0, 5.0))
+    hooked.state = "validated"
+
+    def edit(rank: int) -> None:
+        _, _, _, (q, s) = to_gpu(layer(torch.bfloat16, 1, rank=rank))
+        hooked.set_factored(q, s)
+
+    edit(RANK)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode():
+        with torch.cuda.stream(stream):
+            hooked(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = hooked(x)
+        for rank, alpha in ((RANK, -9.0), (RANK // 2, -9.0), (3, -9.0), (RANK, 9.0)):
+            edit(rank)
+            hooked.set_alpha(alpha)
+            x.copy_(to_gpu(layer(torch.bfloat16, 5, 1))[0])
+            graph.replay()
+            assert torch.equal(y, hooked(x))
+            if frozen == "exact":
+                assert torch.equal(y, base(x)) == (alpha > 0)
+
+
 def test_second_device_is_used_and_current_device_kept() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
