@@ -36,7 +36,7 @@ void decode_hooked_linear(uintptr_t x, ch::DType dtype, int64_t rows, int64_t de
                           bool mean_is_double, bool std_is_double, int64_t mean_stride,
                           int64_t std_stride, uintptr_t alpha, float alpha_value, uintptr_t state,
                           uintptr_t y, ch::DType y_dtype, int64_t y_row_stride, uintptr_t z,
-                          uintptr_t workspace, int device, uintptr_t stream) {
+                          uintptr_t workspace, bool overlap, int device, uintptr_t stream) {
   ch::DecodeParams p;
   p.x = pointer<const void>(x);
   p.dtype = dtype;
@@ -79,6 +79,7 @@ void decode_hooked_linear(uintptr_t x, ch::DType dtype, int64_t rows, int64_t de
   p.y_dtype = y_dtype;
   p.y_row_stride = y_row_stride;
   p.workspace = pointer<void>(workspace);
+  p.overlap = overlap;
   raise_unless_ok(ch::decode_hooked_linear(p));
 }
 
@@ -102,5 +103,5 @@ void bind_decode(py::module_& m) {
         py::arg("mean_is_double"), py::arg("std_is_double"), py::arg("mean_stride"),
         py::arg("std_stride"), py::arg("alpha"), py::arg("alpha_value"), py::arg("state"),
         py::arg("y"), py::arg("y_dtype"), py::arg("y_row_stride"), py::arg("z"),
-        py::arg("workspace"), py::arg("device"), py::arg("stream"));
+        py::arg("workspace"), py::arg("overlap"), py::arg("device"), py::arg("stream"));
 }

@@ -201,12 +201,14 @@ void launch_finish(const DecodeParams& p, const DecodePlan& plan, cudaStream_t s
   const dim3 grid(static_cast<unsigned>(finish_columns(p, plan)), static_cast<unsigned>(rows));
   const dim3 block(FinishTraits::kThreads);
   if (p.gate.reduction == Reduction::kMax) {
-    COACHHOOK_LAUNCH((decode_finish_kernel<TY, MaxReduction, false>), grid, block, stream, p, plan);
+    COACHHOOK_LAUNCH_OVERLAPPED((decode_finish_kernel<TY, MaxReduction, false>), grid, block,
+                                stream, p.overlap, p, plan);
   } else if (plan.summed) {
-    COACHHOOK_LAUNCH((decode_finish_kernel<TY, NormReduction, true>), grid, block, stream, p, plan);
+    COACHHOOK_LAUNCH_OVERLAPPED((decode_finish_kernel<TY, NormReduction, true>), grid, block,
+                                stream, p.overlap, p, plan);
   } else {
-    COACHHOOK_LAUNCH((decode_finish_kernel<TY, NormReduction, false>), grid, block, stream, p,
-                     plan);
+    COACHHOOK_LAUNCH_OVERLAPPED((decode_finish_kernel<TY, NormReduction, false>), grid, block,
+                                stream, p.overlap, p, plan);
   }
 }
 
@@ -242,7 +244,8 @@ Status decode_hooked_linear(const DecodeParams& p) {
 
   if (plan.sums_first) {
     const dim3 grid(static_cast<unsigned>(plan.square_tiles), static_cast<unsigned>(p.gate.rows));
-    COACHHOOK_LAUNCH(decode_sum_kernel, grid, dim3(SumTraits::kThreads), stream, p, plan);
+    COACHHOOK_LAUNCH_OVERLAPPED(decode_sum_kernel, grid, dim3(SumTraits::kThreads), stream,
+                                p.overlap, p, plan);
     status = launched(kOp, "decode_sum_kernel");
     if (!status.ok()) return status;
     // The same sums in the same order as the last launch would form: the same bits.

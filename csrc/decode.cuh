@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(SumTraits::kThreads)
   __shared__ float scratch[SumTraits::kThreads / kWarpSize];
   const int64_t feature = static_cast<int64_t>(blockIdx.x) * SumTraits::kThreads + threadIdx.x;
   const int64_t token = blockIdx.y;
+  wait_for_previous_kernel();
   float f = 0.0f;
   if (feature < p.features) {
     f = sum_of_splits(plan.hook, p.gate.rows, token, feature);
@@ -200,6 +201,7 @@ __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
   __shared__ float sums[kLargest ? kWarps : 1][kLargest ? kDecodeKeys : 1];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const GateParams& gate = p.gate;
+  wait_for_previous_kernel();
   const auto [sequences, tokens] = finish_tokens(gate, plan);
 
   for (int64_t token = tokens.begin + warp; token < tokens.end; token += kWarps) {

@@ -56,6 +56,8 @@ struct DecodeParams {
   DType y_dtype = DType::kFloat32;
   int64_t y_row_stride = 0;
 
+  bool overlap = false;  // launch kernels before those in front have ended; needs sm_90 or newer
+
   void* workspace = nullptr;  // decode_workspace(params) bytes, on 16 bytes; contents irrelevant
 };
 

@@ -281,6 +281,7 @@ template <typename TX, typename TS, int kTiles, bool kAligned>
 __global__ void __launch_bounds__(ProjectTraits<kTiles>::kThreads, ProjectTraits<kTiles>::kBlocks)
     decode_project_kernel(const DecodeParams p, const DecodePlan plan) {
   const int64_t block = blockIdx.x;
+  let_next_kernel_start();
   if (block == 0 && blockIdx.y == 0 && p.gate.state != nullptr) {
     for (int64_t i = threadIdx.x; i < p.gate.sequences * 3; i += ProjectTraits<kTiles>::kThreads) {
       plan.state[i] = p.gate.state[i];

@@ -28,6 +28,8 @@ _NAMES = {90: "90a"}
 # Kernels that read aligned rows, and those that multiply.
 _WIDE = re.compile(r"(row_magnitude|decode_project)<.*true>|decode_finish|add_correction")
 _TENSOR = re.compile(r"decode_project")
+# Kernels that may be started early, and must wait: ACQBULK is what became of it on sm_90 and newer.
+_WAITS = re.compile(r"decode_(sum|finish)")
 
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
@@ -97,6 +99,8 @@ def read(cubin: Path, arch: int) -> list[Row]:
             problems.append("no 16-byte loads")
         if _TENSOR.search(name) and not tensor:
             problems.append("no tensor-core products")
+        if arch >= 90 and _WAITS.search(name) and not re.search(r"\bACQBULK\b", body):
+            problems.append("no wait for the kernel in front")
         rows.append(Row(name, arch, int(registers), spills, int(shared), tensor, wide, problems))
     return sorted(rows, key=lambda row: row.name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from coachhook.bench.peers import compiled_hook, lora_layer, plain_hook, published_hook
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import Membership, Population, Scope, Sequence, available_backends, hooked_linear
-from coachhook.ops.hooked_linear.products import ENVIRONMENT_SWITCH
+from coachhook.ops.hooked_linear import decode, products
 
 ALPHA = 2.2
 
@@ -50,6 +50,14 @@ _GPU_QUICK = [(4096, 14336)], [128, 0], [1, 64, 4096]
 # The one rank at which everything is compared; the others have the backend that "auto" takes.
 _MAIN_RANK = 128
 _DECODING_TOKENS = 64
+# Environment switches of the ways that are not the default.
+_FUSED, _OVERLAPPED = {products.ENVIRONMENT_SWITCH: "fused"}, {decode.OVERLAP_SWITCH: "1"}
+_WAYS = {
+    "fused": _FUSED,
+    "overlapped": _OVERLAPPED,
+    "fused overlapped": _FUSED | _OVERLAPPED,
+    "library": {products.ENVIRONMENT_SWITCH: "library"},
+}
 
 
 class Layer:
@@ -118,25 +126,26 @@ def _bytes(layer: Layer, x: Tensor, storage: str) -> int:
     return read + tokens * (m * x.element_size() + 4)
 
 
-def with_products(way: str, function: Callable[[], object]) -> Callable[[], object]:
-    """``function`` with another value of ``COACHHOOK_PRODUCTS``."""
+def with_switches(
+    switches: Mapping[str, str], function: Callable[[], object]
+) -> Callable[[], object]:
+    """``function`` with these environment switches, as they are at each call."""
 
     def call() -> object:
-        before = os.environ.get(ENVIRONMENT_SWITCH)
-        os.environ[ENVIRONMENT_SWITCH] = way
+        before = {name: os.environ.get(name) for name in switches}
+        os.environ.update(switches)
         try:
             return function()
         finally:
-            del os.environ[ENVIRONMENT_SWITCH]
-            if before is not None:
-                os.environ[ENVIRONMENT_SWITCH] = before
+            for name, value in before.items():
+                del os.environ[name]
+                if value is not None:
+                    os.environ[name] = value
 
     return call
 
 
-def _case(
-    layer: Layer, x: Tensor, load: Load, backend: str, compiles: bool, way: str = "exact"
-) -> Case:
+def _case(layer: Layer, x: Tensor, load: Load, backend: str, compiles: bool, way: str = "") -> Case:
     m, n = layer.weight.shape
     alpha = torch.tensor(ALPHA, device=x.device)
     frozen = x, layer.weight, layer.bias
@@ -152,10 +161,10 @@ def _case(
     )
     return Case(
         op="hooked_linear",
-        shape=shape if way == "exact" else f"{shape} {way}",
+        shape=f"{shape} {way}".rstrip(),
         dtype=x.dtype,
         backend=backend,
-        run=run if way == "exact" else with_products(way, run),
+        run=with_switches(_WAYS[way], run) if way else run,
         floor=partial(F.linear, *frozen),
         peer_name="published eager hook",
         peer=partial(published_hook, *frozen, layer.hook, layer.bias, ALPHA),
@@ -189,9 +198,9 @@ def _gpu_load(tokens: int, storage: str) -> Load:
 
 
 def _ways(tokens: int, storage: str) -> list[tuple[str, str]]:
-    """Backends and the other values of ``COACHHOOK_PRODUCTS`` that they have here."""
+    """Backends, and names of the ways other than the default that they have here."""
     if tokens <= _DECODING_TOKENS:
-        return [("cuda", "fused")]
+        return [("cuda", way) for way in ("fused", "overlapped", "fused overlapped")]
     return [("triton", "fused"), ("triton", "library")] if storage == "dense" else []
 
 

@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
-from coachhook.bench.hooked_linear import ALPHA, Layer, with_products
+from coachhook.bench.hooked_linear import ALPHA, Layer, with_switches
 from coachhook.bench.runner import captured, time_alternately
 from coachhook.ops import hook_output, hooked_linear
 from coachhook.ops.hooked_linear.policy import ENVIRONMENT_SWITCH, LaunchPolicy, Tile, policy
+from coachhook.ops.hooked_linear.products import ENVIRONMENT_SWITCH as PRODUCTS_SWITCH
 
 # What a candidate must gain: less is the noise of a measurement.
 MARGIN = 0.03
@@ -192,7 +193,7 @@ class GraphTimer:
             if load.fused:
                 frozen = x, layer.weight, layer.bias
                 whole = partial(hooked_linear, *frozen, delta, alpha, backend="triton")
-                hook = with_products("fused", whole)
+                hook = with_switches({PRODUCTS_SWITCH: "fused"}, whole)
             self._calls[load] = hook
         return self._calls[load]
 

@@ -10,6 +10,10 @@
 #include <cuda_runtime.h>
 #define COACHHOOK_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+// With `overlap`, blocks may start while the kernel in front still runs: they must call
+// wait_for_previous_kernel() before they touch its memory. Compute capability 9.0 and newer.
+#define COACHHOOK_LAUNCH_OVERLAPPED(kernel, grid, block, stream, overlap, ...) \
+  coachhook::launch_overlapped(kernel, grid, block, stream, overlap, __VA_ARGS__)
 #endif
 
 #include <cstdint>
@@ -23,6 +27,41 @@ inline Status cuda_error(const char* op, const char* what, cudaError_t error) {
   return {Code::kCudaError, std::string(op) + ": " + what + " failed: " + cudaGetErrorName(error) +
                                 " (" + cudaGetErrorString(error) + ")"};
 }
+
+#ifdef COACHHOOK_HOST_SHIM
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_start() {}
+#else
+template <typename... Parameters, typename... Arguments>
+void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                       bool overlap, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Returns when the kernel in front has ended and what it wrote can be read; at once where this one
+// was not started early.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every block has said so, the blocks of the next kernel may take what room is left.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#endif
 
 // Outcome of the launch that was just made.
 inline Status launched(const char* op, const char* kernel) {

@@ -188,6 +188,17 @@ def test_switch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         products.way()
 
 
+def test_overlap_switch_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(decode, "_can_overlap", lambda device: True)
+    assert not decode._overlaps(device)
+    monkeypatch.setenv(decode.OVERLAP_SWITCH, "1")
+    assert decode._overlaps(device)
+    monkeypatch.setenv(decode.OVERLAP_SWITCH, "yes")
+    with pytest.raises(ValueError, match="COACHHOOK_DECODING_OVERLAP must be 0 or 1, got 'yes'"):
+        decode._overlaps(device)
+
+
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CUDA device with COACHHOOK_PRODUCTS=fused."""

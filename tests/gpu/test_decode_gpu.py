@@ -22,7 +22,7 @@ from coachhook.ops import (
     hook_output,
     hooked_linear,
 )
-from coachhook.ops.hooked_linear import products
+from coachhook.ops.hooked_linear import decode, products
 from tests.ops.gate_oracle import oracle, threshold
 from tests.tolerances import tol
 
@@ -291,6 +291,43 @@ def test_a_captured_hook_layer_follows_new_edits(frozen: str) -> None:
             assert torch.equal(y, hooked(x))
             if frozen == "exact":
                 assert torch.equal(y, base(x)) == (alpha > 0)
+
+
+@pytest.mark.parametrize("rank", [RANK, 600])  # sums of their own launch above 512
+def test_overlapped_kernels_give_the_same_bits(
+    rank: int, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias, delta = to_gpu(layer(torch.bfloat16, 40, 1, m=1300, rank=rank))
+    state = torch.zeros(40, 3, device="cuda", dtype=torch.float64)
+    before = torch.tensor([5.0, 14.0, 90.0], device="cuda", dtype=torch.float64)
+
+    def steps() -> list[Tensor]:
+        """Layers one after another, each reading what the one before wrote."""
+        state.copy_(before)
+        tokens, seen = x, []
+        for _ in range(20):
+            y, z = hooked_linear(
+                tokens, weight, bias, delta, 0.5, scope=Prefix(state), backend="cuda"
+            )
+            seen += [y, z]
+            tokens = torch.nn.functional.pad(y.tanh(), (0, N - y.shape[-1]))
+        return [*seen, state.clone()]
+
+    want = steps()
+    monkeypatch.setenv(decode.OVERLAP_SWITCH, "1")
+    for _ in range(10):
+        assert all(same(a, b) for a, b in zip(steps(), want, strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        steps()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = steps()
+    for _ in range(10):
+        graph.replay()
+        assert all(same(a, b) for a, b in zip(captured, want, strict=True))
 
 
 def test_second_device_is_used_and_current_device_kept() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_cases_of_a_gpu_have_every_backend_and_way(monkeypatch):
     """Built and run on the CPU, with small sizes."""
     from coachhook.bench import hooked_linear as gated
     from coachhook.ops import hooked_linear
-    from coachhook.ops.hooked_linear import products
+    from coachhook.ops.hooked_linear import decode, products
 
     monkeypatch.setattr(gated, "_GPU_SIZES", [(24, 40)])
     monkeypatch.setattr(gated, "_GPU_QUICK", ([(24, 40)], [8, 0], [1, 80]))
@@ -111,18 +112,20 @@ def test_cases_of_a_gpu_have_every_backend_and_way(monkeypatch):
     seen = []
 
     def hooked(x, weight, bias, delta, alpha, *, backend, scope):
-        seen.append((x.shape[0] * x.shape[1], backend, products.way()))
+        way = products.way() + " overlapped" * (decode.OVERLAP_SWITCH in os.environ)
+        seen.append((x.shape[0] * x.shape[1], backend, way))
         return hooked_linear(x, weight, bias, delta, alpha, scope=scope)
 
     monkeypatch.setattr(gated, "hooked_linear", hooked)
     for case in gated._gpu_cases(torch.device("cpu"), torch.bfloat16, True):
         y, _ = case.run()
         assert y.shape == case.floor().shape
-        assert (seen[-1][-1] == "exact") != case.shape.endswith(seen[-1][-1])
+        assert case.shape.endswith(seen[-1][-1].replace("exact", "").strip())
     one = [(1, "cuda", "exact"), (1, "triton", "exact"), (1, "cuda", "fused")]
+    one += [(1, "cuda", "exact overlapped"), (1, "cuda", "fused overlapped")]
     many = [(80, "cuda", "exact"), (80, "triton", "exact")]
     assert seen == one + many + one + many + [(80, "triton", "fused"), (80, "triton", "library")]
-    assert products.way() == "exact"
+    assert products.way() == "exact" and decode.OVERLAP_SWITCH not in os.environ
 
 
 def test_peers_are_silent_at_one_token(recwarn):

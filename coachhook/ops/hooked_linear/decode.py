@@ -10,6 +10,7 @@ Every argument was checked by the op; what is left to this file is layout.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,8 @@ from coachhook.ops.hooked_linear.scopes import (
     Ungated,
 )
 
+OVERLAP_SWITCH = "COACHHOOK_DECODING_OVERLAP"
+
 # As in csrc/decode.h; the second axis of a grid bounds the sequences.
 MAX_TOKENS = 64
 MAX_KEYS = 512
@@ -40,6 +43,19 @@ _SCOPES = {
     Membership: "direct",
     Ungated: "ungated",
 }
+
+
+@cache
+def _can_overlap(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel's blocks may start while the one in front drains: where asked, and able."""
+    value = os.environ.get(OVERLAP_SWITCH) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{OVERLAP_SWITCH} must be 0 or 1, got {value!r}")
+    return value == "1" and _can_overlap(device)
 
 
 def _factors(delta: Delta) -> tuple[Tensor | None, Tensor]:
@@ -205,6 +221,7 @@ def run(
         y_row_stride=out_features,
         z=address(z),
         workspace=address(workspace),
+        overlap=x.is_cuda and _overlaps(device),
         device=device.index or 0,
         stream=stream(device),
     )

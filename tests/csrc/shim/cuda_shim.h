@@ -251,6 +251,8 @@ void mma_16x8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int
 #define gridDim (shim::active->grid)
 #define COACHHOOK_LAUNCH(kernel, grid, block, stream, ...) \
   ((void)(stream), shim::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
+#define COACHHOOK_LAUNCH_OVERLAPPED(kernel, grid, block, stream, overlap, ...) \
+  ((void)(overlap), COACHHOOK_LAUNCH(kernel, grid, block, stream, __VA_ARGS__))
 
 inline void __syncthreads() { shim::sync_block(); }
 inline void __syncwarp() { shim::sync_warp(); }
