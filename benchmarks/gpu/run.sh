@@ -27,13 +27,18 @@ stages=$(mktemp)
 trap 'rm -f "$stages"' EXIT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
+# A script in the background ignores the signal, and so would its commands.
+heard=()
+env --default-signal=INT true 2>/dev/null && heard=(env --default-signal=INT)
+
 # stage NAME SECONDS FILE COMMAND...: runs a command with a time limit; its output goes to FILE.
 stage() {
   local name=$1 limit=$2 file=$out/$3 started=$SECONDS status=0
   shift 3
   echo "== $name"
   # Interrupted, pytest and the benchmarks still say what they have found so far.
-  timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$file" 2>"$file.err" || status=$?
+  timeout --signal=INT --kill-after=10 "$limit" "${heard[@]}" "$@" >>"$file" 2>"$file.err" ||
+    status=$?
   # JSON stays clean: messages follow results in logs only.
   case $file in
     *.json) [ "$status" -eq 0 ] || cat "$file.err" ;;
