@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.live import Live
 from coachhook.editing.prompts import (
     SUBJECT_PLACES,
     EncodedPrompt,
@@ -133,18 +134,21 @@ def encode_requests(
 class _Problem:
     """A chunk of k requests, ``group`` rows each: contexts, then the essence prompt if wanted."""
 
-    captured: Captured
+    captured: Captured | Live
     places: Tensor  # [R, P], index of each place's token, -1 where there is none
     target: Tensor  # [R, T], the id that follows each position or -100
     group: int
     contexts: int
 
-    def select(self, requests: Tensor) -> _Problem:
+    def select(self, suffix: Suffix, requests: Tensor, places: int) -> _Problem:
+        """Some requests at their first ``places`` places."""
         offsets = torch.arange(self.group, device=requests.device)
         rows = (requests[:, None] * self.group + offsets).flatten()
+        here = self.places[rows, :places]
+        first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
         return _Problem(
-            self.captured.select(rows),
-            self.places[rows],
+            suffix.select(self.captured, rows, first),
+            here,
             self.target[rows],
             self.group,
             self.contexts,
@@ -161,6 +165,7 @@ def _problem(
     requests: Sequence[EncodedRequest],
     places: Sequence[str],
     with_kl: bool,
+    loss_layer: int | None,
     pad_id: int,
     device: torch.device,
 ) -> _Problem:
@@ -186,7 +191,7 @@ def _problem(
         target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
     contexts = len(requests[0].contexts)
     return _Problem(
-        suffix.capture(ids, mask),
+        suffix.capture(ids, mask, keep=True, loss_layer=loss_layer),
         torch.tensor(positions, device=device),
         target,
         contexts + int(with_kl),
@@ -261,8 +266,7 @@ def _optimise(
 
     Tied requests must be given together. The parameters of the first of them serve for all.
     """
-    running = problem.select(requests)
-    running.places = running.places[:, :places]
+    running = problem.select(suffix, requests, places)
     lead = _first_of_each(solution.ties[requests])
     shared = torch.tensor([p in SUBJECT_PLACES for p in config.places[:places]])
     shared = shared.to(requests.device)[:, None]
@@ -292,7 +296,7 @@ def _optimise(
             active = active[~stopped]
             if not len(active):
                 break
-            running = running.select((~stopped).nonzero().flatten())
+            running = running.select(suffix, (~stopped).nonzero().flatten(), places)
         if step == config.target_steps - 1:
             break
         solution.steps[requests[active]] += 1
@@ -411,6 +415,7 @@ def optimise_targets(
                 [encoded[i] for i in chunk],
                 config.places,
                 config.target_kl > 0,
+                config.target_loss_layer,
                 pad_id,
                 parameter.device,
             )
