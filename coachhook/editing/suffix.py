@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from coachhook.editing.live import Kept, Live, Recorder, named, with_cache
-from coachhook.models import ModelDescription, get_submodule
+from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 _log = logging.getLogger(__name__)
 # Largest relative difference between the whole suffix and its live part that rounding explains. A
@@ -90,23 +91,55 @@ class Suffix:
         self._max_positions = description.max_positions
         self._keeps = True
 
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No weight of the suffix asks for a gradient, so that no input is kept for one."""
+        modules = [*self._above, self._norm, self._head]
+        weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+        try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """About what one differentiated token holds: what the matrices of the blocks read and give.
+
+        Twice that, as activations, norms and attention keep about as much again.
+        """
+        matrices = [w for b in self._above for w in b.parameters() if w.dim() == 2]
+        return 2 * sum((w.shape[0] + w.shape[1]) * w.element_size() for w in matrices)
+
     @torch.no_grad()
     def capture(
-        self, ids: Tensor, mask: Tensor, *, keep: bool = False, loss_layer: int | None = None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        apart: int | None = None,
+        keep: bool = False,
+        loss_layer: int | None = None,
     ) -> Captured:
         """Runs the model once on ``ids``, ``mask`` (``[B, T]``), keeping what enters the suffix.
 
         Args:
             ids: token ids, padded at the right.
             mask: 1 for tokens, 0 for padding.
+            apart: so many rows at a time, padded to the longest of them, go through the blocks up
+                to the layer; for a layer that looks at padding. None: all rows at once.
             keep: prepare for runs from some token on, see :meth:`select`. Where the blocks take no
                 KV cache in a known way, or the two runs differ, there will be whole runs only.
             loss_layer: block whose output such runs will be asked for, besides the last.
         """
+        below = None if apart is None else self._below(ids, mask, apart)
         if keep and self._above and self._keeps:
             loss_index = self._index(loss_layer)
+            recorders = [Recorder() for _ in self._above]
             try:
-                captured = self._capture(ids, mask, [Recorder() for _ in self._above], loss_index)
+                captured = self._capture(ids, mask, below, recorders, loss_index)
                 difference = self._difference(captured, loss_index)
                 if difference <= _AGREE[captured.hidden.dtype]:
                     return captured
@@ -117,10 +150,32 @@ class Suffix:
                 reason = f"{type(error).__name__}: {error}"
             _log.info("all tokens of the prompts are run at every step (%s)", reason)
             self._keeps = False
-        return self._capture(ids, mask, [], None)
+        return self._capture(ids, mask, below, [], None)
+
+    def _below(self, ids: Tensor, mask: Tensor, apart: int) -> Tensor:
+        """Output of the block below ``[B, T, d]``, some rows at a time; zero beyond their width."""
+        parts = []
+
+        def take(_module: nn.Module, _args: Any, output: Any) -> None:
+            parts.append(first_tensor(output).detach())
+            raise ForwardEnded
+
+        for rows, here in zip(ids.split(apart), mask.split(apart), strict=True):
+            width = int(here.sum(1).max())
+            with partial_forward(self._block.register_forward_hook(take)):
+                self._base(
+                    input_ids=rows[:, :width], attention_mask=here[:, :width], use_cache=False
+                )
+        width = ids.shape[1]
+        return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
 
     def _capture(
-        self, ids: Tensor, mask: Tensor, recorders: list[Recorder], loss_index: int | None
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        below: Tensor | None,
+        recorders: list[Recorder],
+        loss_index: int | None,
     ) -> Captured:
         found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         outputs: dict[int, Tensor] = {}
@@ -137,8 +192,11 @@ class Suffix:
             return hook
 
         def take(index: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+                if index < 0 and below is not None:
+                    output = below if isinstance(output, Tensor) else (below, *output[1:])
                 outputs[index] = first_tensor(output).detach()
+                return output
 
             return hook
 
