@@ -335,6 +335,10 @@ class EditMemory:
         q, _ = torch.linalg.qr(self._all_rows("factored")[1].mT)
         return q, q.mT @ self.delta()
 
+    def contents(self) -> tuple[object, ...]:
+        """Objects of which at least one is another after every change, and none after a restore."""
+        return self._prior, self._base, self._space, self._folded
+
     @float32_products(tf32=False)
     def pair(self) -> tuple[Tensor, Tensor]:
         """``Delta = V A^T`` with the targets V [m, N] and ``A = C^-1 K``, A^T [N, n].
