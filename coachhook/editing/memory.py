@@ -102,8 +102,11 @@ class EditMemory:
     max_keys: int
     keep_folded: bool
 
+    # A space and its coefficients, so that those after the next append follow from them.
+    _known: tuple[EditSpace, Tensor] | None = None
+
     _STATE = (
-        *("_prior", "_base", "_space", "_live", "_folded", "_next"),
+        *("_prior", "_base", "_space", "_live", "_folded", "_next", "_known"),
         *("max_keys", "keep_folded"),
     )
 
@@ -350,7 +353,8 @@ class EditMemory:
             ValueError: keys were folded and not kept.
         """
         space = self._space
-        coefficients = space.solve(space.solved)
+        coefficients = space.coefficients(self._known)
+        self._known = space, coefficients
         if not self._folded:
             return space.targets.mT.contiguous(), coefficients
         keys, targets = self._all_rows("pair")
