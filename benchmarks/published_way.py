@@ -36,7 +36,8 @@ class DenseHook(nn.Module):
         frozen = weight_of(base)
         assert frozen is not None
         self.base, self.alpha, self.mode = base, alpha, "gated"
-        self.weight = nn.Parameter(frozen.detach().clone())
+        self.frozen = frozen.detach()
+        self.weight = nn.Parameter(self.frozen.clone())
         self.bias = base.bias
         self.scores: Tensor | None = None
         self.inputs: Tensor | None = None
@@ -59,6 +60,7 @@ class PublishedWay:
     """Edits a model in consecutive batches.
 
     Attributes:
+        hooks: layer index -> its hook.
         steps: forwards of the optimisation of every target so far.
     """
 
@@ -72,14 +74,14 @@ class PublishedWay:
         )
         model.requires_grad_(False)
         self._description = describe(model)
-        self._hooks: dict[int, DenseHook] = {}
+        self.hooks: dict[int, DenseHook] = {}
         self._covariance: dict[int, Tensor] = {}
         for layer in config.layers:
             path = self._description.layers[layer].path
             parent, name = path.rsplit(".", 1)
             hook = DenseHook(get_submodule(model, path), config.alpha)
             setattr(get_submodule(model, parent), name, hook)
-            self._hooks[layer] = hook
+            self.hooks[layer] = hook
             self._covariance[layer] = (
                 statistics.covariances[layer].float() * config.covariance_weight
             )
@@ -95,7 +97,7 @@ class PublishedWay:
         goal = torch.stack([self._target(request) for request in encoded], 1)
         self._mode("open")
         for position, layer in enumerate(config.layers):
-            hook = self._hooks[layer]
+            hook = self.hooks[layer]
             keys = self._keys(encoded, hook)
             present = self._outputs(encoded)
             residual = (goal - present).double() / (len(config.layers) - position)
@@ -108,7 +110,7 @@ class PublishedWay:
         return goal
 
     def _mode(self, mode: str) -> None:
-        for hook in self._hooks.values():
+        for hook in self.hooks.values():
             hook.mode = mode
 
     def _ids(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -197,7 +199,7 @@ class PublishedWay:
         self._mode("off")
         ids, mask = self._ids([request.contexts[0].ids for request in encoded])
         self._model(input_ids=ids, attention_mask=mask, use_cache=False)
-        for hook in self._hooks.values():
+        for hook in self.hooks.values():
             hook.mode = "gated"
             assert hook.inputs is not None
             hook(hook.inputs)
