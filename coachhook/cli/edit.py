@@ -218,7 +218,8 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
     started, done = time.perf_counter(), 0
     for number, batch in enumerate(batches(todo, args.batch_size), start=1):
         try:
-            result = editor.edit(batch)
+            label = None if args.json else f"batch {number}/{total}, targets"
+            result = editor.edit(batch, progress=label)
             editor.save(args.out)
         except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
             raise FailedError(_failure(number, total, args.out, error)) from error

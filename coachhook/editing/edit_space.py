@@ -69,6 +69,7 @@ class EditSpace:
     targets: Tensor
     root: Tensor
     _buffers: _Buffers
+    _origin: weakref.ref[EditSpace] | None = None
 
     def __post_init__(self) -> None:
         self._buffers.users.add(self)
@@ -139,6 +140,7 @@ class EditSpace:
             buffers.targets[:total],
             buffers.root[:total, :total],
             buffers,
+            weakref.ref(self),
         )
         return space, finite
 
@@ -162,6 +164,26 @@ class EditSpace:
     def solve(self, right: Tensor) -> Tensor:
         """``G^-1 right`` for right [N, r]."""
         return solve_both(self.root, right)
+
+    def coefficients(self, known: tuple[EditSpace, Tensor] | None = None) -> Tensor:
+        """``G^-1 Y^T`` [N, n]; O(N^2 k + N n k) from those before the last k keys were appended.
+
+        With ``W = G_0^-1 B`` for the border B of the k new keys, their rows are
+        ``a = S^-1 (Y_1^T - W^T Y_0^T)``, S the Schur complement, and the old rows lose ``W a``.
+
+        Args:
+            known: another space and its coefficients; of no use where this one does not extend it.
+        """
+        if known is not None and known[0] is self:
+            return known[1]
+        if known is None or self._origin is None or self._origin() is not known[0]:
+            return self.solve(self.solved)
+        old = len(known[0])
+        border = self.root[old:, :old].mT
+        weights = torch.linalg.solve_triangular(self.root[:old, :old].mT, border, upper=True)
+        rest = self.solved[old:] - weights.mT @ self.solved[:old]
+        rows = solve_both(self.root[old:, old:], rest)
+        return torch.cat([known[1] - weights @ rows, rows])
 
     def cosines(self, first: int, last: int) -> Tensor:
         """Cosines of keys first..last-1 with keys 0..last-1 in the metric of C^-1."""

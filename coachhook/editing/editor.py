@@ -142,7 +142,7 @@ class Editor:
         """Layer index -> present threshold."""
         return {layer: self.hooks[layer].alpha for layer in self.config.layers}
 
-    def edit(self, requests: Sequence[EditRequest]) -> EditResult:
+    def edit(self, requests: Sequence[EditRequest], *, progress: str | None = None) -> EditResult:
         """Writes one batch of facts; whole, or, after any exception, not at all.
 
         With the default preset facts about one subject share a correction, and those of earlier
@@ -157,6 +157,7 @@ class Editor:
 
         Args:
             requests: the k facts of the batch.
+            progress: label of a progress bar of their targets on stderr, or None for no bar.
 
         Raises:
             TypeError: something else than a list of requests was given.
@@ -178,7 +179,7 @@ class Editor:
         counters = {i: edits.next_group for i, edits in self._state.layers.items()}
         batches = dict(self._state.batches)
         try:
-            return self._edit(requests, encoded, ties)
+            return self._edit(requests, encoded, ties, progress)
         except BaseException:
             for layer, edits in self._state.layers.items():
                 edits.memory.restore(memories[layer])
@@ -239,7 +240,9 @@ class Editor:
         )
         return find_ties(requests, written)
 
-    def _targets(self, encoded: list[EncodedRequest], ties: Ties, pad_id: int) -> Targets:
+    def _targets(
+        self, encoded: list[EncodedRequest], ties: Ties, pad_id: int, progress: str | None
+    ) -> Targets:
         """Targets of the batch; those of a replaced request are its replacement's, unused."""
         part = [i for i in range(len(encoded)) if i not in ties.replaced]
         reminders = encode_requests(
@@ -264,6 +267,7 @@ class Editor:
             pad_id=pad_id,
             ties=[ties.numbers[i] for i in part] + ties.numbers[len(encoded) :],
             admit=admit,
+            progress=progress,
         )
         positions = {i: position for position, i in enumerate(part)}
         return found.select(
@@ -272,13 +276,17 @@ class Editor:
         )
 
     def _edit(
-        self, requests: list[EditRequest], encoded: list[EncodedRequest], ties: Ties
+        self,
+        requests: list[EditRequest],
+        encoded: list[EncodedRequest],
+        ties: Ties,
+        progress: str | None,
     ) -> EditResult:
         pad_id = self._tokenizer.pad_token_id
         was_training = self._model.training
         self._model.eval()
         try:
-            targets = self._targets(encoded, ties, pad_id)
+            targets = self._targets(encoded, ties, pad_id, progress)
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
             )

@@ -102,8 +102,11 @@ class EditMemory:
     max_keys: int
     keep_folded: bool
 
+    # A space and its coefficients, so that those after the next append follow from them.
+    _known: tuple[EditSpace, Tensor] | None = None
+
     _STATE = (
-        *("_prior", "_base", "_space", "_live", "_folded", "_next"),
+        *("_prior", "_base", "_space", "_live", "_folded", "_next", "_known"),
         *("max_keys", "keep_folded"),
     )
 
@@ -335,6 +338,10 @@ class EditMemory:
         q, _ = torch.linalg.qr(self._all_rows("factored")[1].mT)
         return q, q.mT @ self.delta()
 
+    def contents(self) -> tuple[object, ...]:
+        """Objects of which at least one is another after every change, and none after a restore."""
+        return self._prior, self._base, self._space, self._folded
+
     @float32_products(tf32=False)
     def pair(self) -> tuple[Tensor, Tensor]:
         """``Delta = V A^T`` with the targets V [m, N] and ``A = C^-1 K``, A^T [N, n].
@@ -346,7 +353,8 @@ class EditMemory:
             ValueError: keys were folded and not kept.
         """
         space = self._space
-        coefficients = space.solve(space.solved)
+        coefficients = space.coefficients(self._known)
+        self._known = space, coefficients
         if not self._folded:
             return space.targets.mT.contiguous(), coefficients
         keys, targets = self._all_rows("pair")

@@ -92,6 +92,10 @@ class PublishedMemory:
         """
         raise ValueError("pair: state_dtype must be 'float64' for a pair, got 'float32'")
 
+    def contents(self) -> tuple[object, ...]:
+        """As :meth:`EditMemory.contents`."""
+        return self._covariance, self._weight, self._batches
+
     def keys(self) -> Tensor:
         """All keys K ``[n, N]``, oldest batch first."""
         return torch.cat([keys for keys, _ in self._batches.values()], dim=1)

@@ -1,11 +1,13 @@
 """The network above one block, run by itself on captured inputs.
 
 Everything below the last edited layer is constant while targets are optimised, so it runs once;
-only the blocks above are run again, and differentiated, at every step.
+only the blocks above are run again, and differentiated, at every step, and of these only the tokens
+that a change can reach (:mod:`coachhook.editing.live`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from coachhook.models import ModelDescription, get_submodule
+from coachhook.editing.live import Kept, Live, Recorder, named, with_cache
+from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
+
+_log = logging.getLogger(__name__)
+# Largest relative difference between the whole suffix and its live part that rounding explains. A
+# wrong mask or position gives one of order 1; some families compute attention in float32 always.
+# What a block may make of a KV cache that it does not expect.
+_REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_AGREE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -38,7 +49,11 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_select(v, rows, batch) for v in value)
     if isinstance(value, dict):
-        return {k: _select(v, rows, batch) for k, v in value.items()}
+        selected = {k: _select(v, rows, batch) for k, v in value.items()}
+        alibi = value.get("alibi")
+        if isinstance(alibi, Tensor):  # [B H, 1, T]
+            selected["alibi"] = alibi.view(batch, -1, *alibi.shape[1:])[rows].flatten(0, 1)
+        return selected
     return value
 
 
@@ -49,13 +64,15 @@ class Captured:
     Attributes:
         hidden: output of the block below, ``[B, T, d]``, model dtype.
         calls: positional (without the hidden state) and keyword arguments of each block above.
+        kept: what a run of the live tokens alone needs; None where there is only the whole run.
     """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    kept: Kept | None = None
 
     def select(self, rows: Tensor) -> Captured:
-        """The rows given by an index tensor ``[R]``."""
+        """The rows given by an index tensor ``[R]``, for runs of all their tokens."""
         batch = self.hidden.shape[0]
         calls = [(_select(a, rows, batch), _select(k, rows, batch)) for a, k in self.calls]
         return Captured(self.hidden[rows], calls)
@@ -73,48 +90,195 @@ class Suffix:
         ]
         self._norm = get_submodule(model, description.final_norm_path)
         self._head = get_submodule(model, description.lm_head_path)
+        self._max_positions = description.max_positions
+        self._keeps = True
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No weight of the suffix asks for a gradient, so that no input is kept for one."""
+        modules = [*self._above, self._norm, self._head]
+        weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+        try:
+            for weight in weights:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """About what one differentiated token holds: what the matrices of the blocks read and give.
+
+        Twice that, as activations, norms and attention keep about as much again.
+        """
+        matrices = [w for b in self._above for w in b.parameters() if w.dim() == 2]
+        return 2 * sum((w.shape[0] + w.shape[1]) * w.element_size() for w in matrices)
 
     @torch.no_grad()
-    def capture(self, ids: Tensor, mask: Tensor) -> Captured:
-        """Runs the model once on ``ids``, ``mask`` (``[B, T]``), keeping what enters the suffix."""
-        found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        hidden: list[Tensor] = []
+    def capture(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        apart: int | None = None,
+        keep: bool = False,
+        loss_layer: int | None = None,
+    ) -> Captured:
+        """Runs the model once on ``ids``, ``mask`` (``[B, T]``), keeping what enters the suffix.
 
-        def keep(index: int) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if args:
-                    args = args[1:]
-                else:
-                    kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-                found[index] = (args, kwargs)
+        Args:
+            ids: token ids, padded at the right.
+            mask: 1 for tokens, 0 for padding.
+            apart: so many rows at a time, padded to the longest of them, go through the blocks up
+                to the layer; for a layer that looks at padding. None: all rows at once.
+            keep: prepare for runs from some token on, see :meth:`select`. Where the blocks take no
+                KV cache in a known way, or the two runs differ, there will be whole runs only.
+            loss_layer: block whose output such runs will be asked for, besides the last.
+        """
+        below = None if apart is None else self._below(ids, mask, apart)
+        if keep and self._above and self._keeps:
+            loss_index = self._index(loss_layer)
+            recorders = [Recorder() for _ in self._above]
+            try:
+                captured = self._capture(ids, mask, below, recorders, loss_index)
+                difference = self._difference(captured, loss_index)
+                if difference <= _AGREE[captured.hidden.dtype]:
+                    return captured
+                reason = f"relative difference {difference:.1e}"
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except _REFUSALS as error:
+                reason = f"{type(error).__name__}: {error}"
+            _log.info("all tokens of the prompts are run at every step (%s)", reason)
+            self._keeps = False
+        return self._capture(ids, mask, below, [], None)
+
+    def _below(self, ids: Tensor, mask: Tensor, apart: int) -> Tensor:
+        """Output of the block below ``[B, T, d]``, some rows at a time; zero beyond their width."""
+        parts = []
+
+        def take(_module: nn.Module, _args: Any, output: Any) -> None:
+            parts.append(first_tensor(output).detach())
+            raise ForwardEnded
+
+        for rows, here in zip(ids.split(apart), mask.split(apart), strict=True):
+            width = int(here.sum(1).max())
+            with partial_forward(self._block.register_forward_hook(take)):
+                self._base(
+                    input_ids=rows[:, :width], attention_mask=here[:, :width], use_cache=False
+                )
+        width = ids.shape[1]
+        return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
+
+    def _capture(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        below: Tensor | None,
+        recorders: list[Recorder],
+        loss_index: int | None,
+    ) -> Captured:
+        found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        outputs: dict[int, Tensor] = {}
+
+        def see(index: int) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                hidden = args[:1] or (kwargs["hidden_states"],)
+                kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                found[index] = (args[1:], kwargs)
+                if not recorders:
+                    return None
+                return hidden, with_cache(module, named(module, found[index]), recorders[index])
+
+            return hook
+
+        def take(index: int) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+                if index < 0 and below is not None:
+                    output = below if isinstance(output, Tensor) else (below, *output[1:])
+                outputs[index] = first_tensor(output).detach()
+                return output
 
             return hook
 
         handles: list[Any] = [
-            block.register_forward_pre_hook(keep(i), with_kwargs=True)
+            block.register_forward_pre_hook(see(i), with_kwargs=True)
             for i, block in enumerate(self._above)
         ]
-        handles.append(
-            self._block.register_forward_hook(
-                lambda _module, _args, output: hidden.append(first_tensor(output).detach())
-            )
-        )
+        last = len(self._above) - 1
+        wanted = {-1} | ({loss_index, last} if loss_index is not None else set())
+        for index in wanted:
+            block = self._block if index < 0 else self._above[index]
+            handles.append(block.register_forward_hook(take(index)))
         with _hooks(handles):
             self._base(input_ids=ids, attention_mask=mask, use_cache=False)
-        return Captured(hidden[0], [found[i] for i in range(len(self._above))])
+        captured = Captured(outputs[-1], [found[i] for i in range(len(self._above))])
+        if recorders:
+            captured.kept = Kept(
+                outputs[-1],
+                mask.sum(1),
+                [named(b, call) for b, call in zip(self._above, captured.calls, strict=True)],
+                [recorder.states() for recorder in recorders],
+                outputs,
+                self._max_positions,
+            )
+        return captured
+
+    def _difference(self, captured: Captured, loss_index: int) -> float:
+        """Largest relative difference of whole and live runs for a few rows that are changed."""
+        assert captured.kept is not None
+        lengths = captured.kept.lengths
+        rows = torch.unique(torch.linspace(0, len(lengths) - 1, 3).long()).to(lengths.device)
+        first = lengths[rows] // torch.arange(2, 2 + len(rows), device=rows.device)
+        hidden = captured.hidden[rows]
+        each = torch.arange(len(rows), device=rows.device)
+        hidden[each, first] *= -1
+        positions = torch.arange(hidden.shape[1], device=rows.device)
+        real = positions < lengths[rows, None]
+        whole = self._run(captured.select(rows), hidden, loss_index)
+        live = Live(captured.kept, self._above, rows, first).run(hidden, loss_index)
+        return max(
+            float((a[real] - b[real]).double().norm() / a[real].double().norm())
+            for a, b in zip(whole, live, strict=True)
+        )
+
+    def _index(self, loss_layer: int | None) -> int:
+        """Which of the blocks above; -1 is the one below them."""
+        return len(self._above) - 1 if loss_layer is None else loss_layer - self._first
+
+    def select(self, captured: Captured | Live, rows: Tensor, first: Tensor) -> Captured | Live:
+        """Some rows, of which nothing changes before a token.
+
+        Args:
+            captured: a batch, or some rows of it.
+            rows: index ``[R]`` of those wanted.
+            first: for each the first token that may change ``[R]``.
+        """
+        if isinstance(captured, Live):
+            return captured.select(rows, first)
+        if captured.kept is not None:
+            return Live(captured.kept, self._above, rows, first)
+        return captured.select(rows)
 
     def run(
-        self, captured: Captured, hidden: Tensor, loss_layer: int | None
+        self, captured: Captured | Live, hidden: Tensor, loss_layer: int | None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states ``[B, T, d]`` after block ``loss_layer`` (None: last) and at the end."""
+        loss_index = self._index(loss_layer)
+        if isinstance(captured, Live):
+            return captured.run(hidden, loss_index)
+        return self._run(captured, hidden, loss_index)
+
+    def _run(self, captured: Captured, hidden: Tensor, loss_index: int) -> tuple[Tensor, Tensor]:
         at_loss = hidden
         for index, (block, (args, kwargs)) in enumerate(
-            zip(self._above, captured.calls, strict=True), start=self._first
+            zip(self._above, captured.calls, strict=True)
         ):
             hidden = first_tensor(block(hidden, *args, **kwargs))
-            if index == loss_layer:
+            if index == loss_index:
                 at_loss = hidden
-        return (hidden if loss_layer is None else at_loss), hidden
+        return at_loss, hidden
 
     def log_probs(self, states: Tensor) -> Tensor:
         """Log-probabilities of the next token ``[..., V]``, float32 or better."""

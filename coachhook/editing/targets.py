@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.live import Live
 from coachhook.editing.prompts import (
     SUBJECT_PLACES,
     EncodedPrompt,
@@ -36,10 +38,13 @@ from coachhook.editing.prompts import (
     pad_right,
 )
 from coachhook.editing.requests import EditRequest
+from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Captured, Suffix
 from coachhook.models import ModelDescription
 
 KL_PROMPT = "{} is a"
+# Where the system does not say how much memory there is.
+_TOKENS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
@@ -133,18 +138,21 @@ def encode_requests(
 class _Problem:
     """A chunk of k requests, ``group`` rows each: contexts, then the essence prompt if wanted."""
 
-    captured: Captured
+    captured: Captured | Live
     places: Tensor  # [R, P], index of each place's token, -1 where there is none
     target: Tensor  # [R, T], the id that follows each position or -100
     group: int
     contexts: int
 
-    def select(self, requests: Tensor) -> _Problem:
+    def select(self, suffix: Suffix, requests: Tensor, places: int) -> _Problem:
+        """Some requests at their first ``places`` places."""
         offsets = torch.arange(self.group, device=requests.device)
         rows = (requests[:, None] * self.group + offsets).flatten()
+        here = self.places[rows, :places]
+        first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
         return _Problem(
-            self.captured.select(rows),
-            self.places[rows],
+            suffix.select(self.captured, rows, first),
+            here,
             self.target[rows],
             self.group,
             self.contexts,
@@ -161,6 +169,8 @@ def _problem(
     requests: Sequence[EncodedRequest],
     places: Sequence[str],
     with_kl: bool,
+    loss_layer: int | None,
+    apart: bool,
     pad_id: int,
     device: torch.device,
 ) -> _Problem:
@@ -185,11 +195,14 @@ def _problem(
     for row, (start, tokens) in enumerate(spans):
         target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
     contexts = len(requests[0].contexts)
+    group = contexts + int(with_kl)
     return _Problem(
-        suffix.capture(ids, mask),
+        # With padding in the gate's statistics a state depends on what it is padded with; the
+        # published code takes one request at a time.
+        suffix.capture(ids, mask, apart=group if apart else None, keep=True, loss_layer=loss_layer),
         torch.tensor(positions, device=device),
         target,
-        contexts + int(with_kl),
+        group,
         contexts,
     )
 
@@ -256,13 +269,13 @@ def _optimise(
     solution: _Solution,
     requests: Tensor,
     places: int,
+    bar: tqdm[Any],
 ) -> None:
     """Optimises some requests of a chunk at their first ``places`` places, from where they are.
 
     Tied requests must be given together. The parameters of the first of them serve for all.
     """
-    running = problem.select(requests)
-    running.places = running.places[:, :places]
+    running = problem.select(suffix, requests, places)
     lead = _first_of_each(solution.ties[requests])
     shared = torch.tensor([p in SUBJECT_PLACES for p in config.places[:places]])
     shared = shared.to(requests.device)[:, None]
@@ -276,7 +289,7 @@ def _optimise(
 
     for step in range(config.target_steps):
         reference = None if essence_start is None else essence_start[active]
-        with torch.enable_grad():
+        with torch.enable_grad(), suffix.frozen():
             moved = torch.where(shared, delta[lead[active]], delta[active])
             now = _losses(suffix, running, moved, start_norm[active], reference, config)
             gradient = torch.autograd.grad(now.total.sum(), delta)[0]
@@ -289,10 +302,11 @@ def _optimise(
         above = (now.total.detach() >= config.target_stop).to(requests)
         stopped = torch.zeros_like(lead).index_add(0, lead[active], above)[lead[active]] == 0
         if stopped.any():
+            bar.update(int(now.correct[stopped].all(1).sum()))
             active = active[~stopped]
             if not len(active):
                 break
-            running = running.select((~stopped).nonzero().flatten())
+            running = running.select(suffix, (~stopped).nonzero().flatten(), places)
         if step == config.target_steps - 1:
             break
         solution.steps[requests[active]] += 1
@@ -316,6 +330,7 @@ def _optimise_chunk(
     ties: Tensor,
     dtype: torch.dtype,
     admit: Callable[[list[int], str], list[bool]],
+    bar: tqdm[Any],
 ) -> _Solution:
     hidden, places = problem.captured.hidden, problem.places
     start = hidden[problem.bare, places[problem.bare, 0]].to(dtype)
@@ -344,7 +359,7 @@ def _optimise_chunk(
             problem.places[rows, number - 1] = -1
         here = _any_tied(asking, ties).nonzero().flatten()
         if len(here):
-            _optimise(suffix, problem, config, solution, here, number)
+            _optimise(suffix, problem, config, solution, here, number, bar)
         wrong = ~solution.correct.all(dim=1)
         if not wrong.any():
             break
@@ -365,7 +380,8 @@ def optimise_targets(
     pad_id: int,
     ties: Sequence[int] | None = None,
     admit: Callable[[list[int], str], list[bool]] | None = None,
-    max_tokens: int = 16384,
+    max_tokens: int | None = None,
+    progress: str | None = None,
 ) -> Targets:
     """Finds v* of every request, with the hooks of the model as they are.
 
@@ -379,8 +395,9 @@ def optimise_targets(
             tokens. None ties none.
         admit: asked, with the numbers of requests that need it and the place, which of them may
             take a further place; None admits all.
-        max_tokens: most padded tokens differentiated at once; bounds the memory. Halved where the
-            device runs out of it all the same.
+        max_tokens: most padded tokens differentiated at once; bounds the memory. None: as many as
+            half of the memory that is free takes. Halved where the device runs out all the same.
+        progress: label of a progress bar of requests on stderr, or None for no bar.
 
     Returns:
         The targets, in the order of the requests. Computed in float32, or float64 where the model
@@ -393,10 +410,13 @@ def optimise_targets(
     parameter = next(model.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ties = list(range(len(encoded))) if ties is None else list(ties)
-    # With padding in the gate's statistics a state depends on what it is padded with; the published
-    # code optimises one request at a time.
-    waiting = _chunks(encoded, ties, max_tokens, single=config.include_padding)
+    if max_tokens is None:
+        max_tokens = _tokens_at_once(suffix, parameter.device)
+    waiting = _chunks(encoded, ties, max_tokens)
     solutions: list[tuple[list[int], _Solution]] = []
+    bar = tqdm(
+        total=len(encoded), desc=progress, disable=progress is None, unit="fact", leave=False
+    )
     while waiting:
         chunk = waiting.pop(0)
 
@@ -411,22 +431,32 @@ def optimise_targets(
                 [encoded[i] for i in chunk],
                 config.places,
                 config.target_kl > 0,
+                config.target_loss_layer,
+                config.include_padding,
                 pad_id,
                 parameter.device,
             )
             tied = torch.tensor([ties[i] for i in chunk], device=parameter.device)
-            solution = _optimise_chunk(suffix, problem, config, tied, dtype, admit_here)
+            solution = _optimise_chunk(suffix, problem, config, tied, dtype, admit_here, bar)
         except torch.cuda.OutOfMemoryError:
             smaller = [chunk]
             while len(smaller) == 1 and max_tokens > 0:
                 max_tokens //= 2
-                smaller = _chunks(encoded, ties, max_tokens, single=False, among=chunk)
+                smaller = _chunks(encoded, ties, max_tokens, among=chunk)
             if len(smaller) == 1:
                 raise
             waiting[:0] = smaller
         else:
             solutions.append((chunk, solution))
+            done = sum(len(requests) for requests, _ in solutions)
+            bar.update(done - bar.n)
+    bar.close()
     return _collect(solutions)
+
+
+def _tokens_at_once(suffix: Suffix, device: torch.device) -> int:
+    room = free_memory(device)
+    return _TOKENS_AT_ONCE if room is None else room // 2 // max(suffix.bytes_per_token, 1)
 
 
 def _collect(solutions: Sequence[tuple[list[int], _Solution]]) -> Targets:
@@ -459,13 +489,12 @@ def _chunks(
     ties: Sequence[int],
     max_tokens: int,
     *,
-    single: bool,
     among: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Requests to be run at once: tied ones together, at most ``max_tokens`` padded tokens."""
     bundles: dict[int, list[int]] = {}
     for i in range(len(encoded)) if among is None else among:
-        bundles.setdefault(i if single else ties[i], []).append(i)
+        bundles.setdefault(ties[i], []).append(i)
     chunks: list[list[int]] = []
     width = 0
     for bundle in bundles.values():
@@ -477,7 +506,7 @@ def _chunks(
         rows = len(encoded[bundle[0]].contexts) + 1
         count = len(chunks[-1]) + len(bundle) if chunks else 0
         fits = chunks and count * rows * max(width, longest) <= max_tokens
-        if single or not fits:
+        if not fits:
             chunks.append([])
             width = 0
         chunks[-1] += bundle

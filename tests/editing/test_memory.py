@@ -291,3 +291,30 @@ def test_any_history_equals_what_is_left(steps, max_keys, seed):
     v, at = memory.pair()
     torch.testing.assert_close(v @ at, expected, rtol=0, atol=1e-9)
     assert memory.column_batches().tolist() == [b for b, (k, _) in left.items() for _ in k.T]
+
+
+def test_the_pair_after_many_appends_is_that_of_one_solve():
+    """Coefficients carried from append to append, and again after a batch was taken back."""
+    generator = torch.Generator().manual_seed(2)
+    n, m = 24, 10
+    root = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    memory = EditMemory(root @ root.T + torch.eye(n), m, max_keys=10**6)
+
+    def check():
+        v, at = memory.pair()
+        direct = memory._space.solve(memory._space.solved)
+        assert (at - direct).norm() <= 1e-11 * direct.norm()
+        assert (v @ at - memory.delta()).norm() <= 1e-10 * memory.delta().norm()
+
+    for step in range(40):
+        keys = torch.randn(n, 1 + step % 3, generator=generator, dtype=torch.float64)
+        memory.append(keys, torch.randn(m, keys.shape[1], generator=generator))
+        if step % 7 != 3:
+            check()
+    snapshot, before = memory.snapshot(), memory.pair()[1]
+    memory.append(keys, torch.zeros(m, keys.shape[1]))
+    check()
+    memory.restore(snapshot)
+    assert torch.equal(memory.pair()[1], before)
+    memory.remove(5)
+    check()

@@ -1,0 +1,156 @@
+"""The network above one block: runs of the tokens that a change can reach against whole runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coachhook import EditRequest
+from coachhook.editing.live import Live, pack
+from coachhook.editing.room import free_memory
+from coachhook.editing.suffix import Suffix
+from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.models import describe
+from tests.models.families import DISCOVERED, SUPPORTED, tiny
+
+WIDTH = 19
+PADDED = [WIDTH, 7, 12, 15, 1, 12]
+
+
+@pytest.mark.parametrize("lengths", [[WIDTH] * len(PADDED), PADDED], ids=["full", "padded"])
+@pytest.mark.parametrize("family", SUPPORTED | DISCOVERED)
+def test_live_tokens_give_what_the_whole_run_gives(family, lengths):
+    """Outputs and gradients, of all families, for a change at the first tokens and later ones."""
+    model = tiny(family).double()
+    suffix = Suffix(model, describe(model), 0)
+    lengths = torch.tensor(lengths)
+    ids = torch.randint(3, 64, (len(lengths), WIDTH))
+    mask = (torch.arange(WIDTH) < lengths[:, None]).long()
+    captured = suffix.capture(ids, mask, keep=True, loss_layer=1)
+    assert captured.kept is not None
+    rows = torch.tensor([4, 0, 2, 1, 5])
+    first = lengths[rows] * torch.tensor([0, 1, 2, 3, 1]) // 4
+    live = suffix.select(suffix.select(captured, torch.arange(6), lengths // 5), rows, first)
+    whole = captured.select(rows)
+    assert isinstance(live, Live) and live.tokens < len(rows) * WIDTH
+    assert torch.equal(live.hidden, whole.hidden)
+    # MPT and Bloom take their softmax in float32, GPT-Neo its attention.
+    rtol = 1e-6 if family in ("mpt", "bloom", "gpt_neo") else 1e-10
+    for loss_layer in (1, None):
+        results = []
+        for run in (live, whole):
+            delta = torch.randn(len(rows), 32, generator=torch.Generator().manual_seed(3)).double()
+            delta.requires_grad_()
+            hidden = run.hidden.index_put((torch.arange(len(rows)), first), delta, accumulate=True)
+            outputs = suffix.run(run, hidden, loss_layer)
+            real = mask[rows].bool()
+            total = sum(torch.tanh(x[real]).sum() for x in outputs)
+            results.append([x[real] for x in outputs] + list(torch.autograd.grad(total, delta)))
+        for found, wanted in zip(*results, strict=True):
+            assert (found - wanted).norm() <= rtol * wanted.norm()
+
+
+def test_blocks_that_fill_no_cache_are_run_whole():
+    model = tiny("llama").double()
+    suffix = Suffix(model, describe(model), 0)
+    ids = torch.randint(3, 64, (3, 9))
+    block = model.get_submodule("model.layers.2")
+    inner = block.forward
+    block.forward = lambda hidden_states, attention_mask=None, position_embeddings=None, **_: inner(
+        hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings
+    )
+    captured = suffix.capture(ids, torch.ones_like(ids), keep=True)
+    assert captured.kept is None
+    rows = torch.tensor([2, 0])
+    chosen = suffix.select(captured, rows, torch.tensor([3, 4]))
+    _, final = suffix.run(chosen, chosen.hidden, None)
+    expected = model.model(ids).last_hidden_state[rows]
+    torch.testing.assert_close(model.model.norm(final), expected)
+
+
+def test_a_block_that_looks_ahead_is_run_whole():
+    """What comes before a change is constant in causal blocks only; others are found out."""
+    model = tiny("llama").double()
+    suffix = Suffix(model, describe(model), 0)
+    ids = torch.randint(3, 64, (3, 9))
+    block = model.get_submodule("model.layers.1")
+    handle = block.register_forward_pre_hook(
+        lambda _module, args, kwargs: (
+            (args[0] + args[0].mean(1, keepdim=True), *args[1:]),
+            kwargs,
+        ),
+        with_kwargs=True,
+    )
+    try:
+        assert suffix.capture(ids, torch.ones_like(ids), keep=True).kept is None
+    finally:
+        handle.remove()
+
+
+def test_no_weight_asks_for_a_gradient_meanwhile(make_editor, requests):
+    editor, model, tokenizer = make_editor()
+    seen = []
+    handle = model.get_submodule("transformer.h.1").register_forward_hook(
+        lambda module, _args, output: seen.append(
+            [torch.is_grad_enabled(), any(p.requires_grad for p in module.parameters())]
+        )
+    )
+    editor.edit(requests[:2])
+    handle.remove()
+    differentiated = [asks for grad, asks in seen if grad]
+    assert differentiated and not any(differentiated)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_packing_has_the_least_padding():
+    assert pack([5, 1, 5, 2], group_cost=0) == [[1], [3], [0, 2]]
+    assert pack([5, 1, 5, 2], group_cost=100) == [[1, 3, 0, 2]]
+    assert pack([5, 1, 5, 2], group_cost=2) == [[1, 3], [0, 2]]
+    assert pack([], group_cost=2) == []
+
+
+def test_targets_in_a_batch_are_those_of_one_at_a_time(make_editor, requests):
+    for preset in ("default", "paper"):
+        editor, model, tokenizer = make_editor(preset, target_steps=8)
+        # Prompts of several lengths, with gates that have been edited.
+        editor.edit(requests[:2])
+        batch = [
+            *requests[2:5],
+            EditRequest(
+                prompt="Long ago, as all people here know, the capital of {} was",
+                subject=requests[0].subject,
+                target_new="Danube",
+            ),
+        ]
+        encoded = encode_requests(tokenizer, batch, editor.config.contexts, None)
+        together = optimise_targets(model, describe(model), encoded, editor.config, pad_id=0)
+        for i, one in enumerate(encoded):
+            alone = optimise_targets(model, describe(model), [one], editor.config, pad_id=0)
+            difference = (together.values[:, i] - alone.values[:, 0]).norm()
+            assert difference <= 1e-4 * alone.values.norm(), preset
+            assert together.steps[i] == alone.steps[0]
+
+
+def test_the_bar_counts_every_request(make_editor, requests, capsys):
+    editor, _, _ = make_editor(target_steps=12)
+    editor.edit(requests[:3])
+    assert capsys.readouterr().err == ""
+    editor.edit(requests[3:6], progress="targets")
+    err = capsys.readouterr().err
+    assert "targets: 100%" in err and "3/3" in err
+
+
+def test_free_memory_of_a_container(tmp_path):
+    cpu = torch.device("cpu")
+    assert free_memory(cpu, str(tmp_path)) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5000 kB\n")
+    assert free_memory(cpu, str(tmp_path)) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("100\n")
+    assert free_memory(cpu, str(tmp_path)) == 5000 * 1024
+    (group / "memory.max").write_text("1000\n")
+    assert free_memory(cpu, str(tmp_path)) == 900
+    assert free_memory(torch.device("meta")) is None
