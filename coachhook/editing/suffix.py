@@ -21,10 +21,10 @@ from coachhook.editing.live import Kept, Live, Recorder, named, with_cache
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 _log = logging.getLogger(__name__)
-# Largest relative difference between the whole suffix and its live part that rounding explains. A
-# wrong mask or position gives one of order 1; some families compute attention in float32 always.
 # What a block may make of a KV cache that it does not expect.
 _REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Largest relative difference between the whole suffix and its live part that rounding explains. A
+# wrong mask or position gives one of order 1; some families compute attention in float32 always.
 _AGREE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
