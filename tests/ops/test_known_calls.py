@@ -114,6 +114,14 @@ def test_whatever_is_wrong_the_next_time_is_refused(change):
             hooked_linear(**arguments)
 
 
+def test_a_pair_may_be_a_list_and_is_looked_into():
+    x, weight, bias, q, s = layer()
+    for _ in range(2):
+        hooked_linear(x, weight, bias, [q, s], 1.0)
+    with pytest.raises(ValueError, match="delta must be"):
+        hooked_linear(x, weight, bias, [q, s[:, 1:]], 1.0)
+
+
 def test_tensors_that_changed_under_the_same_name_are_looked_at_again():
     x, weight, bias, q, s = layer()
     mean = torch.tensor(1.0)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coachhook.ops import _backends
-from coachhook.ops._registry import is_plain_eager, is_watched, register_op
+from coachhook.ops._registry import is_plain_eager, register_op
 from coachhook.ops.hooked_linear import cpu, cuda, decode, reference, triton
 from coachhook.ops.hooked_linear.checks import (
     check_base_output,
@@ -300,13 +300,11 @@ def hooked_linear(
         BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "hooked_linear"
-    facts = None
-    if not is_watched():
-        facts = facts_of(op, (x, weight, bias), delta, alpha, mask, cu_seqlens, scope, backend)
-        function = None if facts is None else recall(facts)
-        if function is not None and not fuses_decoding(x):
-            output = F.linear(x, weight, bias)
-            return function(output, x, delta, alpha, mask, None, scope or Sequence(), True)
+    facts = facts_of(op, (x, weight, bias), delta, alpha, mask, cu_seqlens, scope, backend)
+    function = None if facts is None else recall(facts)
+    if function is not None and not fuses_decoding(x):
+        output = F.linear(x, weight, bias)
+        return function(output, x, delta, alpha, mask, None, scope or Sequence(), True)
     given = check_input(op, x)
     m = check_weight(op, given, weight, bias)
     delta, scope = check_gate(op, given, delta, alpha, mask, cu_seqlens, scope, m)
@@ -350,12 +348,10 @@ def hook_output(
         BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "hook_output"
-    facts = None
-    if not is_watched():
-        facts = facts_of(op, (x, base_output), delta, alpha, mask, cu_seqlens, scope, backend)
-        function = None if facts is None else recall(facts)
-        if function is not None:
-            return function(base_output, x, delta, alpha, mask, None, scope or Sequence(), False)
+    facts = facts_of(op, (x, base_output), delta, alpha, mask, cu_seqlens, scope, backend)
+    function = None if facts is None else recall(facts)
+    if function is not None:
+        return function(base_output, x, delta, alpha, mask, None, scope or Sequence(), False)
     given = check_input(op, x)
     m = check_base_output(op, given, base_output)
     delta, scope = check_gate(op, given, delta, alpha, mask, cu_seqlens, scope, m)

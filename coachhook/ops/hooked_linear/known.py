@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook.ops._registry import is_watched
 from coachhook.ops.hooked_linear.scopes import Population, Prefix, Sequence, Ungated
 
 Facts = tuple[Any, ...]
@@ -48,13 +49,15 @@ def facts_of(
     scope: Any,
     backend: str,
 ) -> Facts | None:
-    """What the checks of a call look at, or None where that is more than can be kept.
+    """What the checks of a call look at; None where more has to be seen, or somebody looks on.
 
     Args:
         op: name of the op.
         layer: x and what belongs to the frozen layer.
         delta, alpha, mask, cu_seqlens, scope, backend: as given by the caller, not yet checked.
     """
+    if is_watched() or cu_seqlens is not None or torch._C._is_any_autocast_enabled():
+        return None
     kind = type(scope)
     values: tuple[Any, ...]
     if kind is Population:
@@ -65,15 +68,20 @@ def facts_of(
         values = alpha, mask
     else:
         return None
-    if cu_seqlens is not None or torch._C._is_any_autocast_enabled():
+    if type(delta) is tuple:
+        pair = delta
+    elif isinstance(delta, Tensor):
+        pair = (delta,)
+    else:
         return None
-    pair = delta if type(delta) is tuple else (delta,)
     facts: list[Any] = [op, backend, _VARIABLES.get(_BACKEND), kind, len(pair)]
-    look = _ON_CPU if type(layer[0]) is Tensor and layer[0].is_cpu else _ANYWHERE
+    look = _ON_CPU if getattr(layer[0], "is_cpu", False) else _ANYWHERE
     for value in (*layer, *pair, *values):
         found = type(value)
         if found is Tensor or found is nn.Parameter:
             facts += look(value)
+        elif value is None:
+            facts.append(None)
         elif isinstance(value, Tensor):
             return None
         else:
