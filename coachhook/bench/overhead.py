@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from coachhook.bench.hooked_linear import ALPHA, Layer
 from coachhook.bench.runner import Case, benchmark
-from coachhook.ops import _backends, hooked_linear
-from coachhook.ops.hooked_linear import _HOOK_OUTPUT, _first_choice, _pack
+from coachhook.ops import hooked_linear
+from coachhook.ops.hooked_linear import _HOOK_OUTPUT, _implementation, _pack
 
 _CALLS = 100
 
@@ -34,7 +34,7 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
     x = torch.randn(1, 1, 64, device=device).to(kind)
     alpha = torch.tensor(ALPHA, device=device)
     delta, scope = layer.delta("factored"), layer.scope("population")
-    implementation = _backends.resolve("hooked_linear", "auto", x, first=_first_choice(x))
+    implementation = _implementation("hooked_linear", "auto", x)
 
     def direct() -> None:
         base = F.linear(x, layer.weight, layer.bias)

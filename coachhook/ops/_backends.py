@@ -54,6 +54,10 @@ class Implementation:
     supports: Callable[..., str | None] | None = None
     extension: bool = True
 
+    def refusal(self, tensors: tuple[Any, ...]) -> str | None:
+        """The reason why it does not take these tensors, or None."""
+        return None if self.supports is None else self.supports(*tensors)
+
 
 _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 
@@ -68,6 +72,7 @@ def register(
 ) -> None:
     """Add an implementation of an op; ``backend`` is one of :data:`BACKENDS`."""
     _IMPLEMENTATIONS.setdefault(op, {})[backend] = Implementation(function, supports, extension)
+    _candidates.cache_clear()
 
 
 @cache
@@ -117,15 +122,32 @@ def _why_missing(op: str, backend: str, device: torch.device) -> str | None:
     return None
 
 
-def _why_refused(op: str, backend: str, tensors: tuple[Any, ...]) -> str | None:
-    """The reason why a backend that is there does not take these tensors, or None."""
-    supports = _IMPLEMENTATIONS[op][backend].supports
-    return supports(*tensors) if supports is not None and tensors else None
+def _able(op: str, device: torch.device, tensors: tuple[Any, ...]) -> list[str]:
+    """The backends that can run these tensors."""
+    return [
+        backend
+        for backend in BACKENDS
+        if _why_missing(op, backend, device) is None
+        and _IMPLEMENTATIONS[op][backend].refusal(tensors) is None
+    ]
 
 
-def _why_not(op: str, backend: str, device: torch.device, tensors: tuple[Any, ...]) -> str | None:
-    """The reason why a backend cannot run these tensors on a device, or None where it can."""
-    return _why_missing(op, backend, device) or _why_refused(op, backend, tensors)
+@cache
+def _candidates(
+    op: str, asked: str, device: torch.device, first: str | None
+) -> tuple[tuple[str, Implementation], ...]:
+    """What ``asked`` may mean on a device, first choice first.
+
+    Kept for the process: what is installed and what a machine has does not change.
+    """
+    if asked != "auto":
+        order: tuple[str, ...] = (asked,)
+    else:
+        order = _PREFERENCE.get(device.type, ("reference",))
+        if first in order:
+            order = (first, *order)
+    table = _IMPLEMENTATIONS[op]
+    return tuple((b, table[b]) for b in order if _why_missing(op, b, device) is None)
 
 
 @cache
@@ -158,7 +180,7 @@ def available_backends(
     report: dict[str, tuple[bool, str | None]] = {}
     for backend in BACKENDS:
         home = "cuda" if backend in ("triton", "cuda") else "cpu"
-        reason = _why_not(op, backend, torch.device(home if device is None else device), ())
+        reason = _why_missing(op, backend, torch.device(home if device is None else device))
         report[backend] = (reason is None, reason)
     return report
 
@@ -173,7 +195,7 @@ def is_supported(op: str, device: torch.device | str | None = None) -> bool:
     where = _default_device() if device is None else torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         return False
-    return any(_why_not(op, backend, where, ()) is None for backend in BACKENDS)
+    return any(_why_missing(op, backend, where) is None for backend in BACKENDS)
 
 
 def ops() -> list[str]:
@@ -205,33 +227,25 @@ def resolve(
         ValueError: unknown backend name, in the argument or in ``COACHHOOK_BACKEND``.
         BackendUnavailableError: the backend asked for cannot run here; the message says why.
     """
-    check_backend(op, backend)
     device = tensors[0].device
     asked = backend
     if backend == "auto":
         asked = os.environ.get("COACHHOOK_BACKEND") or "auto"
-        if asked != "auto" and asked not in BACKENDS:
-            raise ValueError(
-                f"COACHHOOK_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {asked!r}"
-            )
-    table = _IMPLEMENTATIONS[op]
-    if asked != "auto":
-        reason = _why_not(op, asked, device, tensors)
-        if reason is None:
-            return table[asked].function
-        able = [b for b in BACKENDS if _why_not(op, b, device, tensors) is None]
-        raise BackendUnavailableError(
-            f"{op}: backend {asked!r} is not available: {reason}; "
-            f"available for tensors on {device}: {', '.join(able)}"
+    if asked != "auto" and asked not in BACKENDS:
+        check_backend(op, backend)
+        raise ValueError(
+            f"COACHHOOK_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {asked!r}"
         )
-    order = _PREFERENCE.get(device.type, ("reference",))
-    if first in order:
-        order = (first, *order)
-    for candidate in order:
-        if candidate not in table or _why_missing(op, candidate, device) is not None:
-            continue
-        reason = _why_refused(op, candidate, tensors)
+    reason = None
+    for candidate, implementation in _candidates(op, asked, device, first):
+        reason = implementation.refusal(tensors)
         if reason is None:
-            return table[candidate].function
-        _say_once(op, candidate, reason)
-    raise BackendUnavailableError(f"{op}: no implementation for tensors on {device}")
+            return implementation.function
+        if asked == "auto":
+            _say_once(op, candidate, reason)
+    if asked == "auto":
+        raise BackendUnavailableError(f"{op}: no implementation for tensors on {device}")
+    raise BackendUnavailableError(
+        f"{op}: backend {asked!r} is not available: {reason or _why_missing(op, asked, device)}; "
+        f"available for tensors on {device}: {', '.join(_able(op, device, tensors))}"
+    )

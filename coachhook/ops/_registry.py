@@ -44,11 +44,16 @@ _PLAIN_TENSORS = frozenset(
 )
 
 
+def is_watched() -> bool:
+    """Whether somebody looks on: a compiler, a dispatch mode or a functorch transform."""
+    if torch.compiler.is_compiling():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
 def is_plain_eager(*values: Any) -> bool:
     """Whether a body may be called directly on these values (non-tensors are ignored)."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if is_watched():
         return False
     for value in values:
         if type(value) not in _PLAIN_TENSORS and isinstance(value, Tensor):

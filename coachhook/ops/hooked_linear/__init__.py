@@ -13,6 +13,7 @@ layer of *Consecutive Batch Model Editing with HooK Layers* (EMNLP 2024), sectio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,6 +30,7 @@ from coachhook.ops.hooked_linear.checks import (
     check_input,
     check_weight,
 )
+from coachhook.ops.hooked_linear.known import facts_of, recall, remember
 from coachhook.ops.hooked_linear.reference import Delta
 from coachhook.ops.hooked_linear.scopes import (
     Membership,
@@ -62,14 +64,15 @@ _backends.register("hooked_linear", "triton", triton.hook_output, supports=trito
 _backends.register("gate_scores", "triton", triton.gate_scores, supports=triton.supports)
 
 
-_UNCHANGED = nullcontext()
-
-
 def _exact_products(device: torch.device) -> Any:
     """Context in which autocast does not lower the precision of the gate's products."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return _UNCHANGED
+    return nullcontext()
+
+
+def _tensors(delta: Delta) -> tuple[Tensor, ...]:
+    return (delta,) if isinstance(delta, Tensor) else delta
 
 
 def _is_decoding(x: Tensor) -> bool:
@@ -77,38 +80,20 @@ def _is_decoding(x: Tensor) -> bool:
     return x.numel() <= decode.MAX_TOKENS * x.shape[-1]
 
 
-def _first_choice(x: Tensor) -> str:
-    """The GPU implementation to try first: by shape alone, so that a graph holds one choice."""
-    return "cuda" if _is_decoding(x) else "triton"
+def _implementation(op: str, backend: str, x: Tensor) -> Callable[..., Any]:
+    """What runs the op: on a GPU by shape alone, so that a graph holds one choice."""
+    first = None
+    if x.is_cuda:
+        first = "cuda" if _is_decoding(x) else "triton"
+    return _backends.resolve(op, backend, x, first=first)
 
 
-def _run(
-    base_output: Tensor,
-    x: Tensor,
-    delta: Delta,
-    alpha: float | Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scope: Scope,
-    backend: str,
-    owned: bool,
-) -> tuple[Tensor, Tensor]:
-    function = _backends.resolve("hooked_linear", backend, x, first=_first_choice(x))
+def _run(op: str, backend: str, x: Tensor, *arguments: Any) -> Any:
+    function = _implementation(op, backend, x)
+    if not torch._C._is_any_autocast_enabled():
+        return function(*arguments)
     with _exact_products(x.device):
-        return function(base_output, x, delta, alpha, mask, cu_seqlens, scope, owned)
-
-
-def _run_scores(
-    x: Tensor,
-    delta: Delta,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scope: Scope,
-    backend: str,
-) -> Tensor:
-    function = _backends.resolve("gate_scores", backend, x, first=_first_choice(x))
-    with _exact_products(x.device):
-        return function(x, delta, mask, cu_seqlens, scope)
+        return function(*arguments)
 
 
 # The registered forms: scopes travel as a name and their tensors.
@@ -186,7 +171,8 @@ def _hook_output_body(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     delta, scope = _unpack(projection, lift, kind, mean, std, groups, state)
-    y, z = _run(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, False)
+    arguments = base_output, x, delta, alpha, mask, cu_seqlens, scope, False
+    y, z = _run("hooked_linear", backend, x, *arguments)
     if y is base_output:  # an op must not return its input
         y = base_output.clone(memory_format=torch.contiguous_format)
     return y.contiguous(), z
@@ -211,7 +197,7 @@ def _gate_scores_body(
     backend: str,
 ) -> Tensor:
     delta, scope = _unpack(projection, lift, kind, mean, std, groups, state)
-    return _run_scores(x, delta, mask, cu_seqlens, scope, backend)
+    return _run("gate_scores", backend, x, x, delta, mask, cu_seqlens, scope)
 
 
 def _gate_scores_fake(x: Tensor, *_: Any) -> Tensor:
@@ -240,9 +226,10 @@ def _hook(
     backend: str,
     owned: bool,
 ) -> tuple[Tensor, Tensor]:
-    parts = (delta,) if isinstance(delta, Tensor) else delta
+    parts = _tensors(delta)
     if is_plain_eager(base_output, x, *parts):
-        return _run(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, owned)
+        arguments = base_output, x, delta, alpha, mask, cu_seqlens, scope, owned
+        return _run("hooked_linear", backend, x, *arguments)
     if reference.differentiates(base_output, x, *parts):
         with _exact_products(x.device):
             return reference.hook_output(base_output, x, delta, alpha, mask, cu_seqlens, scope)
@@ -312,18 +299,24 @@ def hooked_linear(
         BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "hooked_linear"
-    check_input(op, x)
-    check_weight(op, x, weight, bias)
-    delta, scope = check_gate(op, x, delta, alpha, mask, cu_seqlens, scope, weight.shape[0])
+    facts = facts_of(op, (x, weight, bias), delta, alpha, mask, cu_seqlens, scope, backend)
+    function = None if facts is None else recall(facts)
+    if function is not None and not fuses_products(x):
+        output = F.linear(x, weight, bias)
+        return function(output, x, delta, alpha, mask, None, scope or Sequence(), True)
+    given = check_input(op, x)
+    m = check_weight(op, given, weight, bias)
+    delta, scope = check_gate(op, given, delta, alpha, mask, cu_seqlens, scope, m)
     _backends.check_backend(op, backend)
-    parts = (delta,) if isinstance(delta, Tensor) else delta
-    if fuses_products(x) and is_plain_eager(weight, bias, *parts):
-        function = _backends.resolve(op, backend, x, first=_first_choice(x))
+    if fuses_products(x) and is_plain_eager(weight, bias, *_tensors(delta)):
+        function = _implementation(op, backend, x)
         for kernels in (cuda, triton):
             if function is kernels.hook_output and kernels.fuses(
                 x, weight, bias, delta, cu_seqlens, scope
             ):
                 return kernels.hooked_linear(x, weight, bias, delta, alpha, mask, cu_seqlens, scope)
+    if facts is not None:
+        remember(facts, _implementation(op, backend, x))
     base_output = F.linear(x, weight, bias)
     return _hook(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, True)
 
@@ -354,11 +347,16 @@ def hook_output(
         BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "hook_output"
-    check_input(op, x)
-    check_base_output(op, base_output, x)
-    m = base_output.shape[-1]
-    delta, scope = check_gate(op, x, delta, alpha, mask, cu_seqlens, scope, m)
+    facts = facts_of(op, (x, base_output), delta, alpha, mask, cu_seqlens, scope, backend)
+    function = None if facts is None else recall(facts)
+    if function is not None:
+        return function(base_output, x, delta, alpha, mask, None, scope or Sequence(), False)
+    given = check_input(op, x)
+    m = check_base_output(op, given, base_output)
+    delta, scope = check_gate(op, given, delta, alpha, mask, cu_seqlens, scope, m)
     _backends.check_backend(op, backend)
+    if facts is not None:
+        remember(facts, _implementation("hooked_linear", backend, x))
     return _hook(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, False)
 
 
@@ -380,12 +378,12 @@ def gate_scores(
         BackendUnavailableError: the backend asked for cannot run here.
     """
     op = "gate_scores"
-    check_input(op, x)
-    delta, scope = check_gate(op, x, delta, 0.0, mask, cu_seqlens, scope, None)
+    given = check_input(op, x)
+    delta, scope = check_gate(op, given, delta, 0.0, mask, cu_seqlens, scope, None)
     _backends.check_backend(op, backend)
-    parts = (delta,) if isinstance(delta, Tensor) else delta
+    parts = _tensors(delta)
     if is_plain_eager(x, *parts):
-        return _run_scores(x, delta, mask, cu_seqlens, scope, backend)
+        return _run(op, backend, x, x, delta, mask, cu_seqlens, scope)
     registered = _GATE_SCORES.registered
     z = registered(x, *_pack(x, delta, mask, cu_seqlens, scope, backend))
     return z
