@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,10 @@ from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import available_backends, cholesky_update_, cholesky_update_solve_
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
 
+_LOG = logging.getLogger(__name__)
+
 _RANK = 256
-# JAX's kernel takes 2 n steps across the whole GPU for each key.
+# JAX's kernel takes 2 n steps across the whole GPU for each key, its scan a pass over the factor.
 _JAX_ROWS = 6400
 
 
@@ -44,18 +48,27 @@ def refactored(prior: Tensor, keys: Tensor) -> Tensor:
     return torch.linalg.cholesky(prior + keys @ keys.mT)
 
 
-def jax_rank_one(factor: Tensor, keys: Tensor) -> Callable[[], object] | None:
+def jax_rank_one(factor: Tensor, keys: Tensor) -> tuple[str, Callable[[], object]] | None:
     """JAX's update by one key at a time, on its own copies; None where JAX is not installed.
 
-    ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` in the environment leaves torch its share of a GPU.
+    On a GPU its ``cholesky_update``, with a kernel of its own; ``XLA_PYTHON_CLIENT_PREALLOCATE=
+    false`` in the environment leaves torch its share of the memory. Elsewhere that function is
+    unrolled row by row, which takes minutes to compile from n = 512 on: there the same recurrence
+    runs as a scan over the rows.
+
+    Returns:
+        What runs, and a function that runs it for all keys.
     """
-    if importlib.util.find_spec("jax") is None:
+    jax = _jax()
+    if jax is None:
         return None
-    jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
-    root = jax.numpy.asarray(factor.mT.cpu().numpy())  # upper: A = R^T R
-    columns = [jax.numpy.asarray(column) for column in keys.mT.cpu().numpy()]
-    update = jax.jit(jax.lax.linalg.cholesky_update)
+    root = jax.numpy.asarray(factor.mT.contiguous().cpu().numpy())  # upper: A = R^T R
+    columns = [jax.numpy.asarray(column) for column in keys.mT.contiguous().cpu().numpy()]
+    if jax.default_backend() == "gpu":
+        name, update = "jax cholesky_update", jax.jit(jax.lax.linalg.cholesky_update)
+    else:
+        name, update = "jax rotations in a scan", jax.jit(partial(_rotations, jax))
 
     def run() -> object:
         result = root
@@ -63,7 +76,28 @@ def jax_rank_one(factor: Tensor, keys: Tensor) -> Callable[[], object] | None:
             result = update(result, column)
         return result.block_until_ready()
 
-    return run
+    return f"{name}, {len(columns)} times", run
+
+
+@cache
+def _jax() -> Any:
+    if importlib.util.find_spec("jax") is None:
+        _LOG.warning("bench: cholesky: JAX is not installed, so it is not compared with")
+        return None
+    return importlib.import_module("jax")
+
+
+def _rotations(jax: Any, root: Any, key: Any) -> Any:
+    """Upper R of ``R^T R + k k^T`` by a Givens rotation for each row, in JAX."""
+
+    def step(rest: Any, indexed: tuple[Any, Any]) -> tuple[Any, Any]:
+        i, row = indexed
+        radius = jax.numpy.hypot(row[i], rest[i])
+        c, s = row[i] / radius, rest[i] / radius
+        return c * rest - s * row, c * row + s * rest
+
+    # A scan hands out one row after another; a matrix carried along would be copied at each.
+    return jax.lax.scan(step, key, (jax.numpy.arange(len(key)), root))[1]
 
 
 def _peers(prior: Tensor, keys: Tensor) -> dict[str, tuple[str, Callable[[], Tensor]]]:
@@ -101,7 +135,7 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
                 for backend in [b for b in able if b != "reference"] or ["reference"]:
                     more: dict[str, Callable[[], object]] = {}
                     if one_by_one is not None and op == "cholesky_update_":
-                        more[f"jax cholesky_update, {k} times"] = one_by_one
+                        more[one_by_one[0]] = one_by_one[1]
                     yield Case(
                         op=op,
                         shape=f"n={n} k={k}",

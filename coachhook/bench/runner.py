@@ -98,9 +98,12 @@ def benchmarked_ops() -> list[str]:
 
 
 def _host_clock() -> tuple[str, Callable[[], float]]:
-    """Seconds that count: where torch runs one thread, only those in which that thread ran."""
+    """Seconds that count: where torch runs one thread, only those in which this process ran.
+
+    Not those of the calling thread alone: a peer may have threads of its own.
+    """
     if torch.get_num_threads() == 1:
-        return "thread", time.thread_time
+        return "process", time.process_time
     return "wall", time.perf_counter
 
 
@@ -294,9 +297,9 @@ def run(
         none), peer, ratio = peer_ms / median_ms;
         times_floor = op / floor, gb_per_s and copy_share (of a copy's bandwidth), these three as
         CUDA graphs where there are any; peers_ms and graph_ms (medians by name); min_ms; rounds;
-        clock ("events", or on the CPU "thread" where torch runs one thread: a busy machine does not
-        count, and else "wall"); left_out, peers and graphs that failed; error, None or why the
-        case could not be measured.
+        clock ("events"; on the CPU "process" where torch runs one thread, so that a busy machine
+        does not count, and else "wall"); left_out, peers and graphs that failed; error, None or why
+        the case could not be measured.
 
     Raises:
         ValueError: unknown op.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,19 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with an interrupted run of the same command"
     )
+    parser.add_argument(
+        "--batch-tokens",
+        type=positive_int,
+        metavar="N",
+        help="tokens in a forward pass, which bounds the memory (default: 2048, on a GPU 8192)",
+    )
+    parser.add_argument(
+        "--checkpoint-seconds",
+        type=positive_int,
+        default=300,
+        metavar="N",
+        help="time between two states that --resume can go on from (default: %(default)s)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -96,6 +110,8 @@ def _collect(args: argparse.Namespace) -> Statistics:
             raise InputError(
                 f"an interrupted run left {_partial(args)}; go on with --resume, or delete it"
             )
+        if args.resume and not _partial(args).exists():
+            print(f"{_partial(args)} does not exist: starting anew", file=sys.stderr)
         model, tokenizer = open_model(args)
         for layer in args.layers or []:
             describe(model).layer(layer)
@@ -107,6 +123,8 @@ def _collect(args: argparse.Namespace) -> Statistics:
             layers=args.layers,
             max_tokens=args.tokens,
             minimal=args.minimal,
+            batch_tokens=args.batch_tokens,
+            checkpoint_seconds=args.checkpoint_seconds,
             checkpoint_dir=_partial(args),
             resume=args.resume,
         )

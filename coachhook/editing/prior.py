@@ -9,6 +9,7 @@ from torch import Tensor
 
 from coachhook.errors import NotPositiveDefiniteError
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
+from coachhook.ops.cholesky.triangular import solve_transposed
 
 # A pivot this far below its diagonal entry, in eps, is rounding noise.
 _PIVOT_NOISE = 32
@@ -44,7 +45,7 @@ class FactoredPrior:
     def solve_transposed(self, right: Tensor) -> Tensor:
         """``L^-T right`` for right [n, k]."""
         if not self._in_blocks:
-            return torch.linalg.solve_triangular(self.factor.mT, right, upper=True)
+            return solve_transposed(self.factor, right)
         return self._blocks().solve_transposed(right)
 
     def solve_both(self, right: Tensor) -> Tensor:

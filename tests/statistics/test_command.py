@@ -80,6 +80,23 @@ def test_standard_input(folder, call, monkeypatch):
     assert torch.equal(one.covariances[1], other.covariances[1])
 
 
+def test_memory_and_states_are_bounded_as_asked(folder, call, monkeypatch):
+    from coachhook.statistics import collect
+
+    given = {}
+    real = collect.collect_statistics
+    monkeypatch.setattr(
+        "coachhook.statistics.collect_statistics",
+        lambda *args, **options: real(*args, **(given.update(options) or options)),
+    )
+    words = ("--batch-tokens", 64, "--checkpoint-seconds", 7, "--tokens", 300, "--resume")
+    assert (
+        "s.partial does not exist: starting anew" in call(*_stats(folder, folder / "s", *words)).err
+    )
+    assert given["checkpoint_seconds"] == 7
+    assert Statistics.load(folder / "s").meta["batch_tokens"] == 64
+
+
 def test_inspect_refuses_what_does_not_fit(folder, call):
     call(*_stats(folder, folder / "s", "--tokens", 200))
     assert "are for a folder of edits" in call("inspect", folder / "s", "--facts", status=2).err

@@ -19,6 +19,7 @@ from coachhook.ops.cholesky._checks import (
     not_positive_definite,
     overflow,
 )
+from coachhook.ops.cholesky.triangular import solve_transposed
 
 # Rows whose scratch tile [rows, b + k] stays in the second-level cache for k up to 64.
 _ROW_BLOCK = 1024
@@ -81,9 +82,9 @@ def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
     pivots = inner.diagonal().square()
     if bool(pivots.max() <= PIVOT_LIMIT * pivots.min()):
         scaled = torch.cholesky_solve(solved.mT, inner).mT
-        result = torch.linalg.solve_triangular(factor.mT, scaled, upper=True)
+        result = solve_transposed(factor, scaled)
         _panels.apply_(factor, keys, solved, rotations, _ROW_BLOCK)
         return result
     _panels.apply_(factor, keys, solved, rotations, _ROW_BLOCK)
     forward = torch.linalg.solve_triangular(factor, keys, upper=False)
-    return torch.linalg.solve_triangular(factor.mT, forward, upper=True)
+    return solve_transposed(factor, forward)
