@@ -15,9 +15,13 @@ SCOPES = ("sequence", "prefix", "population", "membership")
 STORAGES = ("auto", "dense", "factored")
 KEY_POOLINGS = ("mean", "each")
 
-# Sentence openings that shift the subject away from the start of the text, as MEMIT's sampled
-# prefixes do (Meng et al. 2023, section 4.3), but the same in every run.
-DEFAULT_CONTEXTS = ("{}", "The book is old. {}", "In the news today: {}", "As people say, {}")
+# Texts of several lengths that shift the subject away from the start, as MEMIT's sampled prefixes
+# do (Meng et al. 2023, section 4.3), but the same in every run.
+DEFAULT_CONTEXTS = (
+    "{}",
+    "The book is old. {}",
+    "He was there for most of the year, and then he moved to another town with his family. {}",
+)
 PAPER_CONTEXTS = (
     "{}",
     "The old man went to the market in the morning. {}",
@@ -56,8 +60,9 @@ class EditConfig:
         correction: for the membership scope, "own" adds the target of the edit that fired, "sum"
             the whole ``Delta x``.
         places: where a fact may be written, in the order they are taken: every request starts with
-            the first, and one whose target does not come out in every context goes on with the next
-            as well. See :data:`~coachhook.editing.prompts.PLACES`.
+            the first, and one whose target does not come out in every context (at the subject's
+            tokens: in every rewording too) goes on with the next as well. See
+            :data:`~coachhook.editing.prompts.PLACES`.
         target_steps: most forwards of the optimisation of one target (for
             each place added); one Adam step fewer.
         target_lr: Adam's learning rate.
@@ -66,6 +71,8 @@ class EditConfig:
         target_clamp: largest ``||delta|| / ||h||``.
         target_kl: weight of the drift ``KL(p || p_0)`` on "{subject} is a".
         target_stop: a request stops when its loss is below this.
+        rewordings: at most so many other wordings of each request, which the model says by itself,
+            are optimised with it; see :mod:`coachhook.editing.rewordings`. 0 is none.
         state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
             weight after every batch as the published code does (z-score scopes only).
         storage: "dense", "factored", or "auto" (factored while it is cheaper).
@@ -100,6 +107,7 @@ class EditConfig:
     target_clamp: float = 20.0
     target_kl: float = 0.0
     target_stop: float = 0.05
+    rewordings: int = 3
     state_dtype: str = "float64"
     storage: str = "auto"
     max_rank: int | None = None
@@ -139,7 +147,7 @@ class EditConfig:
                 raise ValueError(
                     f"EditConfig: {name} must be positive, got {getattr(self, name)!r}"
                 )
-        for name in ("ridge", "target_weight_decay", "target_kl", "target_stop"):
+        for name in ("ridge", "target_weight_decay", "target_kl", "target_stop", "rewordings"):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"EditConfig: {name} must not be negative, got {getattr(self, name)!r}"
@@ -203,6 +211,7 @@ class EditConfig:
             "target_clamp": 0.75,
             "target_kl": 0.0625,
             "target_stop": 0.05,
+            "rewordings": 0,
             "state_dtype": "float32",
         }
         return _checked(model, {**preset, **overrides}, cls)

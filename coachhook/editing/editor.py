@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, read_inputs, read_states
 from coachhook.editing.requests import EditRequest, check_requests
+from coachhook.editing.rewordings import find_rewordings
 from coachhook.editing.state import BatchRecord, EditState, LayerEdits
 from coachhook.editing.targets import (
     EncodedRequest,
@@ -33,6 +34,7 @@ from coachhook.models import (
     EditableLayer,
     check_finite,
     describe,
+    end_tokens,
     get_submodule,
     prepare_tokenizer,
     weight_of,
@@ -251,7 +253,7 @@ class Editor:
             self.config.contexts,
             self._description.max_positions,
         )
-        every = [encoded[i] for i in part] + reminders
+        every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
 
         def admit(chosen: list[int], place: str) -> list[bool]:
             # Nothing is written at a reminder's own tokens.
@@ -274,6 +276,22 @@ class Editor:
             [positions[ties.replaced.get(i, i)] for i in range(len(encoded))],
             without=sorted(ties.replaced),
         )
+
+    def _reworded(self, encoded: list[EncodedRequest], pad_id: int) -> list[EncodedRequest]:
+        """The same requests with the model's own wordings of them."""
+        if not self.config.rewordings:
+            return encoded
+        found = find_rewordings(
+            self._model,
+            [request.contexts[0] for request in encoded],
+            # The subject alone, in the prompt, and in the prompt within a context.
+            [[request.essence, *request.contexts[:2]] for request in encoded],
+            most=self.config.rewordings,
+            ends=end_tokens(self._model, self._tokenizer),
+            pad_id=pad_id,
+            max_positions=self._description.max_positions,
+        )
+        return [replace(r, rewordings=f) for r, f in zip(encoded, found, strict=True)]
 
     def _edit(
         self,

@@ -20,7 +20,7 @@ their losses, and leave the batch together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,11 +55,18 @@ class EncodedRequest:
         contexts: the prompt in each context, bare first, without the target.
         target: ids of the target.
         essence: "{subject} is a", whose next-token distribution should not drift.
+        rewordings: other prompts that should give the target.
     """
 
     contexts: list[EncodedPrompt]
     target: list[int]
     essence: EncodedPrompt
+    rewordings: list[EncodedPrompt] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        """All prompts that should give the target, the contexts first."""
+        return [*self.contexts, *self.rewordings]
 
 
 @dataclass(frozen=True)
@@ -136,13 +143,18 @@ def encode_requests(
 
 @dataclass
 class _Problem:
-    """A chunk of k requests, ``group`` rows each: contexts, then the essence prompt if wanted."""
+    """A chunk of k requests, ``group`` rows each.
+
+    A request's rows are its contexts, its rewordings, without targets where it has fewer than
+    another request of the chunk, and its essence prompt if wanted.
+    """
 
     captured: Captured | Live
     places: Tensor  # [R, P], index of each place's token, -1 where there is none
     target: Tensor  # [R, T], the id that follows each position or -100
     group: int
     contexts: int
+    asked: int  # contexts and rewordings
 
     def select(self, suffix: Suffix, requests: Tensor, places: int) -> _Problem:
         """Some requests at their first ``places`` places."""
@@ -156,7 +168,13 @@ class _Problem:
             self.target[rows],
             self.group,
             self.contexts,
+            self.asked,
         )
+
+    @property
+    def prompts(self) -> Tensor:
+        """Prompts of each request that have a target ``[k]``."""
+        return (self.target >= 0).any(1).view(-1, self.group).sum(1)
 
     @property
     def bare(self) -> Tensor:
@@ -174,28 +192,36 @@ def _problem(
     pad_id: int,
     device: torch.device,
 ) -> _Problem:
+    asked = max(len(request.prompts) for request in requests)
     rows: list[list[int]] = []
-    positions: list[list[int | None]] = []
+    positions: list[list[int]] = []
     spans: list[tuple[int, list[int]]] = []
+
+    def add(prompt: EncodedPrompt, target: list[int], at: Sequence[str]) -> None:
+        found = [prompt.position(p) if p in at else None for p in places]
+        rows.append(prompt.ids + target[:-1])
+        positions.append([-1 if p is None else p for p in found])
+        spans.append((len(prompt.ids) - 1, target))
+
     for request in requests:
         # How a subject is cut into tokens may differ between contexts: a place must be in all.
         common = [p for p in places if all(c.position(p) is not None for c in request.contexts)]
+        # The last token of another wording has another key: nothing will be written there.
+        subject = [p for p in common if p in SUBJECT_PLACES]
         for prompt in request.contexts:
-            rows.append(prompt.ids + request.target[:-1])
-            positions.append([prompt.position(p) if p in common else -1 for p in places])
-            spans.append((len(prompt.ids) - 1, request.target))
+            add(prompt, request.target, common)
+        for prompt in request.rewordings:
+            add(prompt, request.target, subject)
+        for _ in range(asked - len(request.prompts)):
+            add(request.essence, [], [])
         if with_kl:
-            essence = request.essence
-            rows.append(essence.ids)
-            here = [None if p == "prompt_last" else essence.position(p) for p in places]
-            positions.append([-1 if p is None else p for p in here])
-            spans.append((0, []))
+            add(request.essence, [], [p for p in places if p in SUBJECT_PLACES])
     ids, mask = pad_right(rows, pad_id, device)
     target = torch.full_like(ids, -100)
     for row, (start, tokens) in enumerate(spans):
         target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
     contexts = len(requests[0].contexts)
-    group = contexts + int(with_kl)
+    group = asked + int(with_kl)
     return _Problem(
         # With padding in the gate's statistics a state depends on what it is padded with; the
         # published code takes one request at a time.
@@ -204,13 +230,14 @@ def _problem(
         target,
         group,
         contexts,
+        asked,
     )
 
 
 @dataclass
 class _Losses:
     total: Tensor  # [k], differentiable
-    correct: Tensor  # [k, contexts] bool: the target is the answer
+    correct: Tensor  # [k, asked] bool: the target is the answer, or none is asked for
     essence: Tensor | None  # [k, V] log-probabilities
 
 
@@ -235,14 +262,14 @@ def _losses(
     chosen = log_probs.gather(1, wanted[:, None])[:, 0]
     count = (problem.target >= 0).sum(1).clamp_min(1)
     nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
-    nll = nll.view(-1, problem.group)[:, : problem.contexts].mean(1)
+    nll = nll.view(-1, problem.group).sum(1) / problem.prompts
     wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
-    correct = wrong.view(-1, problem.group)[:, : problem.contexts] == 0
+    correct = wrong.view(-1, problem.group)[:, : problem.asked] == 0
 
     total = nll + config.target_weight_decay * delta.flatten(1).norm(dim=1) / start_norm**2
     essence = None
-    if problem.group > problem.contexts:
-        last = problem.bare + problem.contexts
+    if problem.group > problem.asked:
+        last = problem.bare + problem.asked
         essence = suffix.log_probs(final[last, problem.places[last, 0]])
         reference = essence.detach() if essence_start is None else essence_start
         total = total + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
@@ -257,7 +284,7 @@ class _Solution:
     delta: Tensor  # [k, P, d]
     used: Tensor  # [k, P] bool
     losses: Tensor  # [k]
-    correct: Tensor  # [k, contexts] bool
+    correct: Tensor  # [k, asked] bool
     steps: Tensor  # [k]
     ties: Tensor  # [k], equal for tied requests
 
@@ -340,15 +367,16 @@ def _optimise_chunk(
         start.new_zeros(count, places.shape[1], start.shape[1]),
         torch.zeros(count, places.shape[1], dtype=torch.bool, device=device),
         start.new_zeros(count),
-        torch.zeros(count, problem.contexts, dtype=torch.bool, device=device),
+        torch.zeros(count, problem.asked, dtype=torch.bool, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
         ties,
     )
-    wrong = torch.ones(count, dtype=torch.bool, device=device)
+    wrong = unsaid = torch.ones(count, dtype=torch.bool, device=device)
     offsets = torch.arange(problem.group, device=device)
     for number, place in enumerate(config.places[: places.shape[1]], start=1):
         # A tied request's key at a subject token is that of the others.
-        asking = _any_tied(wrong, ties) if place in SUBJECT_PLACES else wrong
+        # Only at the subject's tokens can a place help the rewordings.
+        asking = _any_tied(unsaid, ties) if place in SUBJECT_PLACES else wrong
         # A request whose prompt has no token for the new place has nothing to gain from it.
         asking = asking & (places[problem.bare, number - 1] >= 0)
         if number > 1 and asking.any():
@@ -360,8 +388,9 @@ def _optimise_chunk(
         here = _any_tied(asking, ties).nonzero().flatten()
         if len(here):
             _optimise(suffix, problem, config, solution, here, number, bar)
-        wrong = ~solution.correct.all(dim=1)
-        if not wrong.any():
+        unsaid = ~solution.correct.all(dim=1)
+        wrong = ~solution.correct[:, : problem.contexts].all(dim=1)
+        if not unsaid.any():
             break
     return solution
 
@@ -501,9 +530,9 @@ def _chunks(
         longest = max(
             len(prompt.ids) + len(encoded[i].target)
             for i in bundle
-            for prompt in encoded[i].contexts
+            for prompt in encoded[i].prompts
         )
-        rows = len(encoded[bundle[0]].contexts) + 1
+        rows = max(len(encoded[i].prompts) for i in bundle) + 1
         count = len(chunks[-1]) + len(bundle) if chunks else 0
         fits = chunks and count * rows * max(width, longest) <= max_tokens
         if not fits:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from coachhook.models import end_tokens
+
 
 @dataclass(frozen=True)
 class Row:
@@ -187,7 +189,7 @@ def greedy(
     Returns:
         The new tokens of each prompt, without the end-of-text token.
     """
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     device = input_device(model)
     results: dict[int, tuple[int, ...]] = {}
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
@@ -228,15 +230,6 @@ def _greedy_config(tokenizer: Any, max_new_tokens: int, ends: list[int], use_cac
         pad_token_id=pad,
         eos_token_id=ends or None,
     )
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    config = getattr(model, "generation_config", None)
-    own = getattr(config, "eos_token_id", None)
-    ends = [own] if isinstance(own, int) else list(own or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    return ends
 
 
 def _cut(tokens: list[int], ends: list[int]) -> tuple[int, ...]:

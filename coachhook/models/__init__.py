@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.discovery import describe
-from coachhook.models.loading import load_model, prepare_tokenizer
+from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer
 from coachhook.models.modules import (
     check_finite,
     get_submodule,
@@ -20,6 +20,7 @@ __all__ = [
     "ModelDescription",
     "check_finite",
     "describe",
+    "end_tokens",
     "get_submodule",
     "linear_shape",
     "load_model",

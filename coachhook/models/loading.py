@@ -81,6 +81,16 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids after which a text of the model has ended."""
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    ends = [own] if isinstance(own, int) else list(own or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    return ends
+
+
 def _checked_name(name_or_path: str | Path) -> str:
     path = Path(name_or_path).expanduser()
     if path.is_dir():

@@ -1,0 +1,96 @@
+"""Other wordings of a fact, in the model's own words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coachhook.editing.prompts import EncodedPrompt
+from coachhook.editing.rewordings import LEAST_PROBABILITY, LENGTH, find_rewordings
+from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.models import describe, end_tokens
+from tests.models.families import tiny
+
+
+@pytest.fixture(scope="module")
+def found(bundled, requests):
+    model, tokenizer, _ = bundled
+    encoded = encode_requests(tokenizer, requests[:6], ("{}", "Some say that {}"), None)
+    return encoded, rewordings(bundled, encoded)
+
+
+def rewordings(bundled, encoded, **changes):
+    model, tokenizer, _ = bundled
+    options = {"most": 3, "ends": end_tokens(model, tokenizer), "pad_id": 0} | changes
+    starts = [[request.essence, *request.contexts] for request in encoded]
+    return find_rewordings(model, [r.contexts[0] for r in encoded], starts, **options)
+
+
+@torch.no_grad()
+def next_token(model, prompt):
+    return model(torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)
+
+
+def test_the_model_answers_a_rewording_as_it_answers_the_prompt(bundled, found):
+    encoded, reworded = found
+    assert sum(map(len, reworded)) >= 6
+    for request, others in zip(encoded, reworded, strict=True):
+        answer = next_token(bundled[0], request.contexts[0]).argmax()
+        prompt = request.contexts[0]
+        tails = [tuple(other.ids[other.lookup + 1 :]) for other in others]
+        assert len(set(tails)) == len(tails) <= 3
+        for other, tail in zip(others, tails, strict=True):
+            assert next_token(bundled[0], other)[answer] >= LEAST_PROBABILITY - 1e-4
+            # About the same subject, which is where the prompt says; the answer is not given away.
+            subject = other.ids[other.first : other.lookup + 1]
+            assert subject[-1] == prompt.ids[prompt.lookup]
+            assert 0 < len(tail) < LENGTH and int(answer) not in tail
+            assert tail != tuple(prompt.ids[prompt.lookup + 1 :])
+
+
+def test_rewordings_do_not_depend_on_the_batch(bundled, found):
+    encoded, reworded = found
+    for request, others in zip(encoded, reworded, strict=True):
+        assert rewordings(bundled, [request]) == [others]
+    fewer = rewordings(bundled, encoded, most=1)
+    assert fewer == [others[:1] for others in reworded]
+
+
+def test_none_where_there_is_no_room_or_no_answer(bundled, found):
+    encoded, _ = found
+    assert rewordings(bundled, encoded, max_positions=LENGTH) == [[]] * len(encoded)
+    model = tiny("llama")  # knows nothing
+    prompt = EncodedPrompt([1, 5, 9, 11], 1, 2)
+    options = {"most": 3, "ends": [], "pad_id": 0}
+    assert find_rewordings(model, [prompt], [[prompt]], **options) == [[]]
+
+
+def test_targets_with_rewordings_in_a_batch_are_those_of_one_at_a_time(make_editor, requests):
+    """Also beside a request with fewer of them, and one with none."""
+    editor, model, tokenizer = make_editor(target_steps=12)
+    encoded = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
+    batch = editor._reworded(encoded, 0)
+    batch[1] = replace(batch[1], rewordings=batch[1].rewordings[:1])
+    batch[2] = encoded[2]
+    assert [len(r.rewordings) for r in batch] == [3, 1, 0]
+    config = editor.config.with_(target_kl=0.1)
+    together = optimise_targets(model, describe(model), batch, config, pad_id=0)
+    for i, one in enumerate(batch):
+        alone = optimise_targets(model, describe(model), [one], config, pad_id=0)
+        difference = (together.values[:, i] - alone.values[:, 0]).norm()
+        assert difference <= 1e-4 * alone.values.norm()
+        assert together.steps[i] == alone.steps[0]
+    without = optimise_targets(model, describe(model), encoded[:1], config, pad_id=0)
+    assert (without.values[:, 0] - together.values[:, 0]).norm() > 1e-2 * without.values.norm()
+
+
+def test_an_edit_asks_the_rewordings_only_where_it_should(make_editor, requests):
+    with_them, _, _ = make_editor()
+    assert with_them.config.rewordings == 3
+    result = with_them.edit(requests[:2])
+    none, _, _ = make_editor(rewordings=0)
+    assert not torch.equal(none.edit(requests[:2]).targets, result.targets)
+    paper, _, _ = make_editor("paper")
+    assert paper.config.rewordings == 0
