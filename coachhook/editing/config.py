@@ -20,6 +20,7 @@ KEY_POOLINGS = ("mean", "each")
 DEFAULT_CONTEXTS = (
     "{}",
     "The book is old. {}",
+    "References: vol. 12, pp. 34-56. {}",
     "He was there for most of the year, and then he moved to another town with his family. {}",
 )
 PAPER_CONTEXTS = (
@@ -73,6 +74,8 @@ class EditConfig:
         target_stop: a request stops when its loss is below this.
         rewordings: at most so many other wordings of each request, which the model says by itself,
             are optimised with it; see :mod:`coachhook.editing.rewordings`. 0 is none.
+        target_parts: a request's prompts are dealt into so many parts, and a step of the
+            optimisation takes the next part; 1 takes all prompts at every step.
         state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
             weight after every batch as the published code does (z-score scopes only).
         storage: "dense", "factored", or "auto" (factored while it is cheaper).
@@ -108,6 +111,7 @@ class EditConfig:
     target_kl: float = 0.0
     target_stop: float = 0.05
     rewordings: int = 3
+    target_parts: int = 2
     state_dtype: str = "float64"
     storage: str = "auto"
     max_rank: int | None = None
@@ -142,7 +146,13 @@ class EditConfig:
                     f"EditConfig: {name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        for name in ("covariance_weight", "target_lr", "target_clamp", "target_steps"):
+        for name in (
+            "covariance_weight",
+            "target_lr",
+            "target_clamp",
+            "target_steps",
+            "target_parts",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(
                     f"EditConfig: {name} must be positive, got {getattr(self, name)!r}"
@@ -212,6 +222,7 @@ class EditConfig:
             "target_kl": 0.0625,
             "target_stop": 0.05,
             "rewordings": 0,
+            "target_parts": 1,
             "state_dtype": "float32",
         }
         return _checked(model, {**preset, **overrides}, cls)

@@ -156,20 +156,29 @@ class _Problem:
     contexts: int
     asked: int  # contexts and rewordings
 
-    def select(self, suffix: Suffix, requests: Tensor, places: int) -> _Problem:
-        """Some requests at their first ``places`` places."""
-        offsets = torch.arange(self.group, device=requests.device)
-        rows = (requests[:, None] * self.group + offsets).flatten()
+    def select(
+        self, suffix: Suffix, requests: Tensor, places: int, part: Tensor | None = None
+    ) -> _Problem:
+        """Some requests at their first ``places`` places, all rows or those numbers of each."""
+        if part is None:
+            part = torch.arange(self.group, device=requests.device)
+        rows = (requests[:, None] * self.group + part).flatten()
         here = self.places[rows, :places]
         first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
         return _Problem(
             suffix.select(self.captured, rows, first),
             here,
             self.target[rows],
-            self.group,
-            self.contexts,
-            self.asked,
+            len(part),
+            int((part < self.contexts).sum()),
+            int((part < self.asked).sum()),
         )
+
+    def parts(self, count: int) -> list[Tensor]:
+        """Numbers of a request's rows, dealt into parts with at least one context each."""
+        numbers = torch.arange(self.group, device=self.places.device)
+        count = min(count, self.contexts)
+        return [numbers[i::count] for i in range(count)]
 
     @property
     def prompts(self) -> Tensor:
@@ -237,6 +246,8 @@ def _problem(
 @dataclass
 class _Losses:
     total: Tensor  # [k], differentiable
+    nll: Tensor  # [k, asked], 0 where no target is asked for
+    penalty: Tensor  # [k]
     correct: Tensor  # [k, asked] bool: the target is the answer, or none is asked for
     essence: Tensor | None  # [k, V] log-probabilities
 
@@ -262,18 +273,19 @@ def _losses(
     chosen = log_probs.gather(1, wanted[:, None])[:, 0]
     count = (problem.target >= 0).sum(1).clamp_min(1)
     nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
-    nll = nll.view(-1, problem.group).sum(1) / problem.prompts
+    nll = nll.view(-1, problem.group)[:, : problem.asked]
     wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
     correct = wrong.view(-1, problem.group)[:, : problem.asked] == 0
 
-    total = nll + config.target_weight_decay * delta.flatten(1).norm(dim=1) / start_norm**2
+    penalty = config.target_weight_decay * delta.flatten(1).norm(dim=1) / start_norm**2
     essence = None
     if problem.group > problem.asked:
         last = problem.bare + problem.asked
         essence = suffix.log_probs(final[last, problem.places[last, 0]])
         reference = essence.detach() if essence_start is None else essence_start
-        total = total + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
-    return _Losses(total, correct, essence)
+        penalty = penalty + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
+    total = nll.sum(1) / problem.prompts + penalty
+    return _Losses(total, nll.detach(), penalty.detach(), correct, essence)
 
 
 @dataclass
@@ -301,8 +313,13 @@ def _optimise(
     """Optimises some requests of a chunk at their first ``places`` places, from where they are.
 
     Tied requests must be given together. The parameters of the first of them serve for all.
+
+    Each step runs the next part of every request's prompts. What the others gave when they were
+    last run decides with it when a request stops, and all are run once more at the end.
     """
-    running = problem.select(suffix, requests, places)
+    parts = problem.parts(config.target_parts)
+    asked = [part[part < problem.asked] for part in parts]
+    running = [problem.select(suffix, requests, places, part) for part in parts]
     lead = _first_of_each(solution.ties[requests])
     shared = torch.tensor([p in SUBJECT_PLACES for p in config.places[:places]])
     shared = shared.to(requests.device)[:, None]
@@ -313,27 +330,34 @@ def _optimise(
     solution.used[requests, :places] = problem.places[problem.bare[requests], :places] >= 0
     active = torch.arange(len(requests), device=requests.device)
     essence_start: Tensor | None = None
+    there = (problem.target >= 0).any(1).view(-1, problem.group)[requests, : problem.asked]
+    latest = torch.zeros_like(solution.correct[requests], dtype=solution.losses.dtype)
+    latest[there] = torch.inf
 
     for step in range(config.target_steps):
+        turn = step % len(parts)
         reference = None if essence_start is None else essence_start[active]
         with torch.enable_grad(), suffix.frozen():
             moved = torch.where(shared, delta[lead[active]], delta[active])
-            now = _losses(suffix, running, moved, start_norm[active], reference, config)
+            now = _losses(suffix, running[turn], moved, start_norm[active], reference, config)
             gradient = torch.autograd.grad(now.total.sum(), delta)[0]
         if essence_start is None and now.essence is not None:
             essence_start = now.essence.detach()
         chosen = requests[active]
         solution.delta[chosen, :places] = moved.detach()
-        solution.losses[chosen] = now.total.detach().to(solution.losses)
-        solution.correct[chosen] = now.correct
-        above = (now.total.detach() >= config.target_stop).to(requests)
+        latest[active[:, None], asked[turn]] = now.nll.to(latest)
+        solution.correct[chosen[:, None], asked[turn]] = now.correct
+        losses = latest[active].sum(1) / there[active].sum(1) + now.penalty.to(latest)
+        solution.losses[chosen] = losses
+        above = (losses >= config.target_stop).to(requests)
         stopped = torch.zeros_like(lead).index_add(0, lead[active], above)[lead[active]] == 0
         if stopped.any():
-            bar.update(int(now.correct[stopped].all(1).sum()))
+            bar.update(int(solution.correct[chosen[stopped]].all(1).sum()))
             active = active[~stopped]
             if not len(active):
                 break
-            running = running.select(suffix, (~stopped).nonzero().flatten(), places)
+            left = (~stopped).nonzero().flatten()
+            running = [rows.select(suffix, left, places) for rows in running]
         if step == config.target_steps - 1:
             break
         solution.steps[requests[active]] += 1
@@ -343,6 +367,14 @@ def _optimise(
             norm = delta.norm(dim=-1)
             outside = norm > radius
             delta[outside] *= (radius / norm)[outside, None]
+
+    if len(parts) > 1:
+        whole = problem.select(suffix, requests, places)
+        found = solution.delta[requests, :places]
+        with torch.no_grad():
+            now = _losses(suffix, whole, found, start_norm, essence_start, config)
+        solution.losses[requests] = now.total.to(solution.losses)
+        solution.correct[requests] = now.correct
 
 
 def _first_of_each(ties: Tensor) -> Tensor:
