@@ -362,6 +362,20 @@ class EditMemory:
         outer = self._prior.solve_both(folded.mT).mT - (folded @ space.solved.mT) @ coefficients
         return targets.mT.contiguous(), torch.cat([outer, coefficients])
 
+    @float32_products(tf32=False)
+    def coefficients_of(self, keys: Tensor) -> Tensor:
+        """The rows of A^T that keys would have if they were appended ``[k, n]``; changes nothing.
+
+        Args:
+            keys: K [n, k], any floating dtype.
+
+        Returns:
+            ``(C + K K^T)^-1 K`` transposed, C with all keys that are there; NaN where the keys
+            outweigh the rest by more than 1 / eps.
+        """
+        rows = self._by_row("coefficients_of", "keys", keys, self.in_features)
+        return self._space.coefficients_of(self._prior, rows)
+
     def keys(self) -> Tensor:
         """All keys K [n, N], in the order of :meth:`column_batches`.
 
