@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from coachhook.bench.hooked_linear import ALPHA
 from coachhook.bench.runner import Case, benchmark
 from coachhook.hooks import HookSet, attach_hooks
+from coachhook.hooks.cache_state import cache_argument, returned_cache
 
 _RANK = 128
 _PROMPT = 2048
@@ -139,11 +140,11 @@ def add_hooks(model: nn.Module, shape: Shape, ids: Tensor) -> HookSet:
 def _decoding(model: Any, ids: Tensor) -> Callable[[], Tensor]:
     """One more token after ``ids [1, T]``; the cache is as before after each call."""
     with torch.inference_mode():
-        cache = copy.deepcopy(model(ids, use_cache=True).past_key_values)
-    token = ids[:, -1:].clone()
+        cache = copy.deepcopy(returned_cache(model(ids, use_cache=True)))
+    token, given = ids[:, -1:].clone(), cache_argument(model, cache)
 
     def step() -> Tensor:
-        logits: Tensor = model(token, past_key_values=cache, use_cache=True).logits
+        logits: Tensor = model(token, use_cache=True, **given).logits
         cache.crop(-1)
         return logits
 

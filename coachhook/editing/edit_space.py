@@ -21,10 +21,35 @@ _PIVOT_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
 _OUTWEIGHS = 1e6
 
 
+# Rows of a diagonal block that torch solves with. A root is a part of a larger buffer, which torch
+# copies for every solve: N^2 numbers, ten times the solve with few right sides.
+_BLOCK = 512
+
+
+def solve_lower(root: Tensor, right: Tensor) -> Tensor:
+    """``root^-1 right`` for a lower triangular root [N, N] and right [N, r]."""
+    rows = right.mT.clone(memory_format=torch.contiguous_format)
+    for first in range(0, len(root), _BLOCK):
+        part = slice(first, first + _BLOCK)
+        block = rows[:, part].addmm_(rows[:, :first], root[part, :first].mT, alpha=-1)
+        block.copy_(torch.linalg.solve_triangular(root[part, part], block.mT, upper=False).mT)
+    return rows.mT
+
+
+def solve_transposed(root: Tensor, right: Tensor) -> Tensor:
+    """``root^-T right`` for a lower triangular root [N, N] and right [N, r]."""
+    rows = right.mT.clone(memory_format=torch.contiguous_format)
+    for first in reversed(range(0, len(root), _BLOCK)):
+        part = slice(first, first + _BLOCK)
+        block = rows[:, part]
+        block.copy_(torch.linalg.solve_triangular(root[part, part].mT, block.mT, upper=True).mT)
+        rows[:, :first].addmm_(block, root[part, :first], alpha=-1)
+    return rows.mT
+
+
 def solve_both(root: Tensor, right: Tensor) -> Tensor:
-    """``(root root^T)^-1 right`` for a lower triangular root."""
-    half = torch.linalg.solve_triangular(root, right, upper=False)
-    return torch.linalg.solve_triangular(root.mT, half, upper=True)
+    """``(root root^T)^-1 right`` for a lower triangular root [N, N] and right [N, r]."""
+    return solve_transposed(root, solve_lower(root, right))
 
 
 @dataclass
@@ -120,14 +145,7 @@ class EditSpace:
             for. A space without is to be thrown away.
         """
         old, total = len(self), len(self) + len(keys)
-        half = prior.solve(keys.mT)
-        solved = prior.solve_transposed(half).mT
-        corner = half.mT @ half
-        finite = torch.isfinite(corner).all()
-        corner.diagonal().add_(1)
-        # In this order: on a CPU a product with k columns in memory is half as fast.
-        overlap = (keys @ self.solved.mT).mT
-        border = torch.linalg.solve_triangular(self.root, overlap, upper=False)
+        solved, border, corner, finite = self._bordered(prior, keys)
         buffers = self._buffers
         if not buffers.has_room(old, total):
             buffers = buffers.grown(old, max(total, old * 3 // 2))
@@ -135,7 +153,7 @@ class EditSpace:
         buffers.solved[old:total] = solved
         buffers.targets[old:total] = targets
         buffers.root[old:total, :old] = border.mT
-        buffers.root[old:total, old:total] = _factored(corner - border.mT @ border)
+        buffers.root[old:total, old:total] = corner
         space = EditSpace(
             buffers.keys[:total],
             buffers.solved[:total],
@@ -145,6 +163,26 @@ class EditSpace:
             weakref.ref(self),
         )
         return space, finite
+
+    def _bordered(
+        self, prior: FactoredPrior, keys: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of further keys [k, n]: solved [k, n], the root's border [N, k] and corner, if finite."""
+        half = prior.solve(keys.mT)
+        solved = prior.solve_transposed(half).mT
+        corner = half.mT @ half
+        finite = torch.isfinite(corner).all()
+        corner.diagonal().add_(1)
+        # In this order: on a CPU a product with k columns in memory is half as fast.
+        overlap = (keys @ self.solved.mT).mT
+        border = solve_lower(self.root, overlap)
+        return solved, border, _factored(corner - border.mT @ border), finite
+
+    def coefficients_of(self, prior: FactoredPrior, keys: Tensor) -> Tensor:
+        """Those of keys [k, n] as if they were appended; NaN where G is then indefinite."""
+        solved, border, corner, _ = self._bordered(prior, keys)
+        weights = solve_transposed(self.root, border)
+        return solve_both(corner, solved - weights.mT @ self.solved)
 
     def delete(self, first: int, last: int, backend: str) -> EditSpace:
         """Without keys first..last-1.
@@ -182,10 +220,12 @@ class EditSpace:
             return self.solve(self.solved)
         old = len(known[0])
         border = self.root[old:, :old].mT
-        weights = torch.linalg.solve_triangular(self.root[:old, :old].mT, border, upper=True)
+        weights = solve_transposed(self.root[:old, :old], border)
         rest = self.solved[old:] - weights.mT @ self.solved[:old]
-        rows = solve_both(self.root[old:, old:], rest)
-        return torch.cat([known[1] - weights @ rows, rows])
+        found = torch.empty_like(self.solved)
+        found[old:] = solve_both(self.root[old:, old:], rest)
+        torch.addmm(known[1], weights, found[old:], alpha=-1, out=found[:old])
+        return found
 
     def cosines(self, first: int, last: int) -> Tensor:
         """Cosines of keys first..last-1 with keys 0..last-1 in the metric of C^-1."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from coachhook.editing.edit_space import EditSpace
-from coachhook.editing.prior import FactoredPrior, factor_prior, regularized_prior
+from coachhook.editing.prior import FactoredPrior, check_finite, factor_prior, regularized_prior
 from coachhook.ops import cholesky_downdate_, cholesky_update_solve_
 from coachhook.ops._precision import float32_products
 
@@ -212,8 +212,8 @@ class EditMemory:
             checks.append(self._space.conditioned)
             finite_keys, finite_targets, is_bounded, conditioned = torch.stack(checks).tolist()
             if not finite_keys or not finite_targets:
-                _check_finite("append", "keys", rows)
-                _check_finite("append", "targets", wanted)
+                check_finite("append", "keys", rows)
+                check_finite("append", "targets", wanted)
             if not is_bounded:
                 raise ValueError(
                     "append: keys must be of a size that can be squared, got an overflow in "
@@ -361,6 +361,15 @@ class EditMemory:
         folded = keys[: self.num_folded]
         outer = self._prior.solve_both(folded.mT).mT - (folded @ space.solved.mT) @ coefficients
         return targets.mT.contiguous(), torch.cat([outer, coefficients])
+
+    @float32_products(tf32=False)
+    def coefficients_of(self, keys: Tensor) -> Tensor:
+        """Rows of A^T that keys K [n, k] would have if they were appended; changes nothing.
+
+        They are ``K^T (C + K K^T)^-1`` [k, n]; NaN where K outweighs C by more than 1 / eps.
+        """
+        rows = self._by_row("coefficients_of", "keys", keys, self.in_features)
+        return self._space.coefficients_of(self._prior, rows)
 
     def keys(self) -> Tensor:
         """All keys K [n, N], in the order of :meth:`column_batches`.
@@ -579,16 +588,8 @@ class EditMemory:
             )
         rows = value.detach().mT.to(self.dtype).contiguous()
         if look:
-            _check_finite(op, name, rows)
+            check_finite(op, name, rows)
         return rows
-
-
-def _check_finite(op: str, name: str, rows: Tensor) -> None:
-    if not bool(torch.isfinite(rows).all()):
-        bad = int((~torch.isfinite(rows).all(1)).sum())
-        raise ValueError(
-            f"{op}: {name} must be finite, got NaN or Inf in {bad} of {len(rows)} columns"
-        )
 
 
 def _residual(base: Tensor | None, keys: Tensor, targets: Tensor) -> Tensor:

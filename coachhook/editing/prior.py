@@ -99,6 +99,15 @@ def _check_square(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be finite, got NaN or Inf")
 
 
+def check_finite(op: str, name: str, rows: Tensor) -> None:
+    """Refuses NaN and Inf in the columns of a matrix, given by row."""
+    if not bool(torch.isfinite(rows).all()):
+        bad = int((~torch.isfinite(rows).all(1)).sum())
+        raise ValueError(
+            f"{op}: {name} must be finite, got NaN or Inf in {bad} of {len(rows)} columns"
+        )
+
+
 def _check_prior(prior: Tensor) -> None:
     _check_square("EditMemory", "prior", prior)
     # Sums in another order differ in the last bits; a matrix that is not symmetric is a mistake.

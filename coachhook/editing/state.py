@@ -20,6 +20,7 @@ from coachhook.editing.requests import EditRequest
 from coachhook.editing.unrelated import Ending, SampleTokens
 from coachhook.hooks import HookedLinear
 from coachhook.ops import Population, gate_scores
+from coachhook.ops._precision import float32_products
 
 # Above this share of m the factors hold more numbers than Delta, and hardly run faster: hooks keep
 # both in float32, so the gate reads r n numbers or m n. Times: docs/kernels/hooked_linear.md.
@@ -258,17 +259,13 @@ class EditState:
         edits = self.layers[layer]
         if self.config.scope != "membership" or edits.sample is None or not len(edits.sample):
             return [False] * keys.shape[0]
+        assert isinstance(edits.memory, EditMemory)
         keys = keys.detach().to(edits.memory.device, torch.float64)
-        snapshot: Any = edits.memory.snapshot()
-        try:
-            edits.memory.append(keys.T, keys.new_zeros(edits.memory.out_features, keys.shape[0]))
-            rows = self._memory_pair(edits)[1][-keys.shape[0] :]
-        finally:
-            edits.memory.restore(snapshot)
+        rows = edits.memory.coefficients_of(keys.T)
         own = (rows * keys).sum(dim=1)
-        scores = self._strange(edits.sample.to(rows) @ rows.T / own, endings)
+        scores = self._sample_scores(edits.sample, rows / own[:, None], endings)
         ceiling = max(self.config.alpha, self.config.alpha_ceiling)
-        share = (scores >= ceiling).to(rows).mean(dim=0)
+        share = (~(scores < ceiling)).to(rows).mean(dim=0)
         return (share <= self.config.false_fire).tolist()
 
     def remove(self, number: int) -> None:
@@ -324,7 +321,8 @@ class EditState:
         scaled down so that all edits share the threshold alpha, see ``EditConfig.alpha_ceiling``.
         """
         edits = self.layers[layer]
-        source = (*edits.memory.contents(), *self.batches.values())
+        read = edits.sample, self.sample_tokens, *self.batches.values()
+        source = (*edits.memory.contents(), *read)
         if edits.made is not None and len(edits.made[0]) == len(source):
             if all(a is b for a, b in zip(edits.made[0], source, strict=True)):
                 return edits.made[1]
@@ -335,7 +333,7 @@ class EditState:
 
     def _make_pair(self, layer: int) -> tuple[Tensor, Tensor]:
         edits = self.layers[layer]
-        v, at = self._memory_pair(edits)
+        v, at = edits.memory.pair()
         group_of_column, batch_of_column = self._column_groups(layer)
         groups, position = torch.unique(group_of_column, return_inverse=True)
         newest = torch.zeros(len(groups), dtype=torch.int64).scatter_reduce_(
@@ -363,20 +361,20 @@ class EditState:
         for batch in self.batches.values():
             for group, own in zip(batch.groups.get(layer, ()), batch.endings, strict=True):
                 ends[group] += own
-        scores = edits.sample.to(rows) @ rows.T
-        nearest = self._strange(scores, list(ends.values())).amax(dim=0)
+        nearest = self._sample_scores(edits.sample, rows, list(ends.values())).amax(dim=0).to(rows)
         return ((1 + nearest) / 2).clamp(floor, ceiling)
 
-    def _strange(self, scores: Tensor, endings: list[list[Ending]]) -> Tensor:
-        """Scores ``[s, E]`` of the sample, -inf where a token is what the edit is about."""
+    @float32_products(tf32=False)
+    def _sample_scores(self, sample: Tensor, rows: Tensor, endings: list[list[Ending]]) -> Tensor:
+        """Coefficients ``[s, E]`` of the sample, -inf where a token is what the edit is about.
+
+        In float32, which is exact beside a sample that was rounded to bfloat16.
+        """
+        scores = sample.to(rows.device, torch.float32) @ rows.float().T
         if self.sample_tokens is None:
             return scores
         own = self.sample_tokens.own(endings).to(scores.device)
-        return scores.masked_fill(own, -float("inf"))
-
-    @staticmethod
-    def _memory_pair(edits: LayerEdits) -> tuple[Tensor, Tensor]:
-        return edits.memory.pair()
+        return scores.masked_fill_(own, -float("inf"))
 
     def group_ids(self, layer: int) -> Tensor:
         """The edit number of each row of the membership pair, int64 ``[E]``."""

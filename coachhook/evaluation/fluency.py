@@ -29,6 +29,7 @@ from coachhook.evaluation.scoring import (
     greedy,
     input_device,
 )
+from coachhook.hooks.cache_state import cache_argument, returned_cache
 from coachhook.models import describe
 
 # (n, weight) as in the published evaluation of CounterFact.
@@ -218,12 +219,13 @@ def _fired_stepwise(
     with gates.record() as records:
         for tokens in (prompt, *((token,) for token in new)):
             length += len(tokens)
-            cache = model(
+            output = model(
                 input_ids=torch.tensor([tokens], device=device),
                 attention_mask=torch.ones(1, length, dtype=torch.int64, device=device),
-                past_key_values=cache,
                 use_cache=True,
-            ).past_key_values
+                **cache_argument(model, cache),
+            )
+            cache = returned_cache(output)
     for layer, _, decided in records:
         fired.setdefault(layer, []).append(decided[0].cpu())
     return {layer: torch.cat(parts) for layer, parts in fired.items()}

@@ -6,8 +6,9 @@ it. The methods that rearrange a cache are shadowed on the instance; its class i
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 _ATTRIBUTE = "_coachhook_gate"
 _REARRANGING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
+
+# What transformers calls a model's cache, in its arguments and its outputs: since 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 Key = tuple[int, str]
 
@@ -185,6 +189,27 @@ class _FollowedMethod:
 def is_cache(value: Any) -> bool:
     """Whether ``value`` is a cache object of transformers (not a legacy tuple)."""
     return hasattr(value, "get_seq_length") and hasattr(value, "update")
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """``cache`` under the name that ``model.forward`` has for it."""
+    known = inspect.signature(model.forward).parameters
+    return {next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1]): cache}
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments by name; None where there is none."""
+    for name in CACHE_NAMES:
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache that a model returns, alone in a tuple or by name; None where there is none."""
+    values = list(output) if type(output) is tuple else []
+    values += [getattr(output, name, None) for name in CACHE_NAMES]
+    return next((value for value in values if is_cache(value)), None)
 
 
 def state_of(cache: Any) -> GateState | None:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from coachhook.hooks.cache_state import GateState, follow, is_cache, state_of
+from coachhook.hooks.cache_state import (
+    GateState,
+    follow,
+    given_cache,
+    is_cache,
+    returned_cache,
+    state_of,
+)
 
 GateRecord = tuple[int, Tensor, Tensor]
 
@@ -75,7 +82,7 @@ class GateContext:
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
         self.shape = (tokens.shape[0], tokens.shape[1])
-        self._cache = given.get("past_key_values")
+        self._cache = given_cache(given)
         self._cacheless = given.get("use_cache") is False and self._cache is None
         if self.cu_seqlens is None:
             self.mask = token_mask(given.get("attention_mask"), self.shape, self._cache)
@@ -83,7 +90,7 @@ class GateContext:
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
         if self._pending is not None and output is not None:
-            cache = _returned_cache(output)
+            cache = returned_cache(output)
             if cache is not None:
                 follow(cache, self._pending)
         self._forget()
@@ -106,7 +113,7 @@ class GateContext:
             return self._pending
         if not is_cache(self._cache):
             raise TypeError(
-                "forward: past_key_values must be a transformers Cache for the scopes 'sequence' "
+                "forward: the cache must be a transformers Cache for the scopes 'sequence' "
                 f"and 'prefix', got {type(self._cache).__name__}; pass a DynamicCache, update "
                 "transformers, or use the scope 'population' or 'membership'"
             )
@@ -173,10 +180,3 @@ def _own_column(mask: Tensor, columns: int, cache: Any) -> Tensor:
     start = past.clamp(max=last_start) if isinstance(past, Tensor) else min(past, last_start)
     index = torch.arange(columns, device=mask.device) + start
     return mask.gather(-1, index.expand(mask.shape[0], columns)[..., None]).squeeze(-1)
-
-
-def _returned_cache(output: Any) -> Any:
-    values = [getattr(output, "past_key_values", None)]
-    if type(output) is tuple:
-        values = list(output)
-    return next((value for value in values if is_cache(value)), None)

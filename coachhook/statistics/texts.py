@@ -85,9 +85,12 @@ class TextReader(Iterator[str]):
             self._done += 1
             text = item.get("text") if isinstance(item, Mapping) else item
             if not isinstance(text, str):
+                got = type(text).__name__
+                if isinstance(item, Mapping) and "text" not in item:
+                    got = f"a record of {', '.join(map(repr, item)) or 'nothing'}"
                 raise TypeError(
                     f"read_texts: item {number} must be a string or a record with a string "
-                    f'"text", got {type(text).__name__}'
+                    f'"text", got {got}'
                 )
             if text.strip():
                 yield text

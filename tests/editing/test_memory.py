@@ -318,3 +318,20 @@ def test_the_pair_after_many_appends_is_that_of_one_solve():
     assert torch.equal(memory.pair()[1], before)
     memory.remove(5)
     check()
+
+
+@pytest.mark.parametrize("max_keys", [5, 10**6])
+def test_coefficients_of_keys_are_those_after_an_append(max_keys):
+    prior, root = spd(N, 1e3)
+    memory = EditMemory(prior, M, max_keys=max_keys)
+    for made in (None, *batches(root, 4, 6, M)):
+        if made is not None:
+            memory.append(*made)
+        before = memory.contents()
+        keys = root @ torch.randn(N, 3, dtype=F64)
+        found = memory.coefficients_of(keys)
+        assert all(a is b for a, b in zip(before, memory.contents(), strict=True))
+        other = EditMemory.from_state_dict(*memory.state_dict())
+        other.append(keys, torch.zeros(M, 3, dtype=F64))
+        expected = other.pair()[1][-3:]
+        assert (found - expected).norm() <= 1e-11 * expected.norm()

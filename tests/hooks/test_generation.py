@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from coachhook.hooks import attach_hooks
-from coachhook.hooks.cache_state import state_of
+from coachhook.hooks.cache_state import CACHE_NAMES, state_of
 
 from ..models.families import SUPPORTED, tiny
 from .support import SCOPES, fired, generate, hooked, padded, prompts
@@ -337,11 +337,12 @@ def test_the_cache_is_freed_with_its_last_reference() -> None:
         gc.enable()
 
 
-def test_a_tuple_for_a_cache_is_refused_where_it_cannot_carry_statistics() -> None:
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_tuple_for_a_cache_is_refused_where_it_cannot_carry_statistics(name: str) -> None:
     model = tiny("llama").double()
     hooks = attach_hooks(model, [0])
     hooks[0].context.enter(
-        model.model, (), {"input_ids": torch.zeros(1, 1).long(), "past_key_values": ((1, 2),)}
+        model.model, (), {"input_ids": torch.zeros(1, 1).long(), name: ((1, 2),)}
     )
     with pytest.raises(TypeError, match="must be a transformers Cache"):
         hooks[0].context.gate_state()

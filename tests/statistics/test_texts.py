@@ -94,7 +94,7 @@ def test_bad_sources_are_refused(tmp_path):
         read_texts(5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got dict"):
         read_texts({"text": "a"})
-    with pytest.raises(TypeError, match=r"item 1 must be a string .* got NoneType"):
+    with pytest.raises(TypeError, match=r"item 1 must be a string .* got a record of 'body'"):
         list(read_texts([{"text": "a"}, {"body": "b"}]))
 
 

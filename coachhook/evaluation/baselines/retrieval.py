@@ -21,10 +21,11 @@ from coachhook.editing.requests import EditRequest
 from coachhook.evaluation.baselines.base import Baseline
 from coachhook.evaluation.baselines.descent import encode_rows
 from coachhook.evaluation.scoring import score
+from coachhook.hooks.cache_state import CACHE_NAMES
 
 Retriever = Callable[[str, Sequence[EditRequest]], Sequence[int]]
 # Arguments of a forward that would have to be rewritten for the longer row.
-_REFUSED = ("past_key_values", "inputs_embeds", "labels", "position_ids", "cache_position")
+_REFUSED = (*CACHE_NAMES, "inputs_embeds", "labels", "position_ids", "cache_position")
 
 
 def subject_retriever(text: str, facts: Sequence[EditRequest]) -> list[int]:

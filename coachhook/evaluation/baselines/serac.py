@@ -35,7 +35,14 @@ from coachhook.evaluation.baselines.serac_networks import (
 from coachhook.evaluation.baselines.texts import encode_targets, log_probs_at, target_batch
 from coachhook.evaluation.baselines.training_facts import TrainingFacts, check_training_requests
 from coachhook.evaluation.scoring import Row, encode_prompts
-from coachhook.hooks.cache_state import GateState, follow, is_cache, state_of
+from coachhook.hooks.cache_state import (
+    GateState,
+    follow,
+    given_cache,
+    is_cache,
+    returned_cache,
+    state_of,
+)
 from coachhook.hooks.context import token_mask
 
 _ROWS_AT_ONCE = 64
@@ -283,7 +290,7 @@ class Serac(Baseline):
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes how many tokens the cache holds before the forward fills it further."""
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache: Any = given.get("past_key_values")
+        cache = given_cache(given)
         self._before = int(cache.get_seq_length()) if is_cache(cache) else 0
 
     @torch.no_grad()
@@ -322,8 +329,8 @@ class Serac(Baseline):
         """All tokens so far, their mask and the edit that answers after each (-1: none)."""
         mask = token_mask(given.get("attention_mask"), (len(ids), ids.shape[1]), None)
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        given_cache = given.get("past_key_values")
-        past = state_of(given_cache) if self._before else _Past()
+        cache = given_cache(given)
+        past = state_of(cache) if self._before else _Past()
         if not isinstance(past, _Past) or past.tokens != self._before:
             raise ValueError(
                 f"forward: SERAC must have read all of the text, got a cache of {self._before} "
@@ -341,7 +348,7 @@ class Serac(Baseline):
         )
         inside = (similarity > self.config.threshold) & mask.to(device)
         hits = torch.where(inside, number, -1)
-        cache = given_cache if is_cache(given_cache) else getattr(output, "past_key_values", None)
+        cache = cache if is_cache(cache) else returned_cache(output)
         new = [ids.to(device), mask.to(device), middle.to(dtype), hits]
         ids_all, mask_all, _, hits_all = past.append(new)
         if is_cache(cache):
