@@ -14,36 +14,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coachhook.ops.hooked_linear import pairs
 from coachhook.ops.hooked_linear.gate import NOISE_UNITS, Tokens, fires, scores
-from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
+from coachhook.ops.hooked_linear.reference import Delta, coefficients, differentiates, project
 from coachhook.ops.hooked_linear.scopes import Population, Scope, Sequence
 
 # Up to so many tokens and features a score is arithmetic on Python numbers. After a layer's weights
 # went through the cache every operation of torch is as expensive as reading a megabyte of them.
 _FEW_TOKENS, _FEW_FEATURES = 8, 2048
-# From here on the product of oneDNN pays for handing the tokens over.
-_ONEDNN_TOKENS = 32
+# From here on other products than torch's own pay for handing the tokens over.
+_MANY_TOKENS = 32
 _NOISE = NOISE_UNITS * torch.finfo(torch.float32).eps
 
 
-def _features(flat: Tensor, delta: Delta) -> Tensor:
-    """As :func:`reference.project`: float32 products of many tokens through oneDNN.
+def _features(flat: Tensor, delta: Delta) -> tuple[Tensor, Tensor | None]:
+    """Features as of :func:`reference.project`, and their norms where these cost nothing.
 
-    torch takes MKL for them, which leaves half of the vector width idle on AMD's processors, and
-    the copy that oneDNN asks for is the conversion that 16-bit tokens need anyway.
+    Of many tokens the products are the extension's, which cuts S into pairs of bfloat16 numbers, or
+    oneDNN's: torch takes MKL for float32, which leaves half of the vector width idle on AMD's
+    processors, and the copy that oneDNN asks for is the conversion that 16-bit tokens need anyway.
     """
     projection = delta if isinstance(delta, Tensor) else delta[1]
     if (
-        flat.shape[0] < _ONEDNN_TOKENS
+        flat.shape[0] < _MANY_TOKENS
         or flat.dtype == torch.float64
         or projection.dtype != torch.float32
-        or not projection.is_contiguous()
         or 0 in projection.shape
-        or not torch.backends.mkldnn.is_available()
-        or not torch.backends.mkldnn.enabled
     ):
-        return project(flat, delta)
-    return F.linear(flat.to_mkldnn(torch.float32), projection).to_dense()
+        return project(flat, delta), None
+    if pairs.takes(flat, projection):
+        return pairs.product(flat, projection)
+    if (
+        projection.is_contiguous()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    ):
+        return F.linear(flat.to_mkldnn(torch.float32), projection).to_dense(), None
+    return project(flat, delta), None
 
 
 def _is_one_number(value: float | Tensor) -> bool:
@@ -96,8 +103,8 @@ def _scores(
     """Features ``[N, f]`` and scores ``[N]`` of many tokens, and how these are laid out."""
     tokens = Tokens.of(x, mask, cu_seqlens)
     with torch.no_grad():
-        features = _features(x.flatten(0, -2), delta)
-        return features, scores(features, tokens, scope), tokens
+        features, norms = _features(x.flatten(0, -2), delta)
+        return features, scores(features, tokens, scope, norms), tokens
 
 
 def _decide(
@@ -118,7 +125,7 @@ def _decide(
         if not fired:
             return z, None, features
         index = torch.tensor(fired, dtype=torch.int64)
-        return z, index, features.flatten(0, -2)[index]
+        return z, index, features.flatten(0, -2).index_select(0, index)
     if isinstance(scope, Sequence) and scope.state is None and cu_seqlens is None:
         if x.shape[-2] == 1:
             # One token has no standard deviation: decoding here costs the frozen layer alone.
@@ -127,7 +134,9 @@ def _decide(
     features, z, tokens = _scores(x, delta, mask, cu_seqlens, scope)
     index = fires(z, alpha, tokens, scope).nonzero().squeeze(1)
     z = z.to(torch.float32).view(x.shape[:-1])
-    return z, index if index.shape[0] else None, features[index]
+    if index.shape[0] == 0:
+        return z, None, features
+    return z, index, features.index_select(0, index)
 
 
 def _corrected(
@@ -139,7 +148,12 @@ def _corrected(
     in_place: bool,
 ) -> Tensor:
     rows = base_output.reshape(-1, base_output.shape[-1])
-    hooked = rows[index].to(features.dtype) + correction(features, delta, scope)
+    hooked = rows.index_select(0, index).to(features.dtype)
+    if isinstance(delta, Tensor):
+        hooked = hooked + features
+    else:
+        lift = delta[0].to(features.dtype)
+        hooked = torch.addmm(hooked, coefficients(features, scope), lift.T)
     hooked = hooked.to(base_output.dtype)
     if in_place:
         rows.index_copy_(0, index, hooked)
@@ -181,7 +195,7 @@ def hook_output(
             z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
         if index is None:
             return base_output, z
-        features, owned = project(x.flatten(0, -2)[index], delta), False
+        features, owned = project(x.flatten(0, -2).index_select(0, index), delta), False
     else:
         z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
         if index is None:
