@@ -12,7 +12,7 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.coachhook-installed
-NATIVE := setup.py $(wildcard csrc/* csrc/common/*)
+NATIVE := setup.py $(wildcard csrc/* csrc/common/* csrc/cpu/*)
 CXX_FILES = $$(find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp')
 
 .PHONY: demo test check clean
@@ -32,7 +32,7 @@ check: $(STAMP)
 	$(BIN)/python tools/check_repository.py
 
 clean:
-	rm -rf build dist *.egg-info coachhook/_C*.so .pytest_cache .mypy_cache .ruff_cache $(STAMP)
+	rm -rf build dist *.egg-info coachhook/_C*.so coachhook/_cpu*.so .pytest_cache .mypy_cache .ruff_cache $(STAMP)
 
 $(STAMP): pyproject.toml coachhook/_version.py $(NATIVE)
 	@$(or $(PYTHON),python3) -c 'import sys; sys.version_info >= (3, 10) or sys.exit(1)' 2>/dev/null || { \

@@ -1,18 +1,24 @@
-"""Builds the optional CUDA extension ``coachhook._C``; everything else is in pyproject.toml.
+"""Builds the optional extensions ``coachhook._C`` and ``coachhook._cpu``.
 
-COACHHOOK_BUILD_CUDA=0 skips the extension, =1 demands it; unset, it is built where nvcc is found,
-and the package installs without it otherwise. torch is never imported: the extension has no torch
-symbols. See docs/building.md.
+Everything else is in pyproject.toml.
+
+COACHHOOK_BUILD_CUDA=0 skips the one for CUDA, =1 demands it; unset, it is built where nvcc is
+found, and the package installs without it otherwise. COACHHOOK_BUILD_CPU is the same for the one of
+the CPU and a C++ compiler. torch is never imported: the extensions have no torch symbols. See
+docs/building.md.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,11 +27,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = [
+CUDA, CPU = "coachhook._C", "coachhook._cpu"
+CUDA_SOURCES = [
     *("csrc/bindings.cpp", "csrc/gate.cu"),
     *("csrc/bindings_cholesky.cpp", "csrc/cholesky.cu"),
     *("csrc/bindings_decode.cpp", "csrc/decode.cu"),
 ]
+CPU_SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/pair_product.cpp"]
 # A cubin also runs on higher minor versions of its architecture (90a does not); the PTX serves
 # whatever has none.
 DEFAULT_ARCHS = "80+PTX;90a;100;120+PTX"
@@ -36,10 +44,10 @@ def say(line: str) -> None:
     print(f"coachhook: {line}", file=sys.stderr, flush=True)
 
 
-def mode() -> str:
-    value = os.environ.get("COACHHOOK_BUILD_CUDA", "")
+def mode(switch: str) -> str:
+    value = os.environ.get(switch, "")
     if value not in ("", "0", "1"):
-        raise SystemExit(f"coachhook: COACHHOOK_BUILD_CUDA must be 0, 1 or unset, got {value!r}")
+        raise SystemExit(f"coachhook: {switch} must be 0, 1 or unset, got {value!r}")
     return value
 
 
@@ -51,15 +59,29 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def why_not() -> str | None:
-    """The reason why the extension cannot be built here, or None."""
+def why_no_pybind11() -> str | None:
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed; build with isolation, or pip install pybind11"
+    return None
+
+
+def why_no_cpu() -> str | None:
+    """The reason why the CPU extension cannot be built here, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"it serves Linux on x86_64 only, this is {sys.platform} on {platform.machine()}"
+    compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    if shutil.which(compiler.split()[0]) is None:
+        return f"no C++ compiler {compiler.split()[0]}; install one, or set CXX"
+    return why_no_pybind11()
+
+
+def why_no_cuda() -> str | None:
+    """The reason why the CUDA extension cannot be built here, or None."""
     if sys.platform != "linux":
         return f"the CUDA extension builds on Linux only, this is {sys.platform}"
     if find_nvcc() is None:
         return "no nvcc in CUDA_HOME/bin or on PATH; install the CUDA toolkit, or set CUDA_HOME"
-    if importlib.util.find_spec("pybind11") is None:
-        return "pybind11 is not installed; build with isolation, or pip install pybind11"
-    return None
+    return why_no_pybind11()
 
 
 def run(command: list[str]) -> str:
@@ -128,10 +150,24 @@ def package_version() -> str:
     return match.group(1)
 
 
-class BuildCuda(build_ext):
-    """Compiles and links with nvcc alone: it knows its headers, libraries and host compiler."""
+class Build(build_ext):
+    """Compiles and links CUDA with nvcc alone: it knows its headers, libraries, host compiler."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CPU:
+            import pybind11
+
+            ext.include_dirs.append(pybind11.get_include())
+            # g++ warns of its own headers, whose undefined vectors are meant to be undefined.
+            quiet = "-Wno-maybe-uninitialized"
+            ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", quiet]
+            ext.extra_link_args.append("-Wl,--strip-all")
+            ext.define_macros.append(("COACHHOOK_VERSION", f'"{package_version()}"'))
+            super().build_extension(ext)
+        else:
+            self.build_cuda(ext)
+
+    def build_cuda(self, ext: Extension) -> None:
         nvcc = find_nvcc()
         if nvcc is None:
             raise CompileError("nvcc is gone")
@@ -170,19 +206,25 @@ class BuildCuda(build_ext):
         say(f"CUDA extension built for {archs}, {output.stat().st_size / 1e6:.2f} MB")
 
 
-def extensions() -> list[Extension]:
-    wanted = mode()
-    if wanted == "0":
-        say("CUDA extension skipped: COACHHOOK_BUILD_CUDA=0")
+def wanted(
+    kind: str, switch: str, name: str, sources: list[str], why_not: Callable[[], str | None]
+) -> list[Extension]:
+    value = mode(switch)
+    if value == "0":
+        say(f"{kind} extension skipped: {switch}=0")
         return []
     reason = why_not()
     if reason is not None:
-        if wanted == "1":
-            raise SystemExit(f"coachhook: COACHHOOK_BUILD_CUDA=1 but {reason}")
-        say(f"CUDA extension skipped: {reason}")
+        if value == "1":
+            raise SystemExit(f"coachhook: {switch}=1 but {reason}")
+        say(f"{kind} extension skipped: {reason}")
         return []
     # A failing optional extension is reported in one line by setuptools, and the rest installs.
-    return [Extension("coachhook._C", SOURCES, optional=wanted != "1")]
+    return [Extension(name, sources, language="c++", optional=value != "1")]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildCuda})
+extensions = [
+    *wanted("CUDA", "COACHHOOK_BUILD_CUDA", CUDA, CUDA_SOURCES, why_no_cuda),
+    *wanted("CPU", "COACHHOOK_BUILD_CPU", CPU, CPU_SOURCES, why_no_cpu),
+]
+setup(ext_modules=extensions, cmdclass={"build_ext": Build})

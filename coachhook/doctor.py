@@ -30,7 +30,7 @@ def report() -> dict[str, Any]:
     Returns:
         ``coachhook``, ``python``, ``platform``: versions. ``packages``: ``{name: version | None}``.
         ``cpu``: cores and torch threads. ``gpu``: ``available``, ``reason``, ``torch_cuda`` and the
-        ``devices``. ``native``: the CUDA extension. ``triton``. ``backends``:
+        ``devices``. ``native``, ``native_cpu``: the extensions. ``triton``. ``backends``:
         ``{op: {backend: {"available", "reason"}}}``. ``environment``: the COACHHOOK_ variables set
         here. ``bundled_model``: whether ``coachhook demo`` has its model.
     """
@@ -42,6 +42,7 @@ def report() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpu": _gpu(),
         "native": _native(),
+        "native_cpu": _native_cpu(),
         "triton": _triton(),
         "backends": _op_backends(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("COACHHOOK_")},
@@ -61,6 +62,7 @@ def render(facts: dict[str, Any]) -> str:
         f"CPU               {cpu['cores']} cores, torch uses {cpu['threads']} threads",
         f"GPU               {_gpu_line(facts['gpu'])}",
         f"CUDA extension    {_native_line(facts['native'])}",
+        f"CPU extension     {_yes_or_why(facts['native_cpu'])}",
         f"triton            {_yes_or_why(facts['triton'])}",
         f"bundled model     {_yes_or_why(facts['bundled_model'])}",
     ]
@@ -139,6 +141,11 @@ def _native() -> dict[str, Any]:
     else:
         reason = f"it was built for version {build['version']}; install coachhook again"
     return {"available": True, "reason": reason, **build}
+
+
+def _native_cpu() -> dict[str, Any]:
+    reason = _backends.native_cpu_error()
+    return {"available": reason is None, "reason": reason}
 
 
 def _triton() -> dict[str, Any]:

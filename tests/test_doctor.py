@@ -29,7 +29,7 @@ def test_report_is_json_and_names_every_op() -> None:
 
 def test_what_is_missing_has_a_reason() -> None:
     facts = doctor.report()
-    for name in ("gpu", "native", "triton", "bundled_model"):
+    for name in ("gpu", "native", "native_cpu", "triton", "bundled_model"):
         assert facts[name]["available"] or facts[name]["reason"]
 
 

@@ -24,7 +24,8 @@ MAX_WHEEL_BYTES = 10e6  # of which the bundled model may take 8
 
 
 def run(*command: str, cwd: Path, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    merged = {**os.environ, **{k: v for k, v in environment.items() if v is not None}}
+    merged = {**os.environ, "COACHHOOK_BUILD_CPU": "0"}
+    merged |= {k: v for k, v in environment.items() if v is not None}
     for name in (k for k, v in environment.items() if v is None):
         merged.pop(name, None)
     return subprocess.run(command, cwd=cwd, env=merged, capture_output=True, text=True)
@@ -112,26 +113,42 @@ def no_nvcc(tmp_path: Path) -> dict[str, str | None]:
     return {"PATH": str(tmp_path), "CUDA_HOME": None, "CUDA_PATH": None}
 
 
-def test_without_nvcc_one_line_says_so(source: Path, tmp_path: Path) -> None:
-    result = setup_py(source, "--version", COACHHOOK_BUILD_CUDA=None, **no_nvcc(tmp_path))
+def nothing_found(tmp_path: Path) -> dict[str, str | None]:
+    return {"PATH": str(tmp_path), "CUDA_HOME": None, "CUDA_PATH": None, "CXX": "no-such-compiler"}
+
+
+MISSING = {
+    "CUDA": r"(no nvcc in CUDA_HOME/bin|.* Linux)",
+    "CPU": r"(no C\+\+ compiler no-such-compiler|it serves Linux on x86_64 only)",
+}
+
+
+def test_without_compilers_one_line_each_says_so(source: Path, tmp_path: Path) -> None:
+    unset = {f"COACHHOOK_BUILD_{kind}": None for kind in MISSING}
+    result = setup_py(source, "--version", **unset, **nothing_found(tmp_path))
     assert result.returncode == 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("coachhook: ")]
-    assert len(lines) == 1
-    assert re.match(r"coachhook: CUDA extension skipped: (no nvcc|.* Linux only)", lines[0])
+    assert len(lines) == 2
+    for line, (kind, missing) in zip(lines, MISSING.items(), strict=True):
+        assert re.match(rf"coachhook: {kind} extension skipped: {missing}", line)
 
 
-def test_a_demanded_extension_names_what_is_missing(source: Path, tmp_path: Path) -> None:
-    result = setup_py(source, "--version", COACHHOOK_BUILD_CUDA="1", **no_nvcc(tmp_path))
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_demanded_extension_names_what_is_missing(
+    source: Path, tmp_path: Path, kind: str
+) -> None:
+    demanded = {f"COACHHOOK_BUILD_{kind}": "1"}
+    result = setup_py(source, "--version", **nothing_found(tmp_path), **demanded)
     assert result.returncode != 0
-    assert re.search(
-        r"COACHHOOK_BUILD_CUDA=1 but (no nvcc in CUDA_HOME/bin|.* Linux)", result.stderr
-    )
+    assert re.search(rf"COACHHOOK_BUILD_{kind}=1 but {MISSING[kind]}", result.stderr)
 
 
-def test_unknown_switch_value_is_refused(source: Path) -> None:
-    result = setup_py(source, "--version", COACHHOOK_BUILD_CUDA="yes")
+@pytest.mark.parametrize("kind", MISSING)
+def test_unknown_switch_value_is_refused(source: Path, kind: str) -> None:
+    switches = {"COACHHOOK_BUILD_CUDA": "0", f"COACHHOOK_BUILD_{kind}": "yes"}
+    result = setup_py(source, "--version", **switches)
     assert result.returncode != 0
-    assert "COACHHOOK_BUILD_CUDA must be 0, 1 or unset, got 'yes'" in result.stderr
+    assert f"COACHHOOK_BUILD_{kind} must be 0, 1 or unset, got 'yes'" in result.stderr
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from coachhook.bench.hooked_linear import ALPHA, Layer
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import hooked_linear
-from coachhook.ops.hooked_linear import _HOOK_OUTPUT, _implementation, _pack
+from coachhook.ops.hooked_linear import _HOOK_OUTPUT, _implementation, _layer_of, _pack
 
 _CALLS = 100
 
@@ -34,11 +34,8 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
     x = torch.randn(1, 1, 64, device=device).to(kind)
     alpha = torch.tensor(ALPHA, device=device)
     delta, scope = layer.delta("factored"), layer.scope("population")
-    implementation = _implementation("hooked_linear", "auto", x)
-
-    def direct() -> None:
-        base = F.linear(x, layer.weight, layer.bias)
-        implementation(base, x, delta, alpha, None, None, scope, True)
+    implementation = _layer_of(_implementation("hooked_linear", "auto", x))
+    direct = layer.weight, layer.bias, delta, alpha, None, None, scope
 
     packed = _pack(x, delta, None, None, scope, "auto")
 
@@ -54,7 +51,7 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
         run=partial(
             _repeat, hooked_linear, (x, layer.weight, layer.bias, delta, alpha), scope=scope
         ),
-        floor=partial(_repeat, direct, ()),
+        floor=partial(_repeat, implementation, (x, *direct)),
         peer_name="torch.ops.coachhook.hook_output",
         peer=partial(_repeat, registered, ()),
         cold=False,

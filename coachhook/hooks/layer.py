@@ -23,6 +23,7 @@ from coachhook.ops import (
     hook_output,
     hooked_linear,
 )
+from coachhook.ops._registry import is_plain_eager
 
 State = Literal["off", "temporary", "validated"]
 ScopeKind = Literal["sequence", "prefix", "population", "membership"]
@@ -50,7 +51,9 @@ def _is_bare_linear(module: nn.Module, dtype: torch.dtype) -> bool:
     return (
         type(module) is nn.Linear
         and module.weight.dtype == dtype
+        and is_plain_eager(module.weight, module.bias)
         and "forward" not in vars(module)
+        and not torch.nn.modules.module._has_any_global_hook()
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
     )
 

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coachhook._version import __version__
 from coachhook.errors import BackendUnavailableError
 
 _LOG = logging.getLogger(__name__)
@@ -76,16 +77,31 @@ def register(
 
 
 @cache
-def _load_native() -> tuple[ModuleType | None, str | None]:
+def _load(name: str, what: str, remedy: str) -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("coachhook._C"), None
+        return importlib.import_module(name), None
     except ImportError as error:
-        if importlib.util.find_spec("coachhook._C") is None:
-            return None, (
-                "the CUDA extension coachhook._C is not built; "
-                "install from source with nvcc on PATH and COACHHOOK_BUILD_CUDA=1"
-            )
-        return None, f"the CUDA extension coachhook._C does not load: {error}"
+        if importlib.util.find_spec(name) is None:
+            return None, f"the {what} extension {name} is not built; {remedy}"
+        return None, f"the {what} extension {name} does not load: {error}"
+
+
+def _load_native() -> tuple[ModuleType | None, str | None]:
+    remedy = "install from source with nvcc on PATH and COACHHOOK_BUILD_CUDA=1"
+    return _load("coachhook._C", "CUDA", remedy)
+
+
+@cache
+def _load_native_cpu() -> tuple[ModuleType | None, str | None]:
+    remedy = "install from source with a C++ compiler and COACHHOOK_BUILD_CPU=1"
+    module, error = _load("coachhook._cpu", "CPU", remedy)
+    if module is None:
+        return None, error
+    if module.VERSION != __version__:
+        return None, f"it was built for version {module.VERSION}; install coachhook again"
+    if not module.has_pair_product():
+        return None, "this processor has no AVX-512 for bfloat16"
+    return module, None
 
 
 def native() -> ModuleType | None:
@@ -96,6 +112,16 @@ def native() -> ModuleType | None:
 def native_error() -> str | None:
     """Why :func:`native` is None, or None where the extension loads."""
     return _load_native()[1]
+
+
+def native_cpu() -> ModuleType | None:
+    """The CPU extension module where it has something for this processor, or None."""
+    return _load_native_cpu()[0]
+
+
+def native_cpu_error() -> str | None:
+    """Why :func:`native_cpu` is None, or None."""
+    return _load_native_cpu()[1]
 
 
 @cache

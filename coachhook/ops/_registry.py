@@ -33,11 +33,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 NAMESPACE = "coachhook"
 
 # A Library unregisters its ops when it is collected: the module keeps it for the process.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# Asked at every call: found once.
+_MODES: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_TRANSFORMS: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 _PLAIN_TENSORS = frozenset(
     {Tensor, nn.Parameter} | ({nn.Buffer} if hasattr(nn, "Buffer") else set())
@@ -46,9 +51,7 @@ _PLAIN_TENSORS = frozenset(
 
 def is_watched() -> bool:
     """Whether somebody looks on: a compiler, a dispatch mode or a functorch transform."""
-    if torch.compiler.is_compiling():
-        return True
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+    return is_compiling() or _MODES() > 0 or _TRANSFORMS()
 
 
 def is_plain_eager(*values: Any) -> bool:

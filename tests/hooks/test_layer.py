@@ -104,6 +104,39 @@ def test_the_gate_is_the_op() -> None:
     assert torch.equal(layer(x.reshape(21, N)), y.reshape(21, M))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_bare_linear_and_an_observed_one_say_the_same_bits(
+    bias: bool, dtype: torch.dtype
+) -> None:
+    base = nn.Linear(N, M, bias=bias).to(dtype)
+    layer = hook(base)
+    layer.set_factored(*factors(4))
+    layer.set_scope("population", population=(4.0, 1.0))
+    layer.state = "validated"
+    seen: list[torch.Tensor] = []
+
+    def note(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        if module is base:
+            seen.append(output)
+
+    inputs = [torch.randn(*shape, N).to(dtype) for shape in ((1, 1), (2, 5), (3, 20))]
+    inputs.append(torch.randn(2, N, 6).to(dtype).mT)
+    for alpha in (-9.0, 0.2, 9.0):
+        layer.set_alpha(alpha)
+        for x in inputs:
+            bare = layer(x)
+            for observe in (
+                base.register_forward_hook,
+                nn.modules.module.register_module_forward_hook,
+            ):
+                seen.clear()
+                handle = observe(note)
+                assert torch.equal(layer(x), bare) and len(seen) == 1
+                handle.remove()
+
+
 def test_alpha_and_scope() -> None:
     layer = hook(nn.Linear(N, M))
     layer.set_alpha(0.5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coachhook.ops import Population, Sequence, gate_scores, hook_output
+from coachhook.ops import Population, Sequence, gate_scores, hook_output, hooked_linear
 from coachhook.ops.hooked_linear import cpu
 from tests.tolerances import tol
 
@@ -98,5 +98,42 @@ def test_many_tokens_with_and_without_onednn(dtype, storage, monkeypatch):
     torch.testing.assert_close(y, want_y, **tol("output", dtype, reduction=N, scale=30.0))
     with torch.inference_mode():
         assert torch.equal(gate_scores(x, delta, backend="cpu"), z)
-    monkeypatch.setattr(cpu, "_ONEDNN_TOKENS", 151)
+    monkeypatch.setattr(cpu, "_MANY_TOKENS", 151)
     torch.testing.assert_close(gate_scores(x, delta, backend="cpu"), z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 2), (2, 30), (1,), (0, 3), (2, 0)])
+@pytest.mark.parametrize(
+    "scope", [Sequence(), Population(7.0, 1.0)], ids=["sequence", "population"]
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_whole_layer_is_the_product_and_the_hook_on_it_bit_for_bit(
+    dtype, shape, scope, strided
+):
+    x, _, delta = make(dtype, *shape)
+    if strided:
+        x = x.repeat_interleave(2, dim=-1)[..., ::2]
+    weight, bias = torch.randn(M, N).to(dtype), torch.randn(M).to(dtype)
+    for b in (bias, None):
+        base = F.linear(x, weight, b)
+        for alpha in (-9.0, 0.3, 9.0):
+            want = hook_output(base.clone(), x, delta, alpha, scope=scope, backend="cpu")
+            for _ in range(2):  # checked, then known
+                got = hooked_linear(x, weight, b, delta, alpha, scope=scope, backend="cpu")
+                torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_whole_layer_is_differentiable_once_it_is_known():
+    x, _, delta = make(torch.float32, 2, 3)
+    weight = torch.randn(M, N)
+    for tensor in (x, weight):
+        for wanted in (False, True, False):
+            tensor.requires_grad_(wanted)
+            y, z = hooked_linear(x, weight, None, delta, -9.0, scope=Population(1.0, 1.0))
+            assert y.requires_grad == wanted and not z.requires_grad
+    x.requires_grad_()
+    y, _ = hooked_linear(x, weight, None, delta, -9.0, scope=Population(1.0, 1.0))
+    y.sum().backward()
+    want = (weight + delta[0] @ delta[1]).sum(dim=0)
+    torch.testing.assert_close(x.grad[0, 0], want, rtol=1e-4, atol=1e-4)

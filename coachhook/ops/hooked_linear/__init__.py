@@ -242,13 +242,27 @@ def _hook(
 def fuses_products(x: Tensor) -> bool:
     """Whether :func:`hooked_linear` is to compute the frozen product of ``x`` itself if it can.
 
-    That is where ``COACHHOOK_PRODUCTS=fused``, ``x`` is on a CUDA device, and nothing is being
-    traced or compiled.
+    That is for a contiguous ``x`` on a CPU, where the tokens are scored before the product (the
+    same bits as the hook after it), and on a CUDA device where ``COACHHOOK_PRODUCTS=fused``; never
+    while something is being traced or compiled.
 
     Raises:
         ValueError: ``COACHHOOK_PRODUCTS`` is none of "exact", "fused" and "library".
     """
-    return x.is_cuda and is_plain_eager(x) and products.way() == "fused"
+    if not is_plain_eager(x):
+        return False
+    return x.is_contiguous() if x.is_cpu else x.is_cuda and products.way() == "fused"
+
+
+def _layer_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The whole layer with an implementation of the hook."""
+    if function is cpu.hook_output:
+        return cpu.hooked_linear
+
+    def layer(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Any:
+        return function(F.linear(x, weight, bias), x, *arguments, True)
+
+    return layer
 
 
 def hooked_linear(
@@ -301,22 +315,25 @@ def hooked_linear(
     op = "hooked_linear"
     facts = facts_of(op, (x, weight, bias), delta, alpha, mask, cu_seqlens, scope, backend)
     function = None if facts is None else recall(facts)
-    if function is not None and not fuses_products(x):
-        output = F.linear(x, weight, bias)
-        return function(output, x, delta, alpha, mask, None, scope or Sequence(), True)
+    if function is not None and (function is cpu.hooked_linear or not fuses_products(x)):
+        return function(x, weight, bias, delta, alpha, mask, None, scope or Sequence())
     given = check_input(op, x)
     m = check_weight(op, given, weight, bias)
     delta, scope = check_gate(op, given, delta, alpha, mask, cu_seqlens, scope, m)
     _backends.check_backend(op, backend)
-    if fuses_products(x) and is_plain_eager(weight, bias, *_tensors(delta)):
+    plain = is_plain_eager(x, weight, bias, *_tensors(delta))
+    if plain and fuses_products(x):
         function = _implementation(op, backend, x)
         for kernels in (cuda, triton):
             if function is kernels.hook_output and kernels.fuses(
                 x, weight, bias, delta, cu_seqlens, scope
             ):
                 return kernels.hooked_linear(x, weight, bias, delta, alpha, mask, cu_seqlens, scope)
-    if facts is not None:
-        remember(facts, _implementation(op, backend, x))
+    if plain and not torch._C._is_any_autocast_enabled():
+        layer = _layer_of(_implementation(op, backend, x))
+        if facts is not None:
+            remember(facts, layer)
+        return layer(x, weight, bias, delta, alpha, mask, cu_seqlens, scope)
     base_output = F.linear(x, weight, bias)
     return _hook(base_output, x, delta, alpha, mask, cu_seqlens, scope, backend, True)
 

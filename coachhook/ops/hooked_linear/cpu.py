@@ -14,36 +14,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coachhook.ops.hooked_linear import pairs
 from coachhook.ops.hooked_linear.gate import NOISE_UNITS, Tokens, fires, scores
-from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
+from coachhook.ops.hooked_linear.reference import Delta, coefficients, differentiates, project
 from coachhook.ops.hooked_linear.scopes import Population, Scope, Sequence
 
 # Up to so many tokens and features a score is arithmetic on Python numbers. After a layer's weights
 # went through the cache every operation of torch is as expensive as reading a megabyte of them.
 _FEW_TOKENS, _FEW_FEATURES = 8, 2048
-# From here on the product of oneDNN pays for handing the tokens over.
-_ONEDNN_TOKENS = 32
+# From here on other products than torch's own pay for handing the tokens over.
+_MANY_TOKENS = 32
 _NOISE = NOISE_UNITS * torch.finfo(torch.float32).eps
 
 
-def _features(flat: Tensor, delta: Delta) -> Tensor:
-    """As :func:`reference.project`: float32 products of many tokens through oneDNN.
+def _features(flat: Tensor, delta: Delta) -> tuple[Tensor, Tensor | None]:
+    """Features as of :func:`reference.project`, and their norms where these cost nothing.
 
-    torch takes MKL for them, which leaves half of the vector width idle on AMD's processors, and
-    the copy that oneDNN asks for is the conversion that 16-bit tokens need anyway.
+    Of many tokens the products are the extension's, which cuts S into pairs of bfloat16 numbers, or
+    oneDNN's: torch takes MKL for float32, which leaves half of the vector width idle on AMD's
+    processors, and the copy that oneDNN asks for is the conversion that 16-bit tokens need anyway.
     """
     projection = delta if isinstance(delta, Tensor) else delta[1]
     if (
-        flat.shape[0] < _ONEDNN_TOKENS
+        flat.shape[0] < _MANY_TOKENS
         or flat.dtype == torch.float64
         or projection.dtype != torch.float32
-        or not projection.is_contiguous()
         or 0 in projection.shape
-        or not torch.backends.mkldnn.is_available()
-        or not torch.backends.mkldnn.enabled
     ):
-        return project(flat, delta)
-    return F.linear(flat.to_mkldnn(torch.float32), projection).to_dense()
+        return project(flat, delta), None
+    if pairs.takes(flat, projection):
+        return pairs.product(flat, projection)
+    if (
+        projection.is_contiguous()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    ):
+        return F.linear(flat.to_mkldnn(torch.float32), projection).to_dense(), None
+    return project(flat, delta), None
 
 
 def _is_one_number(value: float | Tensor) -> bool:
@@ -90,6 +97,71 @@ def _as_scores(z: list[list[float]], x: Tensor) -> Tensor:
     return torch.tensor(z if x.dim() == 3 else z[0], dtype=torch.float32)
 
 
+def _scores(
+    x: Tensor, delta: Delta, mask: Tensor | None, cu_seqlens: Tensor | None, scope: Scope
+) -> tuple[Tensor, Tensor, Tokens]:
+    """Features ``[N, f]`` and scores ``[N]`` of many tokens, and how these are laid out."""
+    tokens = Tokens.of(x, mask, cu_seqlens)
+    with torch.no_grad():
+        features, norms = _features(x.flatten(0, -2), delta)
+        return features, scores(features, tokens, scope, norms), tokens
+
+
+def _decide(
+    x: Tensor,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scores in the leading shape of ``x``, which tokens fire (None: no token), their features."""
+    few = _few_scores(x, delta, mask, cu_seqlens, scope)
+    if few is not None:
+        features, known = few
+        z = _as_scores(known, x)
+        threshold = c_float(float(alpha)).value  # compared in the dtype of z
+        fired = [i for i, score in enumerate(chain(*known)) if score >= threshold]
+        if not fired:
+            return z, None, features
+        index = torch.tensor(fired, dtype=torch.int64)
+        return z, index, features.flatten(0, -2).index_select(0, index)
+    if isinstance(scope, Sequence) and scope.state is None and cu_seqlens is None:
+        if x.shape[-2] == 1:
+            # One token has no standard deviation: decoding here costs the frozen layer alone.
+            z = x.new_full(x.shape[:-1], float("nan"), dtype=torch.float32)
+            return z, None, z
+    features, z, tokens = _scores(x, delta, mask, cu_seqlens, scope)
+    index = fires(z, alpha, tokens, scope).nonzero().squeeze(1)
+    z = z.to(torch.float32).view(x.shape[:-1])
+    if index.shape[0] == 0:
+        return z, None, features
+    return z, index, features.index_select(0, index)
+
+
+def _corrected(
+    base_output: Tensor,
+    index: Tensor,
+    features: Tensor,
+    delta: Delta,
+    scope: Scope,
+    in_place: bool,
+) -> Tensor:
+    rows = base_output.reshape(-1, base_output.shape[-1])
+    hooked = rows.index_select(0, index).to(features.dtype)
+    if isinstance(delta, Tensor):
+        hooked = hooked + features
+    else:
+        lift = delta[0].to(features.dtype)
+        hooked = torch.addmm(hooked, coefficients(features, scope), lift.T)
+    hooked = hooked.to(base_output.dtype)
+    if in_place:
+        rows.index_copy_(0, index, hooked)
+    else:
+        rows = rows.index_copy(0, index, hooked)
+    return rows.view(base_output.shape)
+
+
 def gate_scores(
     x: Tensor, delta: Delta, mask: Tensor | None, cu_seqlens: Tensor | None, scope: Scope
 ) -> Tensor:
@@ -98,8 +170,7 @@ def gate_scores(
         few = _few_scores(x, delta, mask, cu_seqlens, scope)
         if few is not None:
             return _as_scores(few[1], x)
-        features = _features(x.flatten(0, -2), delta)
-        z = scores(features, Tokens.of(x, mask, cu_seqlens), scope)
+        _, z, _ = _scores(x, delta, mask, cu_seqlens, scope)
         return z.to(torch.float32).view(x.shape[:-1])
 
 
@@ -119,37 +190,40 @@ def hook_output(
         owned: whether ``base_output`` may be overwritten.
     """
     parts = (delta,) if isinstance(delta, Tensor) else delta
-    differentiated = differentiates(base_output, x, *parts)
-    few = None if differentiated else _few_scores(x, delta, mask, cu_seqlens, scope)
-    if few is not None:
-        features, known = few
-        z = _as_scores(known, x)
-        threshold = c_float(float(alpha)).value  # compared in the dtype of z
-        fired = [i for i, score in enumerate(chain(*known)) if score >= threshold]
-        if not fired:
-            return base_output, z
-        index = torch.tensor(fired, dtype=torch.int64)
-        features = features.flatten(0, -2)[index]
-    else:
-        tokens = Tokens.of(x, mask, cu_seqlens)
-        if isinstance(scope, Sequence) and scope.state is None and tokens.longest == 1:
-            # One token has no standard deviation: decoding here costs the frozen layer alone.
-            return base_output, x.new_full(x.shape[:-1], float("nan"), dtype=torch.float32)
-        flat = x.flatten(0, -2)
+    if differentiates(base_output, x, *parts):
         with torch.no_grad():
-            features = _features(flat, delta)
-            z = scores(features, tokens, scope)
-            index = fires(z, alpha, tokens, scope).nonzero()
-        z = z.to(torch.float32).view(x.shape[:-1])
-        if index.shape[0] == 0:
+            z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
+        if index is None:
             return base_output, z
-        index = index.squeeze(1)
-        features = project(flat[index], delta) if differentiated else features[index]
-    rows = base_output.reshape(-1, base_output.shape[-1])
-    hooked = rows[index].to(features.dtype) + correction(features, delta, scope)
-    hooked = hooked.to(base_output.dtype)
-    if owned and not differentiated:
-        rows.index_copy_(0, index, hooked)
+        features, owned = project(x.flatten(0, -2).index_select(0, index), delta), False
     else:
-        rows = rows.index_copy(0, index, hooked)
-    return rows.view(base_output.shape), z
+        z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
+        if index is None:
+            return base_output, z
+    return _corrected(base_output, index, features, delta, scope, owned), z
+
+
+def hooked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Delta,
+    alpha: float | Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scope: Scope,
+) -> tuple[Tensor, Tensor]:
+    """The frozen product and :func:`hook_output` on it, bit for bit, the gate first.
+
+    The frozen product would push x, S and the code of the gate out of the caches.
+    """
+    layer = (x, weight) if bias is None else (x, weight, bias)
+    parts = (delta,) if isinstance(delta, Tensor) else delta
+    if differentiates(*layer, *parts):
+        output = F.linear(x, weight, bias)
+        return hook_output(output, x, delta, alpha, mask, cu_seqlens, scope, True)
+    z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
+    output = F.linear(x, weight, bias)
+    if index is not None:
+        output = _corrected(output, index, features, delta, scope, True)
+    return output, z

@@ -195,7 +195,7 @@ def group_sums(coefficients: Tensor, groups: Tensor | None) -> Tensor:
     return sums.masked_fill(unused, float("-inf"))
 
 
-def scores(features: Tensor, tokens: Tokens, scope: Scope) -> Tensor:
+def scores(features: Tensor, tokens: Tokens, scope: Scope, norms: Tensor | None = None) -> Tensor:
     """Score z ``[N]`` of every token, in the dtype of ``features``; NaN where undefined.
 
     Args:
@@ -203,6 +203,7 @@ def scores(features: Tensor, tokens: Tokens, scope: Scope) -> Tensor:
             :class:`Membership`, the coefficients of the keys).
         tokens: how the N tokens are cut into sequences.
         scope: the scope; its state is updated in place.
+        norms: float64 ``[N]``, of the rows of ``features``, where they are known already.
     """
     if isinstance(scope, Ungated):
         return features.new_full(features.shape[:1], float("nan"))
@@ -211,7 +212,8 @@ def scores(features: Tensor, tokens: Tokens, scope: Scope) -> Tensor:
             return features.new_full(features.shape[:1], float("nan"))
         z = group_sums(features, scope.groups).amax(dim=-1)
     else:
-        norms = torch.linalg.vector_norm(features, dim=-1).double()
+        if norms is None:
+            norms = torch.linalg.vector_norm(features, dim=-1).double()
         if isinstance(scope, Population):
             mean, std = _population_statistics(scope, tokens, norms.device)
         elif isinstance(scope, Prefix):

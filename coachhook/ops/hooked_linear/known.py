@@ -31,6 +31,8 @@ recall = _KNOWN.get
 _ON_CPU = attrgetter("shape", "dtype", "is_cpu")
 _ANYWHERE = attrgetter("shape", "dtype", "device")
 
+_AUTOCASTS: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
 # A variable that is not set costs 0.7 us through os.environ, which raises and catches twice, and
 # 0.03 us through the mapping behind it.
 _VARIABLES: Any = getattr(os.environ, "_data", os.environ)
@@ -56,7 +58,7 @@ def facts_of(
         layer: x and what belongs to the frozen layer.
         delta, alpha, mask, cu_seqlens, scope, backend: as given by the caller, not yet checked.
     """
-    if is_watched() or cu_seqlens is not None or torch._C._is_any_autocast_enabled():
+    if cu_seqlens is not None or is_watched() or _AUTOCASTS():
         return None
     kind = type(scope)
     values: tuple[Any, ...]

@@ -36,20 +36,24 @@ def project(x: Tensor, delta: Delta) -> Tensor:
     return F.linear(x.to(dtype), projection.to(dtype))
 
 
+def coefficients(features: Tensor, scope: Scope) -> Tensor:
+    """What the columns of the lift are weighted by ``[N, f]`` for tokens with these features."""
+    if not isinstance(scope, Membership) or scope.correction != "own" or not features.shape[1]:
+        return features
+    winner = group_sums(features.detach(), scope.groups).argmax(dim=-1, keepdim=True)
+    groups = scope.groups
+    if groups is None:
+        groups = torch.arange(features.shape[1], device=features.device)
+    own = torch.where(groups == winner, features, 0.0)
+    total = own.sum(dim=-1, keepdim=True)
+    return own / torch.where(total == 0, 1.0, total)
+
+
 def correction(features: Tensor, delta: Delta, scope: Scope) -> Tensor:
     """What the hook adds ``[N, m]`` for tokens with these features, in their dtype."""
     if isinstance(delta, Tensor):
         return features
-    weights = features
-    if isinstance(scope, Membership) and scope.correction == "own" and features.shape[1]:
-        winner = group_sums(features.detach(), scope.groups).argmax(dim=-1, keepdim=True)
-        groups = scope.groups
-        if groups is None:
-            groups = torch.arange(features.shape[1], device=features.device)
-        own = torch.where(groups == winner, features, 0.0)
-        total = own.sum(dim=-1, keepdim=True)
-        weights = own / torch.where(total == 0, 1.0, total)
-    return F.linear(weights, delta[0].to(features.dtype))
+    return F.linear(coefficients(features, scope), delta[0].to(features.dtype))
 
 
 def gate_scores(
