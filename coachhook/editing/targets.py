@@ -175,10 +175,11 @@ class _Problem:
         )
 
     def parts(self, count: int) -> list[Tensor]:
-        """Numbers of a request's rows, dealt into parts with at least one context each."""
+        """Numbers of a request's rows in parts, each with a context at least and the essence."""
         numbers = torch.arange(self.group, device=self.places.device)
+        prompts, essence = numbers[: self.asked], numbers[self.asked :]
         count = min(count, self.contexts)
-        return [numbers[i::count] for i in range(count)]
+        return [torch.cat([prompts[i::count], essence]) for i in range(count)]
 
     @property
     def prompts(self) -> Tensor:
