@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,9 +182,24 @@ def _resume(
 
 
 def _not_yet(editor: Editor, requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The requests that the folder does not hold yet."""
-    done = {(r.text, r.target_new) for batch in editor.batches.values() for r in batch.requests}
-    return [r for r in requests if (r.text, r.target_new) not in done]
+    """The requests that the folder does not hold yet, or holds no longer.
+
+    One that is there counts once, and not where a later fact about its prompt has taken its place
+    and is not asked for again.
+    """
+    written = [r for batch in editor.batches.values() for r in batch.requests]
+    there = Counter((r.text, r.target_new) for r in written)
+    holds = {r.text: r.target_new for r in written}
+    last = {r.text: i for i, r in enumerate(requests)}
+    todo = []
+    for i, request in enumerate(requests):
+        fact = request.text, request.target_new
+        replaced = last[request.text] == i and holds.get(request.text) != request.target_new
+        if there[fact] and not replaced:
+            there[fact] -= 1
+        else:
+            todo.append(request)
+    return todo
 
 
 def check_prompts(

@@ -82,7 +82,8 @@ class EditConfig:
         max_rank: largest rank of a factored correction; above it storage is dense. None is the
             break-even.
         max_keys: keys kept beside the prior before the oldest are folded into it; None is the
-            memory's own rule. Not for the membership scope, which needs all keys.
+            memory's own rule. Not for the membership scope, which needs all keys, nor for
+            ``state_dtype="float32"``.
         false_fire: the share of unrelated tokens that may fire. In the population scope alpha does
             not fall below the score that goes with it; in the membership scope a further place is
             taken only where its key keeps to it.
@@ -166,6 +167,15 @@ class EditConfig:
             raise ValueError(
                 "EditConfig: state_dtype must be 'float64' for the membership scope, got 'float32'"
             )
+        for name, value, why in (
+            ("state_dtype", "float32", "keeps no keys apart"),
+            ("scope", "membership", "needs all keys"),
+        ):
+            if self.max_keys is not None and getattr(self, name) == value:
+                raise ValueError(
+                    f"EditConfig: max_keys must be None for {name} {value!r}, which {why}, "
+                    f"got {self.max_keys!r}"
+                )
         for name in ("max_rank", "max_keys"):
             value = getattr(self, name)
             if value is not None and value < 1:

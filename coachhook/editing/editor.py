@@ -320,7 +320,7 @@ class Editor:
             targets.converged,
             targets.losses,
             targets.steps,
-            self._warnings(record, ties),
+            [*self._warnings(record, ties), *self._replaced(number, requests)],
         )
 
     def _write(
@@ -408,6 +408,21 @@ class Editor:
             defined = largest[largest > -float("inf")]
             bounds[layer] = float(defined.min()) if len(defined) else float("nan")
         return bounds
+
+    def _replaced(self, number: int, requests: list[EditRequest]) -> list[str]:
+        """Words about facts of earlier batches whose prompt is asked for something else now."""
+        earlier = {
+            r.text: (r.target_new, before)
+            for before, batch in self._state.batches.items()
+            if before != number
+            for r in batch.requests
+        }
+        return [
+            f"{r.text!r} -> {r.target_new!r} comes after {earlier[r.text][0]!r} of batch "
+            f"{earlier[r.text][1]}, which holds again when this batch is taken back"
+            for r in requests
+            if r.text in earlier and earlier[r.text][0] != r.target_new
+        ]
 
     def _warnings(self, record: BatchRecord, ties: Ties) -> list[str]:
         found = [

@@ -9,6 +9,7 @@ import torch
 
 import coachhook as ch
 from coachhook import EditConfig, Editor, EditRequest, Statistics
+from coachhook.cli.edit import _not_yet
 from coachhook.editing import EditMemory
 from coachhook.editing.reading import read_states
 from coachhook.editing.targets import encode_requests
@@ -230,11 +231,17 @@ def test_several_layers_share_the_residual(make_editor, requests):
 def test_editing_a_fact_again_replaces_it(make_editor, requests):
     editor, model, tokenizer = make_editor()
     first = requests[0]
-    editor.edit([first])
+    assert not editor.edit([first]).warnings
     assert answer(model, tokenizer, first.text).startswith(first.target_new)
     back = EditRequest(first.prompt, first.subject, first.target_true)
-    editor.edit([back])
+    (said,) = editor.edit([back]).warnings
+    assert f"comes after {first.target_new!r} of batch 1" in said
     assert answer(model, tokenizer, first.text).startswith(first.target_true)
+    # To go on with a facts file is to leave out what holds and what was replaced in its course.
+    assert _not_yet(editor, [first, back]) == []
+    assert _not_yet(editor, [first, back, first]) == [first]
+    assert _not_yet(editor, [first]) == [first]
+    assert _not_yet(editor, [back, requests[1]]) == [requests[1]]
     editor.revert(2)
     assert answer(model, tokenizer, first.text).startswith(first.target_new)
 
@@ -301,6 +308,13 @@ def test_nan_weights_are_refused(make_editor, bundled):
         ({"layers": [2, 1]}, "layers must be"),
         ({"places": ["prompt_last"]}, "places must start"),
         ({"max_rank": 0}, "max_rank"),
+        ({"target_parts": 0}, "target_parts must be positive"),
+        ({"rewordings": -1}, "rewordings must not be negative"),
+        ({"max_keys": 9}, "max_keys must be None for scope 'membership'"),
+        (
+            {"max_keys": 9, "scope": "sequence", "state_dtype": "float32"},
+            "max_keys must be None for state_dtype 'float32'",
+        ),
     ],
 )
 def test_bad_settings_are_refused(bundled, fields, match):
