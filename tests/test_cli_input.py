@@ -158,7 +158,9 @@ def test_a_prompt_that_only_a_context_makes_too_long(world, refused, tmp_path):
         prompt = f"x {prompt}"
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps([{**FACT, "prompt": prompt}]))
-    refused(*edit(world, facts), message="context window")
+    # What stands before a prompt may lose words, what stands after it may not.
+    refused(*edit(world, facts), "--context", "{} he said", message="context window")
+    assert call(*edit(world, facts), "--out", tmp_path / "long", "--target-steps", 2) == 0
 
 
 def test_nan_weights(world, refused, tmp_path):

@@ -52,7 +52,8 @@ class EditConfig:
             the unrelated sample comes near has its threshold raised to midway between that key's
             coefficient and its own, at most to this.
         include_padding: whether padding enters the sequence statistics, as in the published code.
-        contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``.
+        contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``. One
+            that a long prompt leaves no room for loses its first words.
         key_pooling: "mean" takes one key for each request, half of it from the bare prompt and half
             from the mean over the other contexts (the published code); "each" keeps every context's
             key.

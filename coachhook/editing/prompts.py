@@ -128,10 +128,19 @@ def encode(
 def encode_in_context(
     tokenizer: Any, request: EditRequest, context: str, max_positions: int | None = None
 ) -> EncodedPrompt:
-    """The request's prompt set into ``context`` (a template with one ``{}``)."""
+    """The request's prompt set into ``context`` (a template with one ``{}``).
+
+    Where there is no room for all of it, what stands before the prompt loses its first words.
+    """
     head, tail = context.split("{}")
+    words = head.split(" ")
     start, end = request.subject_span
-    text = f"{head}{request.text}{tail}"
+    for first in range(len(words)):
+        head = " ".join(words[first:])
+        text = f"{head}{request.text}{tail}"
+        found = encode(tokenizer, text, (start + len(head), end + len(head)))
+        if max_positions is None or len(found.ids) <= max_positions:
+            return found
     return encode(tokenizer, text, (start + len(head), end + len(head)), max_positions)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from coachhook.editing.prompts import EncodedPrompt
+from coachhook.editing.prompts import EncodedPrompt, encode_in_context
 from coachhook.editing.rewordings import LEAST_PROBABILITY, LENGTH, find_rewordings
 from coachhook.editing.targets import encode_requests, optimise_targets
 from coachhook.models import describe, end_tokens
@@ -94,3 +94,20 @@ def test_an_edit_asks_the_rewordings_only_where_it_should(make_editor, requests)
     assert not torch.equal(none.edit(requests[:2]).targets, result.targets)
     paper, _, _ = make_editor("paper")
     assert paper.config.rewordings == 0
+
+
+def test_a_context_loses_its_first_words_where_there_is_no_room(bundled, requests):
+    tokenizer, request = bundled[1], requests[0]
+    context = "One two three four. {}"
+    whole = encode_in_context(tokenizer, request, context)
+    bare = encode_in_context(tokenizer, request, "{}")
+    for room in range(len(bare.ids), len(whole.ids) + 1):
+        cut = encode_in_context(tokenizer, request, context, room)
+        assert len(bare.ids) <= len(cut.ids) <= room
+        text = tokenizer.decode(cut.ids, skip_special_tokens=True).strip()
+        assert text.endswith(request.text) and context.format(request.text).endswith(text)
+        subject = tokenizer.decode(cut.ids[cut.first : cut.lookup + 1])
+        assert subject.strip() == request.subject
+    assert encode_in_context(tokenizer, request, context, len(whole.ids)) == whole
+    with pytest.raises(ValueError, match="context window"):
+        encode_in_context(tokenizer, request, context, len(bare.ids) - 1)
