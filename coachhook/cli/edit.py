@@ -51,6 +51,8 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "target_clamp": (float, "largest change of a target, as a share of its norm"),
     "target_kl": (float, "weight of the KL term of a target"),
     "target_stop": (float, "a target is done when its loss is below this"),
+    "target_parts": (positive_int, "parts of a fact's prompts, of which a step takes one"),
+    "rewordings": (int, "most of the model's own rewordings that a target must hold in; 0: none"),
     "places": (
         lambda text: text.split(","),
         "where a fact may be written, in the order they are taken",
