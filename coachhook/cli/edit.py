@@ -43,6 +43,7 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "ridge": (float, "share of the covariance's mean diagonal added to its diagonal"),
     "alpha": (float, "initial gate threshold"),
     "alpha_ceiling": (float, "membership scope: highest threshold of a single edit"),
+    "alpha_prompt": (float, "membership scope: lowest threshold at a prompt's last token"),
     "false_fire": (float, "population scope: share of unrelated tokens that may fire"),
     "target_steps": (positive_int, "most optimisation steps of a target"),
     "target_lr": (float, "learning rate of a target"),
@@ -51,7 +52,6 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "target_clamp": (float, "largest change of a target, as a share of its norm"),
     "target_kl": (float, "weight of the KL term of a target"),
     "target_stop": (float, "a target is done when its loss is below this"),
-    "target_parts": (positive_int, "parts of a fact's prompts, of which a step takes one"),
     "rewordings": (int, "most of the model's own rewordings that a target must hold in; 0: none"),
     "places": (
         lambda text: text.split(","),

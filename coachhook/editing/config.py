@@ -31,6 +31,8 @@ PAPER_CONTEXTS = (
     "I think that we have seen this before. {}",
     "You can read about it in many books. {}",
 )
+# Fields of earlier folders that nothing depends on any more.
+_RETIRED = ("target_parts",)
 # (model_type, blocks) -> (Adam forwards, prior weight) of the published experiments.
 _PAPER_SETTINGS = {("gpt2", 48): (20, 15000.0), ("gptj", 28): (25, 15000.0)}
 
@@ -51,6 +53,9 @@ class EditConfig:
         alpha_ceiling: in the membership scope with the correction "own", an edit that some key of
             the unrelated sample comes near has its threshold raised to midway between that key's
             coefficient and its own, at most to this.
+        alpha_prompt: in the membership scope with the correction "own", the threshold of an edit at
+            the last token of a prompt is not below this: prompts in the same words about other
+            subjects end in nearly the same key.
         include_padding: whether padding enters the sequence statistics, as in the published code.
         contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``. One
             that a long prompt leaves no room for loses its first words.
@@ -62,9 +67,9 @@ class EditConfig:
         correction: for the membership scope, "own" adds the target of the edit that fired, "sum"
             the whole ``Delta x``.
         places: where a fact may be written, in the order they are taken: every request starts with
-            the first, and one whose target does not come out in every context (at the subject's
-            tokens: in every rewording too) goes on with the next as well. See
-            :data:`~coachhook.editing.prompts.PLACES`.
+            the first and the tokens of its target, and one whose target does not come out in every
+            context (at the subject's tokens: in every rewording too) goes on with the next as well.
+            See :data:`~coachhook.editing.prompts.PLACES`.
         target_steps: most forwards of the optimisation of one target (for
             each place added); one Adam step fewer.
         target_lr: Adam's learning rate.
@@ -75,8 +80,6 @@ class EditConfig:
         target_stop: a request stops when its loss is below this.
         rewordings: at most so many other wordings of each request, which the model says by itself,
             are optimised with it; see :mod:`coachhook.editing.rewordings`. 0 is none.
-        target_parts: a request's prompts are dealt into so many parts, and a step of the
-            optimisation takes the next part; 1 takes all prompts at every step.
         state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
             weight after every batch as the published code does (z-score scopes only).
         storage: "dense", "factored", or "auto" (factored while it is cheaper).
@@ -98,6 +101,7 @@ class EditConfig:
     ridge: float = 1e-6
     alpha: float = 0.7
     alpha_ceiling: float = 0.95
+    alpha_prompt: float = 0.9
     scope: str = "membership"
     include_padding: bool = False
     contexts: Sequence[str] = DEFAULT_CONTEXTS
@@ -113,7 +117,6 @@ class EditConfig:
     target_kl: float = 0.0
     target_stop: float = 0.05
     rewordings: int = 3
-    target_parts: int = 2
     state_dtype: str = "float64"
     storage: str = "auto"
     max_rank: int | None = None
@@ -153,7 +156,6 @@ class EditConfig:
             "target_lr",
             "target_clamp",
             "target_steps",
-            "target_parts",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(
@@ -233,7 +235,6 @@ class EditConfig:
             "target_kl": 0.0625,
             "target_stop": 0.05,
             "rewordings": 0,
-            "target_parts": 1,
             "state_dtype": "float32",
         }
         return _checked(model, {**preset, **overrides}, cls)
@@ -250,6 +251,7 @@ class EditConfig:
             ValueError: a field is unknown or missing.
         """
         known = {f.name for f in fields(cls)}
+        record = {k: v for k, v in record.items() if k not in _RETIRED}
         unknown = sorted(set(record) - known)
         if unknown or "layers" not in record:
             what = f"unknown {', '.join(unknown)}" if unknown else "no layers"

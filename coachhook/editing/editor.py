@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coachhook.editing.config import EditConfig
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
-from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt
+from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, read_inputs, read_states
 from coachhook.editing.requests import EditRequest, check_requests
@@ -255,11 +255,13 @@ class Editor:
         )
         every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
 
-        def admit(chosen: list[int], place: str) -> list[bool]:
+        def admit(pairs: list[tuple[int, Place]]) -> list[bool]:
+            specific = self._admit([(every[i], place) for i, place in pairs])
             # Nothing is written at a reminder's own tokens.
-            able = [place in SUBJECT_PLACES or i < len(part) for i in chosen]
-            specific = self._admit([every[i] for i in chosen], place)
-            return [a and b for a, b in zip(able, specific, strict=True)]
+            return [
+                yes and (place[0] in SUBJECT_PLACES or i < len(part))
+                for (i, place), yes in zip(pairs, specific, strict=True)
+            ]
 
         found = optimise_targets(
             self._model,
@@ -308,7 +310,7 @@ class Editor:
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
             )
-            number = self._write(encoded, targets, record, ties, pad_id)
+            number = self._write(encoded, targets, record, pad_id)
             record.bounds.update(self._bounds(encoded, pad_id))
         finally:
             self._model.train(was_training)
@@ -328,21 +330,16 @@ class Editor:
         encoded: list[EncodedRequest],
         targets: Targets,
         record: BatchRecord,
-        ties: Ties,
         pad_id: int,
     ) -> int:
         """Appends keys and targets to every layer's memory, the lowest layer first."""
         config = self.config
         each = config.key_pooling == "each"
-        slots = [(r, p) for r, p in targets.used.nonzero().tolist()]
-        record.slots = slots
-        record.endings = [self._endings(encoded[r], config.places[p]) for r, p in slots]
-        # One edit for all slots of a subject's token; one each elsewhere.
-        owners: list[tuple[int, int]] = [
-            (ties.numbers[r] if config.places[p] in SUBJECT_PLACES else -1 - r, p) for r, p in slots
-        ]
+        slots = [(r, targets.places[p]) for r, p in targets.used.nonzero().tolist()]
+        record.slots = [(r, tuple(config.places).index(place[0])) for r, place in slots]
+        record.endings = [self._endings(encoded[r], place) for r, place in slots]
         contexts = [
-            prompt.at(config.places[place])
+            prompt.at(place, encoded[request].target)
             for request, place in slots
             for prompt in encoded[request].contexts
         ]
@@ -365,23 +362,25 @@ class Editor:
                 outputs = self._read(bare, layer, pad_id).outputs
             left = len(config.layers) - position if config.sharing == "even" else 1
             share = (goal - outputs.to(goal.dtype)) / left
-            number = self._state.append(layer, keys, share, record, owners)
+            number = self._state.append(layer, keys, share, record)
             hook = self.hooks[layer]
             self._state.payload(layer).apply(hook, config)
             hook.state = "validated"
         return number
 
-    def _admit(self, encoded: list[EncodedRequest], place: str) -> list[bool]:
-        """Whether the keys of some requests at a further place would leave other text alone."""
-        prompts = [request.contexts[0].at(place) for request in encoded]
+    def _admit(self, wanted: list[tuple[EncodedRequest, Place]]) -> list[bool]:
+        """Whether the keys of some requests at further places would leave other text alone."""
+        prompts = [request.contexts[0].at(place, request.target) for request, place in wanted]
         pad_id = self._tokenizer.pad_token_id
         lowest = self.config.layers[0]
-        own = [self._endings(request, place) for request in encoded]
+        own = [self._endings(request, place) for request, place in wanted]
         return self._state.specific(lowest, self._read(prompts, lowest, pad_id).keys, own)
 
-    def _endings(self, request: EncodedRequest, place: str) -> list[Ending]:
+    def _endings(self, request: EncodedRequest, place: Place) -> list[Ending]:
         known = self._state.sample_tokens
-        return endings((p.at(place) for p in request.contexts), known.width) if known else []
+        if known is None:
+            return []
+        return endings((p.at(place, request.target) for p in request.contexts), known.width)
 
     def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
         return read_states(

@@ -17,11 +17,25 @@ from torch import Tensor
 
 from coachhook.editing.requests import EditRequest
 
-# Where a fact can be written: the last subject token, the one before it if that belongs to the
-# subject too, and the last token of the prompt if the subject does not end there.
-PLACES = ("subject_last", "subject_previous", "prompt_last")
+# Where a fact can be written: the last subject token, the target's own tokens but the last (each
+# says the next), the subject's token before its last, and the last token of the prompt where the
+# subject does not end there.
+PLACES = ("subject_last", "target", "subject_previous", "prompt_last")
 # At these the requests about one subject have one key.
-SUBJECT_PLACES = PLACES[:2]
+SUBJECT_PLACES = ("subject_last", "subject_previous")
+# One token: a name of PLACES, and which token of the target it is (0 for the other names).
+Place = tuple[str, int]
+
+
+def expand_places(names: Sequence[str], targets: Iterable[Sequence[int]]) -> list[Place]:
+    """The tokens that the names stand for, enough of them for the longest target.
+
+    Those of the target come right after the first, as they are added with it.
+    """
+    longest = max((len(target) for target in targets), default=0)
+    tokens = [("target", number) for number in range(longest - 1) if "target" in names]
+    first, *rest = [(name, 0) for name in names if name != "target"]
+    return [first, *tokens, *rest]
 
 
 @dataclass(frozen=True)
@@ -38,23 +52,27 @@ class EncodedPrompt:
     first: int
     lookup: int
 
-    def at(self, place: str) -> EncodedPrompt:
-        """The same prompt with another token looked up.
+    def at(self, place: Place, target: Sequence[int]) -> EncodedPrompt:
+        """The prompt, followed by the target up to the place, with that token looked up.
 
         Raises:
-            ValueError: the prompt has no such token.
+            ValueError: there is no such token.
         """
-        position = self.position(place)
+        position = self.position(place, target)
         if position is None:
-            raise ValueError(f"at: place must be in the prompt, got {place!r}")
-        return EncodedPrompt(self.ids, self.first, position)
+            raise ValueError(f"at: place must be in the prompt or its target, got {place!r}")
+        ids = self.ids + list(target[: max(0, position + 1 - len(self.ids))])
+        return EncodedPrompt(ids, self.first, position)
 
-    def position(self, place: str) -> int | None:
-        """Index of a token by name, see :data:`PLACES`; None where this prompt has none."""
-        if place == "subject_last":
+    def position(self, place: Place, target: Sequence[int]) -> int | None:
+        """Index of a place in the prompt followed by its target; None where there is none."""
+        name, number = place
+        if name == "subject_last":
             return self.lookup
-        if place == "subject_previous":
+        if name == "subject_previous":
             return self.lookup - 1 if self.lookup > self.first else None
+        if name == "target":
+            return len(self.ids) + number if number < len(target) - 1 else None
         return len(self.ids) - 1 if len(self.ids) - 1 > self.lookup else None
 
 

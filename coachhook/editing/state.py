@@ -6,6 +6,7 @@ no model at hand.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from coachhook.editing.config import EditConfig
 from coachhook.editing.memory import EditMemory
+from coachhook.editing.prompts import SUBJECT_PLACES
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.requests import EditRequest
 from coachhook.editing.unrelated import Ending, SampleTokens
@@ -26,6 +28,11 @@ from coachhook.ops._precision import float32_products
 # both in float32, so the gate reads r n numbers or m n. Times: docs/kernels/hooked_linear.md.
 BREAK_EVEN = 0.8
 
+
+# Keys of the unrelated sample that would take this much of a new edit's own coefficient are kept
+# apart from it, the nearest first and at most so many for each edit.
+_ANCHORED = 0.5
+_MOST_ANCHORS = 4
 
 # A prompt alone and in a padded batch differ in the last bits of a 16-bit model; the prompt that
 # sets the threshold must fire in both. The published code has no such margin.
@@ -87,9 +94,11 @@ class BatchRecord:
         slots: (request, place) of each key, as indices into ``requests`` and ``config.places``.
         bounds: layer index -> smallest over the prompts of the largest score in the prompt; NaN
             where no prompt had a defined score.
-        groups: layer index -> number of the edit that each slot's keys belong to. A slot whose key
-            already fires takes that edit over.
+        groups: layer index -> number of the edit that each slot's keys belong to, see
+            :meth:`owners`.
         endings: for each slot the ids that its subject ends in, in every spelling of its prompts.
+        anchors: layer index -> which of the unrelated sample are kept apart from the batch's keys,
+            see :meth:`EditState.append`. Their keys come after those of the slots.
     """
 
     requests: list[EditRequest]
@@ -100,6 +109,28 @@ class BatchRecord:
     bounds: dict[int, float]
     groups: dict[int, list[int]]
     endings: list[list[Ending]] = field(default_factory=list)
+    anchors: dict[int, list[int]] = field(default_factory=dict)
+
+    def owners(self, places: Sequence[str]) -> list[Hashable]:
+        """What the edit of each slot is about: slots with the same are one edit, in any batch.
+
+        At its tokens a subject, elsewhere a prompt, in its target a token of it.
+
+        Args:
+            places: of the settings.
+        """
+        found: list[Hashable] = []
+        seen: Counter[int] = Counter()
+        for r, p in self.slots:
+            request, place = self.requests[r], places[p]
+            if place in SUBJECT_PLACES:
+                found.append((place, request.subject))
+            elif place == "target":
+                found.append((place, request.text, request.target_new, seen[r]))
+                seen[r] += 1
+            else:
+                found.append((place, request.text))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The record without its tensors, JSON-ready."""
@@ -111,6 +142,7 @@ class BatchRecord:
             "bounds": {str(k): None if v != v else v for k, v in self.bounds.items()},
             "groups": {str(k): v for k, v in self.groups.items()},
             "endings": self.endings,
+            "anchors": {str(k): v for k, v in self.anchors.items()},
         }
 
     @classmethod
@@ -126,7 +158,30 @@ class BatchRecord:
             bounds,
             {int(k): list(v) for k, v in record["groups"].items()},
             [[tuple(ending) for ending in slot] for slot in record["endings"]],
+            {int(k): list(v) for k, v in record.get("anchors", {}).items()},
         )
+
+
+@dataclass
+class _About:
+    endings: list[Ending]
+    places: set[str]
+
+
+@dataclass
+class _Columns:
+    """Columns of a layer's memory.
+
+    Attributes:
+        group: number of the edit ``[N]``; -1 for an anchor that is no edit's.
+        batch: number of the batch ``[N]``.
+        anchor: whether it is an anchor ``[N]``, see :meth:`EditState.append`. One whose token an
+            edit is about, since a later batch brought that edit, is one more key of it.
+    """
+
+    group: Tensor
+    batch: Tensor
+    anchor: Tensor
 
 
 @dataclass
@@ -192,16 +247,17 @@ class EditState:
         keys: Tensor,
         change: Tensor,
         record: BatchRecord,
-        owners: Sequence[Hashable],
     ) -> int:
         """Adds a batch to one layer.
+
+        With the correction "own" a few keys of the unrelated sample that the batch's edits come
+        nearest to are added with it, as keys to be left as they are (the batch's *anchors*).
 
         Args:
             layer: its index.
             keys: ``[R, n]``, slot after slot, as many rows for each as it has keys.
             change: ``[R, m]``, wanted on top of what the hook says for these keys now.
             record: the batch; its ``groups`` of the layer are filled in.
-            owners: of each slot; slots with the same owner are one edit.
 
         Returns:
             The number of the batch, the same in every layer.
@@ -210,20 +266,53 @@ class EditState:
         device = edits.memory.device
         keys = keys.detach().to(device, torch.float64)
         change = change.detach().to(device, torch.float64)
-        record.groups[layer], present = self._present(layer, keys, owners)
-        number = edits.memory.append(keys.T, (present + change).T)
+        record.groups[layer], present = self._present(layer, keys, record)
+        targets = present + change
+        record.anchors[layer] = self._anchors(layer, keys, record.endings)
+        if record.anchors[layer]:
+            assert edits.sample is not None
+            keys = torch.cat([keys, edits.sample[record.anchors[layer]].to(keys)])
+            targets = torch.cat(
+                [targets, targets.new_zeros(len(keys) - len(targets), len(targets.T))]
+            )
+        number = edits.memory.append(keys.T, targets.T)
         self.batches[number] = record
         return number
 
-    def _present(
-        self, layer: int, keys: Tensor, owners: Sequence[Hashable]
-    ) -> tuple[list[int], Tensor]:
+    def _anchors(self, layer: int, keys: Tensor, endings: list[list[Ending]]) -> list[int]:
+        """Which of the sample are to be kept apart from keys that are about to be appended.
+
+        An edit asks for its own keys; the rest of the key space follows by least squares, and a
+        stranger close to them gets half of their coefficient and more. Kept beside them, with
+        nothing to add, it gets none, and other strangers like it little.
+        """
+        if self.config.correction != "own":
+            return []
+        scores = self._as_if_edited(layer, keys, endings)
+        if scores is None:
+            return []
+        nearest = scores.topk(min(_MOST_ANCHORS, len(scores)), dim=0)
+        return torch.unique(nearest.indices[nearest.values >= _ANCHORED]).tolist()
+
+    def _as_if_edited(self, layer: int, keys: Tensor, endings: list[list[Ending]]) -> Tensor | None:
+        """Coefficients ``[s, len(endings)]`` of the sample if keys ``[R, n]`` were appended.
+
+        Relative to those of the keys themselves, of which each edit has as many. None in other
+        scopes and without a sample.
+        """
+        edits = self.layers[layer]
+        if self.config.scope != "membership" or edits.sample is None or not len(edits.sample):
+            return None
+        assert isinstance(edits.memory, EditMemory)
+        rows = edits.memory.coefficients_of(keys.T).view(len(endings), -1, keys.shape[1]).sum(1)
+        own = torch.einsum("ern,en->er", keys.view(len(endings), -1, keys.shape[1]), rows).mean(1)
+        return self._sample_scores(edits.sample, rows / own[:, None], endings)
+
+    def _present(self, layer: int, keys: Tensor, record: BatchRecord) -> tuple[list[int], Tensor]:
         """The edit each slot belongs to, and the hook's present correction ``[R, m]``."""
         edits = self.layers[layer]
-        slots = len(owners)
         if self.config.scope != "membership":
-            return [0] * slots, keys @ edits.memory.delta().to(keys).T
-        groups: list[int | None] = [None] * slots
+            return [0] * len(record.slots), keys @ edits.memory.delta().to(keys).T
         present = keys.new_zeros(keys.shape[0], edits.memory.out_features)
         if edits.memory.batches:
             v, at = self.pair(layer)
@@ -231,18 +320,21 @@ class EditState:
             fired = largest >= self.config.alpha
             own = v.T[winner] if self.config.correction == "own" else keys @ at.T @ v.T
             present[fired] = own[fired]
-            each = keys.shape[0] // slots
-            ids = self.group_ids(layer)[winner[::each].cpu()].tolist()
-            groups = [i if f else None for i, f in zip(ids, fired[::each].tolist(), strict=True)]
-        of_owner: dict[Hashable, int] = {}
-        for owner, group in zip(owners, groups, strict=True):
-            if group is not None:
-                of_owner.setdefault(owner, group)
-        for owner in owners:
+        of_owner = {
+            owner: group
+            for batch in self.batches.values()
+            if layer in batch.groups
+            for owner, group in zip(
+                batch.owners(self.config.places), batch.groups[layer], strict=True
+            )
+        }
+        groups = []
+        for owner in record.owners(self.config.places):
             if owner not in of_owner:
                 of_owner[owner] = edits.next_group
                 edits.next_group += 1
-        return [of_owner[owner] for owner in owners], present
+            groups.append(of_owner[owner])
+        return groups, present
 
     def specific(self, layer: int, keys: Tensor, endings: list[list[Ending]]) -> list[bool]:
         """Whether keys ``[R, n]`` would fire on at most ``false_fire`` of the unrelated sample.
@@ -256,16 +348,12 @@ class EditState:
             keys: one for each slot in question.
             endings: of each, see :class:`BatchRecord`.
         """
-        edits = self.layers[layer]
-        if self.config.scope != "membership" or edits.sample is None or not len(edits.sample):
-            return [False] * keys.shape[0]
-        assert isinstance(edits.memory, EditMemory)
-        keys = keys.detach().to(edits.memory.device, torch.float64)
-        rows = edits.memory.coefficients_of(keys.T)
-        own = (rows * keys).sum(dim=1)
-        scores = self._sample_scores(edits.sample, rows / own[:, None], endings)
+        keys = keys.detach().to(self.layers[layer].memory.device, torch.float64)
+        scores = self._as_if_edited(layer, keys, endings)
+        if scores is None:
+            return [False] * len(keys)
         ceiling = max(self.config.alpha, self.config.alpha_ceiling)
-        share = (~(scores < ceiling)).to(rows).mean(dim=0)
+        share = (~(scores < ceiling)).double().mean(dim=0)
         return (share <= self.config.false_fire).tolist()
 
     def remove(self, number: int) -> None:
@@ -334,35 +422,38 @@ class EditState:
     def _make_pair(self, layer: int) -> tuple[Tensor, Tensor]:
         edits = self.layers[layer]
         v, at = edits.memory.pair()
-        group_of_column, batch_of_column = self._column_groups(layer)
-        groups, position = torch.unique(group_of_column, return_inverse=True)
+        columns = self._columns(layer)
+        kept = (columns.group >= 0).nonzero().flatten()
+        written = ~columns.anchor[kept]
+        groups, position = torch.unique(columns.group[kept], return_inverse=True)
+        batch = columns.batch[kept]
         newest = torch.zeros(len(groups), dtype=torch.int64).scatter_reduce_(
-            0, position, batch_of_column, "amax", include_self=False
+            0, position[written], batch[written], "amax", include_self=False
         )
-        latest = batch_of_column == newest[position]
-        position, latest = position.to(at.device), latest.to(at)
-        rows = at.new_zeros(len(groups), at.shape[1]).index_add_(0, position, at)
+        latest = (written & (batch == newest[position])).to(at)
+        kept, position = kept.to(at.device), position.to(at.device)
+        rows = at.new_zeros(len(groups), at.shape[1]).index_add_(0, position, at[kept])
         total = at.new_zeros(len(groups)).index_add_(0, position, latest)
         weights = latest / total[position]
-        columns = v.new_zeros(v.shape[0], len(groups)).index_add_(1, position, v * weights)
+        left = v.new_zeros(v.shape[0], len(groups)).index_add_(1, position, v[:, kept] * weights)
         if self.config.correction == "own":
-            own = (rows[position] * edits.memory.keys().mT).sum(dim=1)
+            own = (rows[position] * edits.memory.keys().mT[kept]).sum(dim=1)
             rows /= at.new_zeros(len(groups)).index_add_(0, position, own * weights)[:, None]
             rows *= (self.config.alpha / self._thresholds(layer, rows))[:, None]
-        return columns, rows
+        return left, rows
 
     def _thresholds(self, layer: int, rows: Tensor) -> Tensor:
         """Threshold of each edit ``[E]`` for rows that give 1 for its own keys."""
-        edits = self.layers[layer]
-        floor, ceiling = self.config.alpha, max(self.config.alpha, self.config.alpha_ceiling)
+        edits, config = self.layers[layer], self.config
+        about = self._about(layer)
+        floor = rows.new_tensor(
+            [config.alpha_prompt if "prompt_last" in a.places else 0 for a in about.values()]
+        ).clamp_min(config.alpha)
         if edits.sample is None or not len(edits.sample):
-            return rows.new_full((rows.shape[0],), floor)
-        ends: dict[int, list[Ending]] = {int(g): [] for g in self.group_ids(layer)}
-        for batch in self.batches.values():
-            for group, own in zip(batch.groups.get(layer, ()), batch.endings, strict=True):
-                ends[group] += own
-        nearest = self._sample_scores(edits.sample, rows, list(ends.values())).amax(dim=0).to(rows)
-        return ((1 + nearest) / 2).clamp(floor, ceiling)
+            return floor
+        ends = [a.endings for a in about.values()]
+        nearest = self._sample_scores(edits.sample, rows, ends).amax(dim=0).to(rows)
+        return ((1 + nearest) / 2).clamp_max(config.alpha_ceiling).maximum(floor)
 
     @float32_products(tf32=False)
     def _sample_scores(self, sample: Tensor, rows: Tensor, endings: list[list[Ending]]) -> Tensor:
@@ -378,16 +469,45 @@ class EditState:
 
     def group_ids(self, layer: int) -> Tensor:
         """The edit number of each row of the membership pair, int64 ``[E]``."""
-        return torch.unique(self._column_groups(layer)[0])
+        return torch.tensor(list(self._about(layer)), dtype=torch.int64)
 
-    def _column_groups(self, layer: int) -> tuple[Tensor, Tensor]:
+    def _about(self, layer: int) -> dict[int, _About]:
+        """What each edit is about, by its number."""
+        found: dict[int, _About] = {}
+        for batch in self.batches.values():
+            if layer not in batch.groups:
+                continue
+            told = zip(batch.groups[layer], batch.slots, batch.endings, strict=True)
+            for group, (_, place), ends in told:
+                about = found.setdefault(group, _About([], set()))
+                about.endings.extend(ends)
+                about.places.add(self.config.places[place])
+        return dict(sorted(found.items()))
+
+    def _columns(self, layer: int) -> _Columns:
+        """What the columns of the memory are."""
         each = len(self.config.contexts) if self.config.key_pooling == "each" else 1
-        groups, batches = [], []
+        own: dict[int, int] = {}
+        if self.sample_tokens is not None and any(
+            b.anchors.get(layer) for b in self.batches.values()
+        ):
+            for group, about in self._about(layer).items():
+                for row in self.sample_tokens.rows(about.endings):
+                    own.setdefault(row, group)
+        groups: list[int] = []
+        batches: list[int] = []
+        anchors: list[bool] = []
         for number, batch in self.batches.items():
-            for group in batch.groups.get(layer, ()):
-                groups += [group] * each
-                batches += [number] * each
-        return torch.tensor(groups, dtype=torch.int64), torch.tensor(batches, dtype=torch.int64)
+            keys = [group for group in batch.groups.get(layer, ()) for _ in range(each)]
+            apart = [own.get(row, -1) for row in batch.anchors.get(layer, ())]
+            groups += keys + apart
+            anchors += [False] * len(keys) + [True] * len(apart)
+            batches += [number] * (len(keys) + len(apart))
+        return _Columns(
+            torch.tensor(groups, dtype=torch.int64),
+            torch.tensor(batches, dtype=torch.int64),
+            torch.tensor(anchors, dtype=torch.bool),
+        )
 
     def _sample_norms(self, layer: int) -> Tensor:
         edits = self.layers[layer]

@@ -10,7 +10,9 @@ block at the last token of ``s`` is replaced by ``v* = h + delta`` with
 published code). Requests do not share parameters, so all of a batch are optimised in one Adam run:
 their losses are summed, the gradient of each reaches its own ``delta`` only, and a request that has
 converged leaves the batch. One whose target does not come out in every context may go on with a
-further place (``EditConfig.places``), its deltas so far kept as the start.
+further place (``EditConfig.places``), its deltas so far kept as the start. A target of several
+tokens has a delta at each of its tokens but the last, too, which says the next one: one vector at
+the subject would have to name them all.
 
 Requests about one subject are another matter: they have one key, and one correction must do for all
 of them. Such requests are *tied*: they have one ``delta`` at the subject's tokens, under the sum of
@@ -32,9 +34,11 @@ from coachhook.editing.live import Live
 from coachhook.editing.prompts import (
     SUBJECT_PLACES,
     EncodedPrompt,
+    Place,
     encode,
     encode_in_context,
     encode_target,
+    expand_places,
     pad_right,
 )
 from coachhook.editing.requests import EditRequest
@@ -77,6 +81,7 @@ class Targets:
         values: v* as columns ``[d, k]``, compute dtype.
         deltas: what is to be added at each place, ``[k, P, d]``; ``values`` is h plus the first.
         used: whether a request needs a place, bool ``[k, P]``.
+        places: the P places.
         losses: last loss of each request.
         converged: whether the target is the model's answer to the bare prompt with the deltas in.
         steps: Adam steps taken for each request.
@@ -85,6 +90,7 @@ class Targets:
     values: Tensor
     deltas: Tensor
     used: Tensor
+    places: list[Place]
     losses: list[float]
     converged: list[bool]
     steps: list[int]
@@ -100,6 +106,7 @@ class Targets:
             self.values[:, list(columns)],
             self.deltas[list(columns)],
             used,
+            self.places,
             [self.losses[i] for i in columns],
             converged,
             [self.steps[i] for i in columns],
@@ -156,30 +163,20 @@ class _Problem:
     contexts: int
     asked: int  # contexts and rewordings
 
-    def select(
-        self, suffix: Suffix, requests: Tensor, places: int, part: Tensor | None = None
-    ) -> _Problem:
-        """Some requests at their first ``places`` places, all rows or those numbers of each."""
-        if part is None:
-            part = torch.arange(self.group, device=requests.device)
-        rows = (requests[:, None] * self.group + part).flatten()
+    def select(self, suffix: Suffix, requests: Tensor, places: int) -> _Problem:
+        """Some requests at their first ``places`` places."""
+        offsets = torch.arange(self.group, device=requests.device)
+        rows = (requests[:, None] * self.group + offsets).flatten()
         here = self.places[rows, :places]
         first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
         return _Problem(
             suffix.select(self.captured, rows, first),
             here,
             self.target[rows],
-            len(part),
-            int((part < self.contexts).sum()),
-            int((part < self.asked).sum()),
+            self.group,
+            self.contexts,
+            self.asked,
         )
-
-    def parts(self, count: int) -> list[Tensor]:
-        """Numbers of a request's rows in parts, each with a context at least and the essence."""
-        numbers = torch.arange(self.group, device=self.places.device)
-        prompts, essence = numbers[: self.asked], numbers[self.asked :]
-        count = min(count, self.contexts)
-        return [torch.cat([prompts[i::count], essence]) for i in range(count)]
 
     @property
     def prompts(self) -> Tensor:
@@ -195,7 +192,7 @@ class _Problem:
 def _problem(
     suffix: Suffix,
     requests: Sequence[EncodedRequest],
-    places: Sequence[str],
+    places: Sequence[Place],
     with_kl: bool,
     loss_layer: int | None,
     apart: bool,
@@ -207,25 +204,29 @@ def _problem(
     positions: list[list[int]] = []
     spans: list[tuple[int, list[int]]] = []
 
-    def add(prompt: EncodedPrompt, target: list[int], at: Sequence[str]) -> None:
-        found = [prompt.position(p) if p in at else None for p in places]
+    def add(prompt: EncodedPrompt, target: list[int], at: Sequence[Place]) -> None:
+        found = [prompt.position(p, target) if p in at else None for p in places]
         rows.append(prompt.ids + target[:-1])
         positions.append([-1 if p is None else p for p in found])
         spans.append((len(prompt.ids) - 1, target))
 
     for request in requests:
         # How a subject is cut into tokens may differ between contexts: a place must be in all.
-        common = [p for p in places if all(c.position(p) is not None for c in request.contexts)]
+        common = [
+            p
+            for p in places
+            if all(c.position(p, request.target) is not None for c in request.contexts)
+        ]
         # The last token of another wording has another key: nothing will be written there.
-        subject = [p for p in common if p in SUBJECT_PLACES]
+        others = [p for p in common if p[0] != "prompt_last"]
         for prompt in request.contexts:
             add(prompt, request.target, common)
         for prompt in request.rewordings:
-            add(prompt, request.target, subject)
+            add(prompt, request.target, others)
         for _ in range(asked - len(request.prompts)):
             add(request.essence, [], [])
         if with_kl:
-            add(request.essence, [], [p for p in places if p in SUBJECT_PLACES])
+            add(request.essence, [], [p for p in places if p[0] in SUBJECT_PLACES])
     ids, mask = pad_right(rows, pad_id, device)
     target = torch.full_like(ids, -100)
     for row, (start, tokens) in enumerate(spans):
@@ -247,8 +248,6 @@ def _problem(
 @dataclass
 class _Losses:
     total: Tensor  # [k], differentiable
-    nll: Tensor  # [k, asked], 0 where no target is asked for
-    penalty: Tensor  # [k]
     correct: Tensor  # [k, asked] bool: the target is the answer, or none is asked for
     essence: Tensor | None  # [k, V] log-probabilities
 
@@ -274,7 +273,6 @@ def _losses(
     chosen = log_probs.gather(1, wanted[:, None])[:, 0]
     count = (problem.target >= 0).sum(1).clamp_min(1)
     nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
-    nll = nll.view(-1, problem.group)[:, : problem.asked]
     wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
     correct = wrong.view(-1, problem.group)[:, : problem.asked] == 0
 
@@ -285,8 +283,8 @@ def _losses(
         essence = suffix.log_probs(final[last, problem.places[last, 0]])
         reference = essence.detach() if essence_start is None else essence_start
         penalty = penalty + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
-    total = nll.sum(1) / problem.prompts + penalty
-    return _Losses(total, nll.detach(), penalty.detach(), correct, essence)
+    total = nll.view(-1, problem.group).sum(1) / problem.prompts + penalty
+    return _Losses(total, correct, essence)
 
 
 @dataclass
@@ -308,21 +306,17 @@ def _optimise(
     config: EditConfig,
     solution: _Solution,
     requests: Tensor,
-    places: int,
+    names: Sequence[Place],
     bar: tqdm[Any],
 ) -> None:
-    """Optimises some requests of a chunk at their first ``places`` places, from where they are.
+    """Optimises some requests of a chunk at their first places ``names``, from where they are.
 
     Tied requests must be given together. The parameters of the first of them serve for all.
-
-    Each step runs the next part of every request's prompts. What the others gave when they were
-    last run decides with it when a request stops, and all are run once more at the end.
     """
-    parts = problem.parts(config.target_parts)
-    asked = [part[part < problem.asked] for part in parts]
-    running = [problem.select(suffix, requests, places, part) for part in parts]
+    places = len(names)
+    rows = problem.select(suffix, requests, places)
     lead = _first_of_each(solution.ties[requests])
-    shared = torch.tensor([p in SUBJECT_PLACES for p in config.places[:places]])
+    shared = torch.tensor([p[0] in SUBJECT_PLACES for p in names])
     shared = shared.to(requests.device)[:, None]
     start_norm = solution.start[requests].norm(dim=1)
     radius = config.target_clamp * start_norm[:, None]
@@ -331,25 +325,20 @@ def _optimise(
     solution.used[requests, :places] = problem.places[problem.bare[requests], :places] >= 0
     active = torch.arange(len(requests), device=requests.device)
     essence_start: Tensor | None = None
-    there = (problem.target >= 0).any(1).view(-1, problem.group)[requests, : problem.asked]
-    latest = torch.zeros_like(solution.correct[requests], dtype=solution.losses.dtype)
-    latest[there] = torch.inf
 
     for step in range(config.target_steps):
-        turn = step % len(parts)
         reference = None if essence_start is None else essence_start[active]
         with torch.enable_grad(), suffix.frozen():
             moved = torch.where(shared, delta[lead[active]], delta[active])
-            now = _losses(suffix, running[turn], moved, start_norm[active], reference, config)
+            now = _losses(suffix, rows, moved, start_norm[active], reference, config)
             gradient = torch.autograd.grad(now.total.sum(), delta)[0]
         if essence_start is None and now.essence is not None:
             essence_start = now.essence.detach()
         chosen = requests[active]
         solution.delta[chosen, :places] = moved.detach()
-        latest[active[:, None], asked[turn]] = now.nll.to(latest)
-        solution.correct[chosen[:, None], asked[turn]] = now.correct
-        losses = latest[active].sum(1) / there[active].sum(1) + now.penalty.to(latest)
-        solution.losses[chosen] = losses
+        solution.correct[chosen] = now.correct
+        losses = now.total.detach()
+        solution.losses[chosen] = losses.to(solution.losses)
         above = (losses >= config.target_stop).to(requests)
         stopped = torch.zeros_like(lead).index_add(0, lead[active], above)[lead[active]] == 0
         if stopped.any():
@@ -357,8 +346,7 @@ def _optimise(
             active = active[~stopped]
             if not len(active):
                 break
-            left = (~stopped).nonzero().flatten()
-            running = [rows.select(suffix, left, places) for rows in running]
+            rows = rows.select(suffix, (~stopped).nonzero().flatten(), places)
         if step == config.target_steps - 1:
             break
         solution.steps[requests[active]] += 1
@@ -368,14 +356,6 @@ def _optimise(
             norm = delta.norm(dim=-1)
             outside = norm > radius
             delta[outside] *= (radius / norm)[outside, None]
-
-    if len(parts) > 1:
-        whole = problem.select(suffix, requests, places)
-        found = solution.delta[requests, :places]
-        with torch.no_grad():
-            now = _losses(suffix, whole, found, start_norm, essence_start, config)
-        solution.losses[requests] = now.total.to(solution.losses)
-        solution.correct[requests] = now.correct
 
 
 def _first_of_each(ties: Tensor) -> Tensor:
@@ -387,9 +367,10 @@ def _optimise_chunk(
     suffix: Suffix,
     problem: _Problem,
     config: EditConfig,
+    names: Sequence[Place],
     ties: Tensor,
     dtype: torch.dtype,
-    admit: Callable[[list[int], str], list[bool]],
+    admit: Callable[[list[tuple[int, Place]]], list[bool]],
     bar: tqdm[Any],
 ) -> _Solution:
     hidden, places = problem.captured.hidden, problem.places
@@ -406,26 +387,37 @@ def _optimise_chunk(
     )
     wrong = unsaid = torch.ones(count, dtype=torch.bool, device=device)
     offsets = torch.arange(problem.group, device=device)
-    for number, place in enumerate(config.places[: places.shape[1]], start=1):
-        # A tied request's key at a subject token is that of the others.
-        # Only at the subject's tokens can a place help the rewordings.
-        asking = _any_tied(unsaid, ties) if place in SUBJECT_PLACES else wrong
+    for stage in _stages(config.places):
+        columns = [i for i, place in enumerate(names) if place[0] in stage]
+        # A tied request's key at a subject token is that of the others; the prompt's last token
+        # can only help the prompt's own words.
+        asking = wrong if "prompt_last" in stage else _any_tied(unsaid, ties)
         # A request whose prompt has no token for the new place has nothing to gain from it.
-        asking = asking & (places[problem.bare, number - 1] >= 0)
-        if number > 1 and asking.any():
-            chosen = asking.nonzero().flatten()
-            asking[chosen] = torch.tensor(admit(chosen.tolist(), place), device=device)
-        if number > 1:
-            rows = ((~asking).nonzero() * problem.group + offsets).flatten()
-            problem.places[rows, number - 1] = -1
-        here = _any_tied(asking, ties).nonzero().flatten()
-        if len(here):
-            _optimise(suffix, problem, config, solution, here, number, bar)
+        able = asking[:, None] & (places[problem.bare][:, columns] >= 0)
+        pairs = [(i, names[columns[j]]) for i, j in able.nonzero().tolist() if columns[j]]
+        if pairs:
+            first = int(columns[0] == 0)
+            able[:, first:][able[:, first:].clone()] = torch.tensor(admit(pairs), device=device)
+        here = able.any(dim=1)
+        row, column = (~able).nonzero(as_tuple=True)
+        rows = row[:, None] * problem.group + offsets
+        problem.places[rows, torch.tensor(columns, device=device)[column][:, None]] = -1
+        chosen = _any_tied(here, ties).nonzero().flatten()
+        if len(chosen):
+            _optimise(suffix, problem, config, solution, chosen, names[: columns[-1] + 1], bar)
         unsaid = ~solution.correct.all(dim=1)
         wrong = ~solution.correct[:, : problem.contexts].all(dim=1)
         if not unsaid.any():
             break
     return solution
+
+
+def _stages(places: Sequence[str]) -> list[tuple[str, ...]]:
+    """The places in the order they are added; those of the target are there from the start."""
+    first, *rest = places
+    if "target" not in rest:
+        return [(place,) for place in places]
+    return [(first, "target"), *((place,) for place in rest if place != "target")]
 
 
 def _any_tied(which: Tensor, ties: Tensor) -> Tensor:
@@ -441,7 +433,7 @@ def optimise_targets(
     *,
     pad_id: int,
     ties: Sequence[int] | None = None,
-    admit: Callable[[list[int], str], list[bool]] | None = None,
+    admit: Callable[[list[tuple[int, Place]]], list[bool]] | None = None,
     max_tokens: int | None = None,
     progress: str | None = None,
 ) -> Targets:
@@ -455,8 +447,8 @@ def optimise_targets(
         pad_id: id used for padding.
         ties: a number for each request; those with the same share their deltas at the subject's
             tokens. None ties none.
-        admit: asked, with the numbers of requests that need it and the place, which of them may
-            take a further place; None admits all.
+        admit: asked, with numbers of requests and the further places they need, which of these
+            may be taken; None admits all.
         max_tokens: most padded tokens differentiated at once; bounds the memory. None: as many as
             half of the memory that is free takes. Halved where the device runs out all the same.
         progress: label of a progress bar of requests on stderr, or None for no bar.
@@ -474,6 +466,7 @@ def optimise_targets(
     ties = list(range(len(encoded))) if ties is None else list(ties)
     if max_tokens is None:
         max_tokens = _tokens_at_once(suffix, parameter.device)
+    places = expand_places(config.places, (request.target for request in encoded))
     waiting = _chunks(encoded, ties, max_tokens)
     solutions: list[tuple[list[int], _Solution]] = []
     bar = tqdm(
@@ -482,16 +475,16 @@ def optimise_targets(
     while waiting:
         chunk = waiting.pop(0)
 
-        def admit_here(requests: list[int], place: str, chunk: list[int] = chunk) -> list[bool]:
+        def admit_here(pairs: list[tuple[int, Place]], chunk: list[int] = chunk) -> list[bool]:
             if admit is None:
-                return [True] * len(requests)
-            return admit([chunk[i] for i in requests], place)
+                return [True] * len(pairs)
+            return admit([(chunk[i], place) for i, place in pairs])
 
         try:
             problem = _problem(
                 suffix,
                 [encoded[i] for i in chunk],
-                config.places,
+                places,
                 config.target_kl > 0,
                 config.target_loss_layer,
                 config.include_padding,
@@ -499,7 +492,9 @@ def optimise_targets(
                 parameter.device,
             )
             tied = torch.tensor([ties[i] for i in chunk], device=parameter.device)
-            solution = _optimise_chunk(suffix, problem, config, tied, dtype, admit_here, bar)
+            solution = _optimise_chunk(
+                suffix, problem, config, places, tied, dtype, admit_here, bar
+            )
         except torch.cuda.OutOfMemoryError:
             smaller = [chunk]
             while len(smaller) == 1 and max_tokens > 0:
@@ -513,7 +508,7 @@ def optimise_targets(
             done = sum(len(requests) for requests, _ in solutions)
             bar.update(done - bar.n)
     bar.close()
-    return _collect(solutions)
+    return _collect(solutions, places)
 
 
 def _tokens_at_once(suffix: Suffix, device: torch.device) -> int:
@@ -521,7 +516,7 @@ def _tokens_at_once(suffix: Suffix, device: torch.device) -> int:
     return _TOKENS_AT_ONCE if room is None else room // 2 // max(suffix.bytes_per_token, 1)
 
 
-def _collect(solutions: Sequence[tuple[list[int], _Solution]]) -> Targets:
+def _collect(solutions: Sequence[tuple[list[int], _Solution]], places: list[Place]) -> Targets:
     order = torch.tensor([i for chunk, _ in solutions for i in chunk]).argsort()
 
     def together(name: str) -> Tensor:
@@ -540,6 +535,7 @@ def _collect(solutions: Sequence[tuple[list[int], _Solution]]) -> Targets:
         (together("start") + deltas[:, 0]).T.contiguous(),
         deltas,
         together("used"),
+        places,
         losses.tolist(),
         together("correct")[:, 0].tolist(),
         together("steps").tolist(),

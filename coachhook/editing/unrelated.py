@@ -49,6 +49,10 @@ class SampleTokens:
         """Ids kept for each token."""
         return self.tokens.shape[1]
 
+    def rows(self, endings: Iterable[Ending]) -> set[int]:
+        """Which sampled tokens end like one of these."""
+        return {row for ending in endings for row in self._rows.get(ending, ())}
+
     def own(self, edits: Sequence[Iterable[Ending]]) -> Tensor:
         """Whether a sampled token ends like one of an edit's prompts, bool ``[s, len(edits)]``."""
         found = torch.zeros(len(self.tokens), len(edits), dtype=torch.bool)

@@ -308,7 +308,6 @@ def test_nan_weights_are_refused(make_editor, bundled):
         ({"layers": [2, 1]}, "layers must be"),
         ({"places": ["prompt_last"]}, "places must start"),
         ({"max_rank": 0}, "max_rank"),
-        ({"target_parts": 0}, "target_parts must be positive"),
         ({"rewordings": -1}, "rewordings must not be negative"),
         ({"max_keys": 9}, "max_keys must be None for scope 'membership'"),
         (

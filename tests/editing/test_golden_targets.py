@@ -36,7 +36,6 @@ def _config(case, templates):
         target_kl=case["kl_factor"],
         target_weight_decay=case["v_weight_decay"],
         target_loss_layer=case["v_loss_layer"],
-        target_parts=1,
     )
 
 

@@ -146,7 +146,7 @@ class Batch:
         slots = targets.used.nonzero().tolist()
         self._slots = len(slots)
         self._prompts = [
-            prompt.at(self._config.places[place])
+            prompt.at(targets.places[place], encoded[request].target)
             for request, place in slots
             for prompt in encoded[request].contexts
         ]
