@@ -355,9 +355,11 @@ class Editor:
             self.hooks.set_state("temporary")
         number = -1
         for position, layer in enumerate(config.layers):
-            states = self._read(contexts, layer, pad_id)
-            keys, outputs = states.keys, states.outputs
-            if not each:
+            if each:
+                states = self._read(contexts, layer, pad_id)
+                keys, outputs = states.keys, states.outputs
+            else:  # the contexts' keys need no block above the layer
+                keys = self._read(contexts, layer, pad_id, upto=layer).keys
                 keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
                 outputs = self._read(bare, layer, pad_id).outputs
             left = len(config.layers) - position if config.sharing == "even" else 1
@@ -382,10 +384,12 @@ class Editor:
             return []
         return endings((p.at(place, request.target) for p in request.contexts), known.width)
 
-    def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
-        return read_states(
-            self._model, self._description, prompts, layer, self.config.layers[-1], pad_id=pad_id
-        )
+    def _read(
+        self, prompts: list[EncodedPrompt], layer: int, pad_id: int, *, upto: int | None = None
+    ) -> States:
+        """Keys of a layer; outputs of the last edited block, or of an earlier one."""
+        last = self.config.layers[-1] if upto is None else upto
+        return read_states(self._model, self._description, prompts, layer, last, pad_id=pad_id)
 
     def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
         """Per layer the smallest over the prompts of the largest score.
