@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coachhook.editing.config import EditConfig
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
-from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
+from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place, with_stand_ins
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, read_inputs, read_states
 from coachhook.editing.requests import EditRequest, check_requests
@@ -243,7 +243,12 @@ class Editor:
         return find_ties(requests, written)
 
     def _targets(
-        self, encoded: list[EncodedRequest], ties: Ties, pad_id: int, progress: str | None
+        self,
+        requests: list[EditRequest],
+        encoded: list[EncodedRequest],
+        ties: Ties,
+        pad_id: int,
+        progress: str | None,
     ) -> Targets:
         """Targets of the batch; those of a replaced request are its replacement's, unused."""
         part = [i for i in range(len(encoded)) if i not in ties.replaced]
@@ -256,12 +261,15 @@ class Editor:
         every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
 
         def admit(pairs: list[tuple[int, Place]]) -> list[bool]:
-            specific = self._admit([(every[i], place) for i, place in pairs])
-            # Nothing is written at a reminder's own tokens.
-            return [
-                yes and (place[0] in SUBJECT_PLACES or i < len(part))
-                for (i, place), yes in zip(pairs, specific, strict=True)
-            ]
+            able = self._specific([(every[i], place) for i, place in pairs])
+            for j, (i, place) in enumerate(pairs):
+                if place[0] in SUBJECT_PLACES:
+                    continue
+                # Nothing is written at a reminder's own tokens.
+                able[j] = able[j] and i < len(part)
+                if able[j] and place[0] == "prompt_last":
+                    able[j] = self._about_its_subject(requests[part[i]], every[i], pad_id)
+            return able
 
         found = optimise_targets(
             self._model,
@@ -306,7 +314,7 @@ class Editor:
         was_training = self._model.training
         self._model.eval()
         try:
-            targets = self._targets(encoded, ties, pad_id, progress)
+            targets = self._targets(requests, encoded, ties, pad_id, progress)
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
             )
@@ -370,13 +378,24 @@ class Editor:
             hook.state = "validated"
         return number
 
-    def _admit(self, wanted: list[tuple[EncodedRequest, Place]]) -> list[bool]:
+    def _specific(self, wanted: list[tuple[EncodedRequest, Place]]) -> list[bool]:
         """Whether the keys of some requests at further places would leave other text alone."""
         prompts = [request.contexts[0].at(place, request.target) for request, place in wanted]
         pad_id = self._tokenizer.pad_token_id
         lowest = self.config.layers[0]
         own = [self._endings(request, place) for request, place in wanted]
         return self._state.specific(lowest, self._read(prompts, lowest, pad_id).keys, own)
+
+    def _about_its_subject(
+        self, request: EditRequest, encoded: EncodedRequest, pad_id: int
+    ) -> bool:
+        """Whether the last token of a prompt would leave the same prompt about others alone."""
+        others = with_stand_ins(self._tokenizer, request, self._description.max_positions)
+        lowest = self.config.layers[0]
+        own = encoded.contexts[0].at(("prompt_last", 0), encoded.target)
+        keys = self._read([own, *others], lowest, pad_id).keys
+        largest = self._state.resemblance(lowest, keys[:1], keys[1:])
+        return largest < self.config.alpha_prompt
 
     def _endings(self, request: EncodedRequest, place: Place) -> list[Ending]:
         known = self._state.sample_tokens

@@ -33,6 +33,10 @@ BREAK_EVEN = 0.8
 # apart from it, the nearest first and at most so many for each edit.
 _ANCHORED = 0.5
 _MOST_ANCHORS = 4
+# An edit's threshold is this much below what its own prompt gives, for the rounding of 16-bit keys,
+# but not below the second number: an edit drowned by others does not fire at them.
+_BELOW_OWN = 0.98
+_LOWEST = 0.4
 
 # A prompt alone and in a padded batch differ in the last bits of a 16-bit model; the prompt that
 # sets the threshold must fire in both. The published code has no such margin.
@@ -175,12 +179,14 @@ class _Columns:
     Attributes:
         group: number of the edit ``[N]``; -1 for an anchor that is no edit's.
         batch: number of the batch ``[N]``.
+        bare: whether it is the key of a bare prompt, or the one key of its slot ``[N]``.
         anchor: whether it is an anchor ``[N]``, see :meth:`EditState.append`. One whose token an
             edit is about, since a later batch brought that edit, is one more key of it.
     """
 
     group: Tensor
     batch: Tensor
+    bare: Tensor
     anchor: Tensor
 
 
@@ -356,6 +362,17 @@ class EditState:
         share = (~(scores < ceiling)).double().mean(dim=0)
         return (share <= self.config.false_fire).tolist()
 
+    def resemblance(self, layer: int, key: Tensor, others: Tensor) -> float:
+        """Largest coefficient of ``others`` ``[s, n]`` if ``key`` ``[1, n]`` were edited now.
+
+        Relative to the key's own; of the membership scope. 0 without others.
+        """
+        memory = self.layers[layer].memory
+        assert isinstance(memory, EditMemory)
+        key, others = (x.detach().to(memory.device, torch.float64) for x in (key, others))
+        row = memory.coefficients_of(key.T)[0]
+        return max([0.0, *(others @ row / (key @ row)).tolist()])
+
     def remove(self, number: int) -> None:
         """Takes batch ``number`` back from every layer.
 
@@ -438,22 +455,36 @@ class EditState:
         left = v.new_zeros(v.shape[0], len(groups)).index_add_(1, position, v[:, kept] * weights)
         if self.config.correction == "own":
             own = (rows[position] * edits.memory.keys().mT[kept]).sum(dim=1)
-            rows /= at.new_zeros(len(groups)).index_add_(0, position, own * weights)[:, None]
-            rows *= (self.config.alpha / self._thresholds(layer, rows))[:, None]
+            mean = at.new_zeros(len(groups)).index_add_(0, position, own * weights)
+            rows /= mean[:, None]
+            bare = (latest > 0) & columns.bare.to(at.device)[kept]
+            least = mean.new_full(mean.shape, torch.inf).scatter_reduce_(
+                0, position[bare], (own / mean[position])[bare], "amin"
+            )
+            rows *= (self.config.alpha / self._thresholds(layer, rows, least))[:, None]
         return left, rows
 
-    def _thresholds(self, layer: int, rows: Tensor) -> Tensor:
-        """Threshold of each edit ``[E]`` for rows that give 1 for its own keys."""
+    def _thresholds(self, layer: int, rows: Tensor, least: Tensor) -> Tensor:
+        """Threshold of each edit ``[E]``.
+
+        Args:
+            layer: its index.
+            rows: of A^T ``[E, n]``, scaled to give 1 for an edit's own keys on average.
+            least: what they give for its bare prompts at least ``[E]``: many edits with similar
+                keys share a coefficient, and the prompt itself must fire all the same.
+        """
         edits, config = self.layers[layer], self.config
         about = self._about(layer)
         floor = rows.new_tensor(
             [config.alpha_prompt if "prompt_last" in a.places else 0 for a in about.values()]
         ).clamp_min(config.alpha)
         if edits.sample is None or not len(edits.sample):
-            return floor
-        ends = [a.endings for a in about.values()]
-        nearest = self._sample_scores(edits.sample, rows, ends).amax(dim=0).to(rows)
-        return ((1 + nearest) / 2).clamp_max(config.alpha_ceiling).maximum(floor)
+            found = floor
+        else:
+            ends = [a.endings for a in about.values()]
+            nearest = self._sample_scores(edits.sample, rows, ends).amax(dim=0).to(rows)
+            found = ((1 + nearest) / 2).clamp_max(config.alpha_ceiling).maximum(floor)
+        return found.minimum((least * _BELOW_OWN).clamp_min(_LOWEST))
 
     @float32_products(tf32=False)
     def _sample_scores(self, sample: Tensor, rows: Tensor, endings: list[list[Ending]]) -> Tensor:
@@ -496,16 +527,19 @@ class EditState:
                     own.setdefault(row, group)
         groups: list[int] = []
         batches: list[int] = []
+        bare: list[bool] = []
         anchors: list[bool] = []
         for number, batch in self.batches.items():
             keys = [group for group in batch.groups.get(layer, ()) for _ in range(each)]
             apart = [own.get(row, -1) for row in batch.anchors.get(layer, ())]
             groups += keys + apart
             anchors += [False] * len(keys) + [True] * len(apart)
+            bare += [i % each == 0 for i in range(len(keys))] + [False] * len(apart)
             batches += [number] * (len(keys) + len(apart))
         return _Columns(
             torch.tensor(groups, dtype=torch.int64),
             torch.tensor(batches, dtype=torch.int64),
+            torch.tensor(bare, dtype=torch.bool),
             torch.tensor(anchors, dtype=torch.bool),
         )
 
