@@ -173,3 +173,20 @@ def test_the_sum_of_all_corrections_has_no_anchors(state):
     state.config = state.config.with_(correction="sum")
     write(state, "A", near(0, 2, 0.98), (3,))
     assert state.batches[1].anchors == {0: []}
+
+
+def test_an_edit_fires_for_its_own_prompt_among_keys_that_give_more(state):
+    """Its threshold comes down to what the bare prompt gives, though its contexts give more."""
+    state.config = state.config.with_(contexts=["{}", "So {}"])
+    state.layers[0].memory = EditMemory(10 * torch.eye(N, dtype=torch.float64), 2)
+    keys = torch.stack([near(3, 2, 0.3), near(3, 2, 1.0)])
+    keys[0] *= 0.6
+    request = EditRequest("A is", "A", "new")
+    record = BatchRecord(
+        [request], torch.zeros(2, 1), [True], [0.0], [(0, 0)], {}, {}, [[(3,)]]
+    )  # fmt: skip
+    state.append(0, keys, torch.ones(2, 2, dtype=torch.float64), record)
+    own = state.pair(0)[1][0] @ keys.mT
+    assert float(own[1] / own[0]) > 2
+    # Without the cap the threshold would be alpha, and the bare prompt below it.
+    assert float(own[0]) == pytest.approx(state.config.alpha / 0.98, rel=1e-6)
