@@ -55,8 +55,7 @@ class EditConfig:
             coefficient and its own, at most to this.
         alpha_prompt: in the membership scope with the correction "own", the threshold of an edit at
             the last token of a prompt is not below this, since prompts in the same words about
-            other subjects end in nearly the same key. Where the same prompt about a pronoun, a
-            thing or a person reaches it, nothing is written at that token.
+            other subjects end in nearly the same key.
         include_padding: whether padding enters the sequence statistics, as in the published code.
         contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``. One
             that a long prompt leaves no room for loses its first words.

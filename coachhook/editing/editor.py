@@ -44,6 +44,10 @@ from coachhook.ops import Sequence as SequenceScope
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
 
+# A prompt that gives this much of its last token's coefficient with another subject is not written
+# at there. Below alpha_prompt, since keys of later edits bring such prompts closer.
+_ALIKE = 0.75
+
 
 @dataclass(frozen=True)
 class EditResult:
@@ -394,8 +398,7 @@ class Editor:
         lowest = self.config.layers[0]
         own = encoded.contexts[0].at(("prompt_last", 0), encoded.target)
         keys = self._read([own, *others], lowest, pad_id).keys
-        largest = self._state.resemblance(lowest, keys[:1], keys[1:])
-        return largest < self.config.alpha_prompt
+        return self._state.resemblance(lowest, keys[:1], keys[1:]) < _ALIKE
 
     def _endings(self, request: EncodedRequest, place: Place) -> list[Ending]:
         known = self._state.sample_tokens

@@ -160,15 +160,15 @@ def test_stand_ins_take_the_subjects_place(bundled, requests):
     assert with_stand_ins(tokenizer, request, shortest - 1) == []
 
 
-@pytest.mark.parametrize(("alpha_prompt", "taken"), [(1e-9, False), (1e9, True)])
+@pytest.mark.parametrize(("alike", "taken"), [(1e-9, False), (1e9, True)])
 def test_a_prompt_that_ends_alike_about_others_is_not_written_at_its_end(
-    make_editor, requests, alpha_prompt, taken
+    make_editor, requests, monkeypatch, alike, taken
 ):
+    monkeypatch.setattr("coachhook.editing.editor._ALIKE", alike)
     editor, _, _ = make_editor(
         places=("subject_last", "prompt_last"),
         target_steps=2,  # so that it does not come out at the subject
         false_fire=1.0,
-        alpha_prompt=alpha_prompt,
     )
     editor.edit(requests[:2])
     assert (1 in {place for _, place in editor.batches[1].slots}) == taken
