@@ -45,8 +45,8 @@ from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
 
 # A prompt that gives this much of its last token's coefficient with another subject is not written
-# at there. Below alpha_prompt, since keys of later edits bring such prompts closer.
-_ALIKE = 0.75
+# at there.
+_ALIKE = 0.9
 
 
 @dataclass(frozen=True)
