@@ -25,7 +25,8 @@ class GateRow:
     Args:
         layer: index of the block.
         alpha: the threshold.
-        z: what is compared with it, one value per token, NaN where undefined.
+        z: what is compared with it, one value per token; NaN where undefined, -inf where no edit
+            may fire because no cue was read.
         fired: whether the token took the hook.
     """
 
@@ -50,7 +51,7 @@ class GatePicture:
     rows: tuple[GateRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; undefined z is None."""
+        """JSON-ready values; z is None where it is not a number."""
         return {
             "text": self.text,
             "tokens": list(self.tokens),
@@ -58,7 +59,7 @@ class GatePicture:
                 {
                     "layer": row.layer,
                     "alpha": row.alpha,
-                    "z": [None if math.isnan(z) else z for z in row.z],
+                    "z": [z if math.isfinite(z) else None for z in row.z],
                     "fired": list(row.fired),
                 }
                 for row in self.rows
@@ -90,7 +91,7 @@ def to_text(picture: GatePicture) -> str:
             f"[{token}]" if fired else token
             for token, fired in zip(picture.tokens, row.fired, strict=True)
         ]
-        defined = [z for z in row.z if not math.isnan(z)]
+        defined = [z for z in row.z if math.isfinite(z)]
         highest = f"{max(defined):.2f}" if defined else "-"
         lines.append(
             f"layer {row.layer}, alpha {row.alpha:.2f}, largest z {highest}: {''.join(marked)!r}"
@@ -160,7 +161,9 @@ def _page(pictures: Sequence[GatePicture]) -> str:
 
 def _cell(token: str, z: float, fired: bool, alpha: float) -> str:
     shade = f"rgba(230, 120, 20, {_share(z, alpha):.2f})"
-    number = "undefined" if math.isnan(z) else f"{z:.3f}"
+    number = (
+        f"{z:.3f}" if math.isfinite(z) else "undefined" if math.isnan(z) else "none: no cue read"
+    )
     return (
         f"<td{' class=fired' if fired else ''} style='background: {shade}' "
         f"title='z {number}, alpha {alpha:.3f}'>{html.escape(token)}</td>"
@@ -186,7 +189,7 @@ def _plot(pictures: Sequence[GatePicture], path: Path) -> None:
         axis.imshow(shares, cmap="Oranges", vmin=0, vmax=1, aspect="auto")
         for y, row in enumerate(picture.rows):
             for x, (z, fired) in enumerate(zip(row.z, row.fired, strict=True)):
-                label = "" if math.isnan(z) else f"{z:.2f}"
+                label = f"{z:.2f}" if math.isfinite(z) else ""
                 ink = "white" if shares[y][x] > 0.6 else "black"
                 axis.text(x, y, label, ha="center", va="center", fontsize=7, color=ink)
                 if fired:

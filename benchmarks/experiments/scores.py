@@ -1,7 +1,8 @@
 """How far the gate tells edited keys from all others: its score, token by token.
 
 The score is what the hook compares with its threshold alpha: the z-score of the norm
-``||Delta x||`` in the published scope, the largest coefficient in ours. Tokens fall into groups:
+``||Delta x||`` in the published scope, the largest coefficient in ours, 0 where no edit may fire
+because none of the cues was read. Tokens fall into groups:
 
 * ``edited``: the last subject token of an edited prompt;
 * ``paraphrase``: the last subject token of a paraphrase that names the subject;
@@ -73,7 +74,8 @@ def collect(run: Run, system: System, requests: Sequence[EditRequest]) -> Found:
     parts: dict[tuple[int, str], list[tuple[float, bool]]] = {}
     for names, layers in zip(labels, trace(run.model, system.gates, rows), strict=True):
         for layer, found in layers.items():
-            for name, z, fired in zip(names, found.z.tolist(), found.fired.tolist(), strict=True):
+            scores = found.z.masked_fill(found.z.isneginf(), 0.0).tolist()
+            for name, z, fired in zip(names, scores, found.fired.tolist(), strict=True):
                 if name is not None:
                     parts.setdefault((layer, name), []).append((z, fired))
     return {

@@ -43,7 +43,8 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "ridge": (float, "share of the covariance's mean diagonal added to its diagonal"),
     "alpha": (float, "initial gate threshold"),
     "alpha_ceiling": (float, "membership scope: highest threshold of a single edit"),
-    "alpha_prompt": (float, "membership scope: lowest threshold at a prompt's last token"),
+    "alpha_cued": (float, "threshold of an edit that has a cue, at a token of its subject"),
+    "alpha_answer": (float, "the same at a prompt's last token and in the target"),
     "false_fire": (float, "population scope: share of unrelated tokens that may fire"),
     "target_steps": (positive_int, "most optimisation steps of a target"),
     "target_lr": (float, "learning rate of a target"),
@@ -101,6 +102,12 @@ def register(commands: Any) -> None:
         default=None,
         help="count padded positions in the gate's statistics",
     )
+    group.add_argument(
+        "--cues",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="an edit fires only after its subject's earlier tokens, or its subject, were read",
+    )
     for name, (kind, help) in _OVERRIDES.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=help)
     group.add_argument(
@@ -136,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    names = [*_OVERRIDES, *_CHOICES, "layers", "include_padding"]
+    names = [*_OVERRIDES, *_CHOICES, "layers", "include_padding", "cues"]
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):

@@ -32,7 +32,7 @@ PAPER_CONTEXTS = (
     "You can read about it in many books. {}",
 )
 # Fields of earlier folders that nothing depends on any more.
-_RETIRED = ("target_parts",)
+_RETIRED = ("target_parts", "alpha_prompt")
 # (model_type, blocks) -> (Adam forwards, prior weight) of the published experiments.
 _PAPER_SETTINGS = {("gpt2", 48): (20, 15000.0), ("gptj", 28): (25, 15000.0)}
 
@@ -53,9 +53,15 @@ class EditConfig:
         alpha_ceiling: in the membership scope with the correction "own", an edit that some key of
             the unrelated sample comes near has its threshold raised to midway between that key's
             coefficient and its own, at most to this.
-        alpha_prompt: in the membership scope with the correction "own", the threshold of an edit at
-            the last token of a prompt is not below this, since prompts in the same words about
-            other subjects end in nearly the same key.
+        cues: in the membership scope with the correction "own", an edit fires only after its cue
+            was read in the same sequence: an earlier token of its subject, or, for one at the
+            prompt's last token or in the target, the subject itself. See
+            :mod:`coachhook.editing.cues`. Without cues a token is judged by itself, and nothing is
+            written at a prompt's last token, whose key the same words about others share.
+        alpha_cued: threshold of an edit that has a cue, whatever the unrelated sample says, at a
+            token of the subject.
+        alpha_answer: the same at the prompt's last token and in the target, whose cue is the whole
+            subject.
         include_padding: whether padding enters the sequence statistics, as in the published code.
         contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``. One
             that a long prompt leaves no room for loses its first words.
@@ -89,8 +95,8 @@ class EditConfig:
             memory's own rule. Not for the membership scope, which needs all keys, nor for
             ``state_dtype="float32"``.
         false_fire: the share of unrelated tokens that may fire. In the population scope alpha does
-            not fall below the score that goes with it; in the membership scope a further place is
-            taken only where its key keeps to it.
+            not fall below the score that goes with it; in the membership scope without cues a
+            further place is taken only where its key keeps to it.
 
     Raises:
         ValueError: a field is out of range.
@@ -101,7 +107,9 @@ class EditConfig:
     ridge: float = 1e-6
     alpha: float = 0.7
     alpha_ceiling: float = 0.95
-    alpha_prompt: float = 0.9
+    cues: bool = True
+    alpha_cued: float = 0.65
+    alpha_answer: float = 0.5
     scope: str = "membership"
     include_padding: bool = False
     contexts: Sequence[str] = DEFAULT_CONTEXTS
@@ -235,9 +243,15 @@ class EditConfig:
             "target_kl": 0.0625,
             "target_stop": 0.05,
             "rewordings": 0,
+            "cues": False,
             "state_dtype": "float32",
         }
         return _checked(model, {**preset, **overrides}, cls)
+
+    @property
+    def uses_cues(self) -> bool:
+        """Whether edits wait for their cues, which takes the membership scope and "own"."""
+        return self.cues and self.scope == "membership" and self.correction == "own"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""

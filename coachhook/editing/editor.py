@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.cues import cue_distances, find_cue
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
-from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place, with_stand_ins
+from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, read_inputs, read_states
+from coachhook.editing.records import BatchRecord
 from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.editing.rewordings import find_rewordings
-from coachhook.editing.state import BatchRecord, EditState, LayerEdits
+from coachhook.editing.state import EditState, LayerEdits
 from coachhook.editing.targets import (
     EncodedRequest,
     Targets,
@@ -43,10 +45,6 @@ from coachhook.ops import Membership, Population, Prefix, Scope, gate_scores
 from coachhook.ops import Sequence as SequenceScope
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
-
-# A prompt that gives this much of its last token's coefficient with another subject is not written
-# at there.
-_ALIKE = 0.9
 
 
 @dataclass(frozen=True)
@@ -265,15 +263,10 @@ class Editor:
         every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
 
         def admit(pairs: list[tuple[int, Place]]) -> list[bool]:
-            able = self._specific([(every[i], place) for i, place in pairs])
-            for j, (i, place) in enumerate(pairs):
-                if place[0] in SUBJECT_PLACES:
-                    continue
-                # Nothing is written at a reminder's own tokens.
-                able[j] = able[j] and i < len(part)
-                if able[j] and place[0] == "prompt_last":
-                    able[j] = self._about_its_subject(requests[part[i]], every[i], pad_id)
-            return able
+            able = self._admitted([(every[i], place) for i, place in pairs])
+            # Only at its subject's tokens is anything written of a reminder.
+            mine = [i < len(part) or place[0] in SUBJECT_PLACES for i, place in pairs]
+            return [a and b for a, b in zip(able, mine, strict=True)]
 
         found = optimise_targets(
             self._model,
@@ -376,29 +369,65 @@ class Editor:
                 outputs = self._read(bare, layer, pad_id).outputs
             left = len(config.layers) - position if config.sharing == "even" else 1
             share = (goal - outputs.to(goal.dtype)) / left
-            number = self._state.append(layer, keys, share, record)
+            if config.uses_cues:
+                record.cues[layer] = self._cues([(encoded[r], p) for r, p in slots], layer, pad_id)
+
+            def inputs(rows: list[int], layer: int = layer) -> Tensor:
+                read = contexts if each else bare
+                return self._inputs([read[row] for row in rows], layer, pad_id)
+
+            number = self._state.append(layer, keys, share, record, inputs)
             hook = self.hooks[layer]
             self._state.payload(layer).apply(hook, config)
             hook.state = "validated"
         return number
 
-    def _specific(self, wanted: list[tuple[EncodedRequest, Place]]) -> list[bool]:
-        """Whether the keys of some requests at further places would leave other text alone."""
+    def _admitted(self, wanted: list[tuple[EncodedRequest, Place]]) -> list[bool]:
+        """Which further places may be taken: those that leave other text alone.
+
+        That is one with a cue; without cues a key of its own.
+        """
+        if self.config.uses_cues:
+            return [bool(cue_distances(r.contexts, place)) for r, place in wanted]
         prompts = [request.contexts[0].at(place, request.target) for request, place in wanted]
         pad_id = self._tokenizer.pad_token_id
         lowest = self.config.layers[0]
         own = [self._endings(request, place) for request, place in wanted]
-        return self._state.specific(lowest, self._read(prompts, lowest, pad_id).keys, own)
+        keys = self._read(prompts, lowest, pad_id).keys
+        specific = self._state.specific(lowest, keys, own)
+        # The same words about another subject end in nearly the same key.
+        return [s and p[0] != "prompt_last" for s, (_, p) in zip(specific, wanted, strict=True)]
 
-    def _about_its_subject(
-        self, request: EditRequest, encoded: EncodedRequest, pad_id: int
-    ) -> bool:
-        """Whether the last token of a prompt would leave the same prompt about others alone."""
-        others = with_stand_ins(self._tokenizer, request, self._description.max_positions)
-        lowest = self.config.layers[0]
-        own = encoded.contexts[0].at(("prompt_last", 0), encoded.target)
-        keys = self._read([own, *others], lowest, pad_id).keys
-        return self._state.resemblance(lowest, keys[:1], keys[1:]) < _ALIKE
+    def _cues(self, slots: list[tuple[EncodedRequest, Place]], layer: int, pad_id: int) -> Tensor:
+        """Filters of the slots' cues ``[len(slots), n]``, zeros where there is none."""
+        edits = self._state.layers[layer]
+        assert isinstance(edits.memory, EditMemory)
+        found = torch.zeros(len(slots), edits.memory.in_features)
+        of_request: dict[int, list[int]] = {}
+        for i, (request, _) in enumerate(slots):
+            of_request.setdefault(id(request), []).append(i)
+        for mine in of_request.values():
+            request = slots[mine[0]][0]
+            prompts = [*request.contexts, request.essence]
+            x = self._inputs(prompts, layer, pad_id)
+            for i in mine:
+                candidates = [
+                    x[[p.lookup - away >= p.first for p in prompts], -1 - away]
+                    for away in cue_distances(request.contexts, slots[i][1])
+                ]
+                if candidates:
+                    found[i] = find_cue(edits.memory, candidates, edits.sample)
+        return found
+
+    def _inputs(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
+        """What a layer reads up to the token looked up, ``[R, T, n]``, zeros at the left."""
+        prompts = [EncodedPrompt(p.ids[: p.lookup + 1], p.first, p.lookup) for p in prompts]
+        x, _ = read_inputs(self._model, self._description, prompts, [layer], pad_id=pad_id)
+        found = torch.zeros_like(x[layer])
+        for row, prompt in enumerate(prompts):
+            length = prompt.lookup + 1
+            found[row, -length:] = x[layer][row, :length]
+        return found
 
     def _endings(self, request: EncodedRequest, place: Place) -> list[Ending]:
         known = self._state.sample_tokens
@@ -480,7 +509,7 @@ def _scores(hook: HookedLinear, x: Tensor, mask: Tensor | None) -> Tensor:
         "sequence": SequenceScope(),
         "prefix": Prefix(),
         "population": Population(*hook.population),
-        "membership": Membership(),
+        "membership": Membership(correction=hook.correction, **hook.cues()),
     }
     return gate_scores(x, hook.operand(), mask=mask, scope=scopes[hook.scope])
 

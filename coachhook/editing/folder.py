@@ -19,7 +19,8 @@ from coachhook._version import __version__
 from coachhook.editing.config import EditConfig
 from coachhook.editing.memory import EditMemory
 from coachhook.editing.published import PublishedMemory
-from coachhook.editing.state import BatchRecord, EditState, HookPayload, LayerEdits
+from coachhook.editing.records import BatchRecord
+from coachhook.editing.state import EditState, HookPayload, LayerEdits
 from coachhook.editing.unrelated import SampleTokens
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.statistics.packed import pack_lower, unpack_triangle
@@ -81,6 +82,7 @@ def save_state(
         tensors["sample_tokens"] = state.sample_tokens.tokens.contiguous()
     for number, batch in state.batches.items():
         tensors[f"targets.{number}"] = batch.targets.contiguous()
+        tensors |= {f"cues.{number}.{i}": v.contiguous() for i, v in batch.cues.items()}
     manifest = {
         **owner,
         "coachhook": __version__,
@@ -135,7 +137,11 @@ def load_state(path: str | os.PathLike[str], expected: str | None = None) -> Edi
                 entry["next_group"],
             )
         for number, record in manifest["batches"].items():
-            state.batches[int(number)] = BatchRecord.from_dict(record, tensors[f"targets.{number}"])
+            named = {i: f"cues.{number}.{i}" for i in state.layers}
+            cues = {i: tensors[name] for i, name in named.items() if name in tensors}
+            state.batches[int(number)] = BatchRecord.from_dict(
+                record, tensors[f"targets.{number}"], cues
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"load: {os.fspath(path)} must hold complete edits, got {type(error).__name__}: {error}"

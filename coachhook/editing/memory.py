@@ -371,6 +371,11 @@ class EditMemory:
         rows = self._by_row("coefficients_of", "keys", keys, self.in_features)
         return self._space.coefficients_of(self._prior, rows)
 
+    def prior_solve(self, keys: Tensor) -> Tensor:
+        """``C^-1 K`` [n, k] for keys K [n, k], C being the prior and the keys folded into it."""
+        rows = self._by_row("prior_solve", "keys", keys, self.in_features)
+        return self._prior.solve_both(rows.mT)
+
     def keys(self) -> Tensor:
         """All keys K [n, N], in the order of :meth:`column_batches`.
 

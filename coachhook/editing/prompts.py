@@ -27,10 +27,6 @@ SUBJECT_PLACES = ("subject_last", "subject_previous")
 Place = tuple[str, int]
 
 
-# Subjects of no fact: a pronoun, a thing and a person.
-STAND_INS = ("it", "the old house", "John Smith")
-
-
 def expand_places(names: Sequence[str], targets: Iterable[Sequence[int]]) -> list[Place]:
     """The tokens that the names stand for, enough of them for the longest target.
 
@@ -164,20 +160,6 @@ def encode_in_context(
         if max_positions is None or len(found.ids) <= max_positions:
             return found
     return encode(tokenizer, text, (start + len(head), end + len(head)), max_positions)
-
-
-def with_stand_ins(
-    tokenizer: Any, request: EditRequest, max_positions: int | None = None
-) -> list[EncodedPrompt]:
-    """The request's prompt about :data:`STAND_INS`, its last token looked up; those with room."""
-    start, end = request.subject_span
-    found = []
-    for other in STAND_INS:
-        text = request.text[:start] + other + request.text[end:]
-        ids = list(tokenizer(text[:1].upper() + text[1:])["input_ids"])
-        if max_positions is None or len(ids) <= max_positions:
-            found.append(EncodedPrompt(ids, len(ids) - 1, len(ids) - 1))
-    return found
 
 
 def encode_target(tokenizer: Any, target: str) -> list[int]:

@@ -6,8 +6,7 @@ no model at hand.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +14,14 @@ import torch
 from torch import Tensor
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.cues import cue_limit
 from coachhook.editing.memory import EditMemory
-from coachhook.editing.prompts import SUBJECT_PLACES
+from coachhook.editing.prompts import PLACES, SUBJECT_PLACES
 from coachhook.editing.published import PublishedMemory
-from coachhook.editing.requests import EditRequest
+from coachhook.editing.records import BatchRecord
 from coachhook.editing.unrelated import Ending, SampleTokens
 from coachhook.hooks import HookedLinear
-from coachhook.ops import Population, gate_scores
+from coachhook.ops import Membership, Population, gate_scores, hook_output
 from coachhook.ops._precision import float32_products
 
 # Above this share of m the factors hold more numbers than Delta, and hardly run faster: hooks keep
@@ -49,7 +49,8 @@ class HookPayload:
 
     Attributes:
         kind: "empty", "dense", "factored" or "pair".
-        tensors: "delta", or "left" and "right" (Q and S, or V and A^T).
+        tensors: "delta", or "left" and "right" (Q and S, or V and A^T), and with cues "cues" and
+            "limits", see :meth:`EditState.cues`.
         alpha: threshold of the gate.
         population: mean and standard deviation for the population scope.
     """
@@ -81,95 +82,19 @@ class HookPayload:
                 self.tensors["left"],
                 self.tensors["right"],
                 correction=config.correction,  # type: ignore[arg-type]
+                cues=self.tensors.get("cues"),
+                limits=self.tensors.get("limits"),
             )
         else:
             hook.clear()
 
 
 @dataclass
-class BatchRecord:
-    """One batch as it was edited.
-
-    Attributes:
-        requests: what was asked.
-        targets: v* as columns ``[d, k]``.
-        converged: per request, see :class:`~coachhook.editing.targets.Targets`.
-        losses: last loss of each request.
-        slots: (request, place) of each key, as indices into ``requests`` and ``config.places``.
-        bounds: layer index -> smallest over the prompts of the largest score in the prompt; NaN
-            where no prompt had a defined score.
-        groups: layer index -> number of the edit that each slot's keys belong to, see
-            :meth:`owners`.
-        endings: for each slot the ids that its subject ends in, in every spelling of its prompts.
-        anchors: layer index -> which of the unrelated sample are kept apart from the batch's keys,
-            see :meth:`EditState.append`. Their keys come after those of the slots.
-    """
-
-    requests: list[EditRequest]
-    targets: Tensor
-    converged: list[bool]
-    losses: list[float]
-    slots: list[tuple[int, int]]
-    bounds: dict[int, float]
-    groups: dict[int, list[int]]
-    endings: list[list[Ending]] = field(default_factory=list)
-    anchors: dict[int, list[int]] = field(default_factory=dict)
-
-    def owners(self, places: Sequence[str]) -> list[Hashable]:
-        """What the edit of each slot is about: slots with the same are one edit, in any batch.
-
-        At its tokens a subject, elsewhere a prompt, in its target a token of it.
-
-        Args:
-            places: of the settings.
-        """
-        found: list[Hashable] = []
-        seen: Counter[int] = Counter()
-        for r, p in self.slots:
-            request, place = self.requests[r], places[p]
-            if place in SUBJECT_PLACES:
-                found.append((place, request.subject))
-            elif place == "target":
-                found.append((place, request.text, request.target_new, seen[r]))
-                seen[r] += 1
-            else:
-                found.append((place, request.text))
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record without its tensors, JSON-ready."""
-        return {
-            "requests": [request.to_dict() for request in self.requests],
-            "converged": self.converged,
-            "losses": self.losses,
-            "slots": [list(slot) for slot in self.slots],
-            "bounds": {str(k): None if v != v else v for k, v in self.bounds.items()},
-            "groups": {str(k): v for k, v in self.groups.items()},
-            "endings": self.endings,
-            "anchors": {str(k): v for k, v in self.anchors.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any], targets: Tensor) -> BatchRecord:
-        """The inverse of :meth:`to_dict`."""
-        bounds = {int(k): float("nan") if v is None else v for k, v in record["bounds"].items()}
-        return cls(
-            [EditRequest.from_dict(r) for r in record["requests"]],
-            targets,
-            list(record["converged"]),
-            list(record["losses"]),
-            [(r, p) for r, p in record["slots"]],
-            bounds,
-            {int(k): list(v) for k, v in record["groups"].items()},
-            [[tuple(ending) for ending in slot] for slot in record["endings"]],
-            {int(k): list(v) for k, v in record.get("anchors", {}).items()},
-        )
-
-
-@dataclass
 class _About:
+    place: str
     endings: list[Ending]
-    places: set[str]
+    # Of the batch that wrote it last; None where it needs none.
+    cue: Tensor | None = None
 
 
 @dataclass
@@ -253,17 +178,23 @@ class EditState:
         keys: Tensor,
         change: Tensor,
         record: BatchRecord,
+        inputs: Callable[[list[int]], Tensor] | None = None,
     ) -> int:
         """Adds a batch to one layer.
 
         With the correction "own" a few keys of the unrelated sample that the batch's edits come
-        nearest to are added with it, as keys to be left as they are (the batch's *anchors*).
+        nearest to are added with it, as keys to be left as they are (the batch's *anchors*). An
+        edit with a cue needs none.
 
         Args:
             layer: its index.
             keys: ``[R, n]``, slot after slot, as many rows for each as it has keys.
             change: ``[R, m]``, wanted on top of what the hook says for these keys now.
-            record: the batch; its ``groups`` of the layer are filled in.
+            record: the batch, with its cues of the layer; its ``groups`` and ``anchors`` of the
+                layer are filled in.
+            inputs: gives for some of the rows what the layer reads up to the key, ``[r, T, n]``,
+                padded with zeros at the left: what an earlier edit adds may depend on it. None:
+                there is nothing but the keys.
 
         Returns:
             The number of the batch, the same in every layer.
@@ -272,9 +203,9 @@ class EditState:
         device = edits.memory.device
         keys = keys.detach().to(device, torch.float64)
         change = change.detach().to(device, torch.float64)
-        record.groups[layer], present = self._present(layer, keys, record)
-        targets = present + change
-        record.anchors[layer] = self._anchors(layer, keys, record.endings)
+        record.groups[layer] = self._groups(layer, record)
+        targets = self._present(layer, keys, inputs) + change
+        record.anchors[layer] = self._anchors(layer, keys, record)
         if record.anchors[layer]:
             assert edits.sample is not None
             keys = torch.cat([keys, edits.sample[record.anchors[layer]].to(keys)])
@@ -285,18 +216,20 @@ class EditState:
         self.batches[number] = record
         return number
 
-    def _anchors(self, layer: int, keys: Tensor, endings: list[list[Ending]]) -> list[int]:
+    def _anchors(self, layer: int, keys: Tensor, record: BatchRecord) -> list[int]:
         """Which of the sample are to be kept apart from keys that are about to be appended.
 
         An edit asks for its own keys; the rest of the key space follows by least squares, and a
         stranger close to them gets half of their coefficient and more. Kept beside them, with
         nothing to add, it gets none, and other strangers like it little.
         """
-        if self.config.correction != "own":
+        bare = [i for i, cued in enumerate(record.cued(layer)) if not cued]
+        if self.config.correction != "own" or not bare:
             return []
-        scores = self._as_if_edited(layer, keys, endings)
+        scores = self._as_if_edited(layer, keys, record.endings)
         if scores is None:
             return []
+        scores = scores[:, bare]
         nearest = scores.topk(min(_MOST_ANCHORS, len(scores)), dim=0)
         return torch.unique(nearest.indices[nearest.values >= _ANCHORED]).tolist()
 
@@ -314,18 +247,11 @@ class EditState:
         own = torch.einsum("ern,en->er", keys.view(len(endings), -1, keys.shape[1]), rows).mean(1)
         return self._sample_scores(edits.sample, rows / own[:, None], endings)
 
-    def _present(self, layer: int, keys: Tensor, record: BatchRecord) -> tuple[list[int], Tensor]:
-        """The edit each slot belongs to, and the hook's present correction ``[R, m]``."""
+    def _groups(self, layer: int, record: BatchRecord) -> list[int]:
+        """The edit each slot of a new batch belongs to."""
         edits = self.layers[layer]
         if self.config.scope != "membership":
-            return [0] * len(record.slots), keys @ edits.memory.delta().to(keys).T
-        present = keys.new_zeros(keys.shape[0], edits.memory.out_features)
-        if edits.memory.batches:
-            v, at = self.pair(layer)
-            largest, winner = (keys @ at.T).max(dim=1)
-            fired = largest >= self.config.alpha
-            own = v.T[winner] if self.config.correction == "own" else keys @ at.T @ v.T
-            present[fired] = own[fired]
+            return [0] * len(record.slots)
         of_owner = {
             owner: group
             for batch in self.batches.values()
@@ -340,7 +266,42 @@ class EditState:
                 of_owner[owner] = edits.next_group
                 edits.next_group += 1
             groups.append(of_owner[owner])
-        return groups, present
+        return groups
+
+    def _present(
+        self, layer: int, keys: Tensor, inputs: Callable[[list[int]], Tensor] | None
+    ) -> Tensor:
+        """What the hook adds for keys ``[R, n]`` now, ``[R, m]``; ``inputs`` as in append."""
+        edits, config = self.layers[layer], self.config
+        if config.scope != "membership":
+            return keys @ edits.memory.delta().to(keys).T
+        present = keys.new_zeros(keys.shape[0], edits.memory.out_features)
+        if not edits.memory.batches:
+            return present
+        v, at = self.pair(layer)
+        coefficients = keys @ at.T
+        reached = coefficients >= config.alpha
+        rows = reached.any(dim=1).nonzero().flatten()
+        if not len(rows):
+            return present
+        if config.correction == "sum":
+            present[rows] = coefficients[rows] @ v.T
+            return present
+        # Whether an edit is armed depends on what was read before the key.
+        near = reached.any(dim=0)
+        cues = limits = None
+        if (known := self.cues(layer)) is not None:
+            cues, limits = (x[near.cpu()].to(keys) for x in known)
+        x = keys[rows, None] if inputs is None else inputs(rows.tolist()).to(keys)
+        added, _ = hook_output(
+            present.new_zeros(*x.shape[:2], present.shape[1]),
+            x,
+            (v[:, near], at[near]),
+            config.alpha,
+            scope=Membership(correction="own", cues=cues, limits=limits),
+        )
+        present[rows] = added[:, -1]
+        return present
 
     def specific(self, layer: int, keys: Tensor, endings: list[list[Ending]]) -> list[bool]:
         """Whether keys ``[R, n]`` would fire on at most ``false_fire`` of the unrelated sample.
@@ -361,17 +322,6 @@ class EditState:
         ceiling = max(self.config.alpha, self.config.alpha_ceiling)
         share = (~(scores < ceiling)).double().mean(dim=0)
         return (share <= self.config.false_fire).tolist()
-
-    def resemblance(self, layer: int, key: Tensor, others: Tensor) -> float:
-        """Largest coefficient of ``others`` ``[s, n]`` if ``key`` ``[1, n]`` were edited now.
-
-        Relative to the key's own; of the membership scope. 0 without others.
-        """
-        memory = self.layers[layer].memory
-        assert isinstance(memory, EditMemory)
-        key, others = (x.detach().to(memory.device, torch.float64) for x in (key, others))
-        row = memory.coefficients_of(key.T)[0]
-        return max([0.0, *(others @ row / (key @ row)).tolist()])
 
     def remove(self, number: int) -> None:
         """Takes batch ``number`` back from every layer.
@@ -404,7 +354,10 @@ class EditState:
             return HookPayload("empty", {}, alpha, population)
         if config.scope == "membership":
             left, right = self.pair(layer)
-            return HookPayload("pair", {"left": left, "right": right}, alpha)
+            tensors = {"left": left, "right": right}
+            if (cues := self.cues(layer)) is not None:
+                tensors |= {"cues": cues[0], "limits": cues[1]}
+            return HookPayload("pair", tensors, alpha)
         m = edits.memory.out_features
         limit = config.max_rank if config.max_rank is not None else int(BREAK_EVEN * m)
         rank = min(edits.memory.num_keys + edits.memory.num_folded, m)
@@ -474,16 +427,17 @@ class EditState:
                 keys share a coefficient, and the prompt itself must fire all the same.
         """
         edits, config = self.layers[layer], self.config
-        about = self._about(layer)
-        floor = rows.new_tensor(
-            [config.alpha_prompt if "prompt_last" in a.places else 0 for a in about.values()]
-        ).clamp_min(config.alpha)
-        if edits.sample is None or not len(edits.sample):
-            found = floor
-        else:
-            ends = [a.endings for a in about.values()]
-            nearest = self._sample_scores(edits.sample, rows, ends).amax(dim=0).to(rows)
-            found = ((1 + nearest) / 2).clamp_max(config.alpha_ceiling).maximum(floor)
+        about = list(self._about(layer).values())
+        after = {
+            p: config.alpha_cued if p in SUBJECT_PLACES else config.alpha_answer for p in PLACES
+        }
+        found = rows.new_tensor([config.alpha if a.cue is None else after[a.place] for a in about])
+        bare = [i for i, a in enumerate(about) if a.cue is None]
+        if bare and edits.sample is not None and len(edits.sample):
+            ends = [about[i].endings for i in bare]
+            nearest = self._sample_scores(edits.sample, rows[bare], ends).amax(dim=0).to(rows)
+            between = ((1 + nearest) / 2).clamp_max(config.alpha_ceiling)
+            found[bare] = between.clamp_min(config.alpha)
         return found.minimum((least * _BELOW_OWN).clamp_min(_LOWEST))
 
     @float32_products(tf32=False)
@@ -508,12 +462,29 @@ class EditState:
         for batch in self.batches.values():
             if layer not in batch.groups:
                 continue
-            told = zip(batch.groups[layer], batch.slots, batch.endings, strict=True)
-            for group, (_, place), ends in told:
-                about = found.setdefault(group, _About([], set()))
+            told = zip(
+                batch.groups[layer], batch.slots, batch.endings, batch.cued(layer), strict=True
+            )
+            for i, (group, (_, place), ends, cued) in enumerate(told):
+                about = found.setdefault(group, _About(self.config.places[place], []))
                 about.endings.extend(ends)
-                about.places.add(self.config.places[place])
+                about.cue = batch.cues[layer][i] if cued else None
         return dict(sorted(found.items()))
+
+    def cues(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Filter ``[E, n]`` and limit ``[E]`` of the cue of each row of the membership pair.
+
+        Both float32 and on the CPU; a limit of -inf where an edit needs no cue. None where none
+        does.
+        """
+        about = list(self._about(layer).values())
+        known = [a.cue for a in about if a.cue is not None]
+        if not known:
+            return None
+        nothing = torch.zeros_like(known[0])
+        filters = torch.stack([nothing if a.cue is None else a.cue for a in about])
+        limits = [-torch.inf if a.cue is None else cue_limit(a.place) for a in about]
+        return filters, torch.tensor(limits, dtype=torch.float32)
 
     def _columns(self, layer: int) -> _Columns:
         """What the columns of the memory are."""

@@ -20,7 +20,8 @@ class LayerTrace:
     """What the gate of one layer said about one prompt.
 
     Args:
-        z: what is compared with alpha, float32 ``[T]``; NaN where undefined.
+        z: what is compared with alpha, float32 ``[T]``; NaN where undefined, -inf where no edit
+            may fire because no cue was read.
         fired: whether the token took the hook, bool ``[T]``.
     """
 

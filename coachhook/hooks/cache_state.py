@@ -1,7 +1,8 @@
-"""Statistics of the gate that live beside a KV cache, and follow it through beam search and crops.
+"""What the gate has seen, beside a KV cache, which it follows through beam search and crops.
 
-The statistics hang on the cache object itself, so that they are dropped, copied and pickled with
-it. The methods that rearrange a cache are shadowed on the instance; its class is left alone.
+Statistics, and the columns at which cues were seen, hang on the cache object itself, so that they
+are dropped, copied and pickled with it. The methods that rearrange a cache are shadowed on the
+instance; its class is left alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from coachhook.ops.hooked_linear.cues import NEVER, blank_state, cut_back_
 
 _ATTRIBUTE = "_coachhook_gate"
 _REARRANGING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
@@ -75,15 +78,18 @@ class History:
 
 @dataclass
 class GateState:
-    """Moments (count, mean, M2) of each row ``[B, 3]`` float64, per layer and scope, of one cache.
+    """What the gate has seen of each row of one cache, per layer and scope.
 
     Attributes:
-        moments: the prompt's moments for ``sequence``, the running ones for ``prefix``.
+        moments: (count, mean, M2), float64 ``[B, 3]``: the prompt's for ``sequence``, the running
+            ones for ``prefix``. For ``membership`` the cues seen, int32 ``[B, edits + 1]``.
         histories: what ``prefix`` needs to be taken back, per layer.
+        versions: which edits the cues seen are of, 0-dim, per layer and scope.
     """
 
     moments: dict[Key, Tensor] = field(default_factory=dict)
     histories: dict[int, History] = field(default_factory=dict)
+    versions: dict[Key, Tensor] = field(default_factory=dict)
 
     def get(self, key: Key, rows: int) -> Tensor | None:
         """The moments kept for a layer, None if this is the first it sees of the cache.
@@ -104,10 +110,34 @@ class GateState:
         self.moments[key] = torch.zeros(rows, 3, dtype=torch.float64, device=device)
         return self.moments[key]
 
+    def cues(self, key: Key, rows: int, edits: int, version: Tensor) -> Tensor:
+        """State of a layer's cues ``[B, edits + 1]``, begun anew where the edits are others.
+
+        Args:
+            key: layer and scope.
+            rows: B.
+            edits: number of edits.
+            version: int64, 0-dim: another number for other edits. Compared on its device, so that a
+                graph compiled or captured before a change stays right after it.
+
+        Raises:
+            ValueError: it was kept for another number of rows.
+        """
+        kept = self.get(key, rows)
+        if kept is None or kept.shape[1] != edits + 1:
+            self.moments[key] = blank_state(rows, edits, version.device)
+            self.versions[key] = version.clone()
+            return self.moments[key]
+        known = self.versions[key]
+        kept[:, 1:].masked_fill_(known != version, NEVER)
+        known.copy_(version)
+        return kept
+
     def clear(self) -> None:
         """Forget everything, as if the cache were new."""
         self.moments.clear()
         self.histories.clear()
+        self.versions.clear()
 
     def history(self, layer: int, moments: Tensor) -> History:
         """The history of a layer up to ``moments``, begun here if there is none."""
@@ -128,7 +158,7 @@ class GateState:
             history.before = None if history.before is None else change(history.before)
 
     def take_back(self, columns: int) -> None:
-        """Undo the last ``columns`` columns of the running moments.
+        """Undo the last ``columns`` columns of the running moments and of the cues seen.
 
         The moments of a prompt (``sequence``) stay: they were settled when it was read.
 
@@ -147,6 +177,9 @@ class GateState:
                 )
         for layer, moments in running.items():
             moments.copy_(self.histories[layer].take_back(columns))
+        for (_, kind), seen in self.moments.items():
+            if kind == "membership":
+                cut_back_(seen, columns)
 
 
 class _FollowedMethod:

@@ -113,9 +113,10 @@ class GateContext:
             return self._pending
         if not is_cache(self._cache):
             raise TypeError(
-                "forward: the cache must be a transformers Cache for the scopes 'sequence' "
-                f"and 'prefix', got {type(self._cache).__name__}; pass a DynamicCache, update "
-                "transformers, or use the scope 'population' or 'membership'"
+                "forward: the cache must be a transformers Cache for the scopes 'sequence' and "
+                f"'prefix' and for edits with cues, got {type(self._cache).__name__}; pass a "
+                "DynamicCache, update transformers, or use the scope 'population', or 'membership' "
+                "without cues"
             )
         state = state_of(self._cache)
         if state is None:

@@ -103,6 +103,21 @@ class HookSet(Mapping[int, HookedLinear]):
         for layer in self._layers.values():
             layer.state = state
 
+    def reserve(self, rank: int, cues: bool = False) -> None:
+        """Reserve rows in all layers, see :meth:`HookedLinear.reserve`.
+
+        Args:
+            rank: how many rows.
+            cues: whether pairs may have cues.
+
+        Raises:
+            ValueError: a layer refuses; nothing was changed.
+        """
+        for layer in self._layers.values():
+            layer._store.check_reserve(rank, cues)
+        for layer in self._layers.values():
+            layer.reserve(rank, cues)
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model answers without hooks, bit for bit; blocks may be nested."""

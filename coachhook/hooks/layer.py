@@ -208,6 +208,16 @@ class HookedLinear(nn.Module):
         """Delta as the ops take it, ``[m, n]`` or (``[m, r]``, ``[r, n]``): the buffers' views."""
         return self._store.operand()
 
+    @property
+    def correction(self) -> Correction:
+        """What a pair adds, ``"sum"`` or ``"own"``, see :meth:`set_pair`."""
+        return self._store.correction
+
+    def cues(self) -> dict[str, Tensor]:
+        """``cues [N, n]`` and ``limits [N]`` as :class:`Membership` takes them; {} where none."""
+        known = self._store.key_cues()
+        return {} if known is None else dict(zip(("cues", "limits"), known, strict=True))
+
     def set_delta(self, delta: Tensor) -> None:
         """Store ``Delta [m, n]`` densely, copied into the hook's buffers.
 
@@ -235,8 +245,14 @@ class HookedLinear(nn.Module):
         at: Tensor,
         groups: Tensor | None = None,
         correction: Correction = "sum",
+        cues: Tensor | None = None,
+        limits: Tensor | None = None,
     ) -> None:
         """Store ``Delta = V A^T``, copied, for the scope ``membership``.
+
+        An edit with a cue fires only from the first real token of its sequence on with
+        ``cues[e] . x >= limits[e]``. What was seen is kept beside a KV cache, as are the statistics
+        of the scope ``prefix``; setting a pair forgets it, also for caches in use.
 
         Args:
             v: V ``[m, N]``, one target per key.
@@ -244,13 +260,16 @@ class HookedLinear(nn.Module):
             groups: int64 ``[N]`` in 0..N-1; keys of one edit share a group. None: each its own.
             correction: add all keys' targets by their coefficients (``"sum"``) or only those of the
                 edit that fired (``"own"``).
+            cues: ``[N, n]``, floating, one cue per edit; with ``"own"`` and without groups only.
+            limits: ``[N]``, floating, comes with cues; -inf for an edit that waits for nothing.
 
         Raises:
             TypeError: not floating-point tensors.
-            ValueError: shapes that do not fit, NaN or infinity, groups out of range, an unknown
-                correction, or more rows than were reserved.
+            ValueError: shapes that do not fit, NaN or infinity (in limits: NaN), groups out of
+                range, an unknown correction, cues where there can be none, more rows than were
+                reserved, or cues where the rows were reserved without.
         """
-        self._store.set_pair(v, at, groups, correction)
+        self._store.set_pair(v, at, groups, correction, cues, limits)
         self._note_fit()
 
     def clear(self) -> None:
@@ -258,16 +277,22 @@ class HookedLinear(nn.Module):
         self._store.clear()
         self._note_fit()
 
-    def reserve(self, rank: int) -> None:
+    def reserve(self, rank: int, cues: bool = False) -> None:
         """Fix the addresses of the hook's buffers, with room for ``rank`` rows.
 
         From then on the forward reads all reserved rows, the unused ones being zero, and a compiled
         or captured graph stays valid while batches of edits come and go.
 
+        Args:
+            rank: how many rows.
+            cues: whether pairs may have cues from then on; pairs without are taken too, with the
+                correction ``"own"`` and without groups. The forward then looks at every row's cue.
+
         Raises:
-            ValueError: ``rank`` is below the rank in use, or Delta is dense.
+            ValueError: ``rank`` is below the rank in use, Delta is dense, or ``cues`` and the pair
+                in use has groups or another correction than ``"own"``.
         """
-        self._store.reserve(rank)
+        self._store.reserve(rank, cues)
 
     def snapshot(self) -> HookSnapshot:
         """Copy Delta, alpha, state and scope, to be brought back by :meth:`restore`."""
@@ -320,9 +345,12 @@ class HookedLinear(nn.Module):
             y, z = hook_output(on_grid, tokens, operand, alpha, **gate)
         for sink in context.sinks:
             seen = z.detach().view(rows, columns)
-            everywhere = self._state == "temporary"
             fired = torch.ones_like(seen, dtype=torch.bool)
-            sink.append((self.index, seen, fired if everywhere else seen >= self._store.alpha))
+            if self._state != "temporary":
+                fired = seen >= self._store.alpha
+                if isinstance(scope, Membership) and scope.cues is not None:
+                    fired &= ~seen.isneginf()
+            sink.append((self.index, seen, fired))
         shape = (*x.shape[:-1], self.out_features) if output is None else output.shape
         return y.reshape(shape)
 
@@ -365,7 +393,10 @@ class HookedLinear(nn.Module):
                 f"{store.kind!r} in layer {self.index}"
             )
         if self.scope == "membership":
-            return Membership(store.key_groups(), store.correction)
+            cues = store.key_cues()
+            if cues is None:
+                return Membership(store.key_groups(), store.correction)
+            return Membership(None, "own", *cues, self._seen_cues(tokens))
         if self.scope == "population":
             return Population(store.mean, store.std)
         state = None if self.include_padding else self.context.gate_state()
@@ -383,6 +414,14 @@ class HookedLinear(nn.Module):
             kept = state.open(key, rows, tokens.device)
         self._remember(state, tokens, mask, kept)
         return Prefix(kept)
+
+    def _seen_cues(self, tokens: Tensor) -> Tensor | None:
+        """State of the cues beside the forward's cache; None where nothing carries it on."""
+        state = None if self.include_padding else self.context.gate_state()
+        if state is None:
+            return None
+        rows, edits = tokens.shape[0], self._store.operand()[1].shape[0]
+        return state.cues((self.index, self.scope), rows, edits, self._store.version)
 
     def _remember(
         self, state: GateState, tokens: Tensor, mask: Tensor | None, moments: Tensor

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ Correction = Literal["sum", "own"]
 _SMALLEST_CAPACITY = 16
 # Columns of Q are orthonormal to rounding; a V passed by mistake is far off.
 _UNIT_NORM_TOLERANCE = 1e-2
+# Of all hooks, and not those of another process, whose caches may be unpickled here: what was kept
+# for some edits is never taken for others'.
+_VERSIONS = itertools.count(secrets.randbits(62))
 
 
 @dataclass(frozen=True)
@@ -26,16 +31,19 @@ class StoredHook:
     grouped: bool
     correction: Correction
     tensors: dict[str, Tensor]
+    cued: bool = False
 
 
 class HookStorage(nn.Module):
     """Delta ``[m, n]`` of one layer in preallocated buffers that are updated in place.
 
     ``left [m, capacity]`` and ``right [capacity, n]`` hold the factors (Q, S) or the pair
-    (V, A^T), ``dense [m, n]`` holds Delta itself; what is not in use takes no memory. The capacity
+    (V, A^T), ``dense [m, n]`` holds Delta itself, ``cues [capacity, n]`` and ``limits [capacity]``
+    what the edits of a pair wait for; what is not in use takes no memory. The capacity
     at least doubles whenever it is exceeded. After :meth:`reserve` it is fixed, and readers get the
-    whole capacity: unused rows are zero and change nothing, so that a compiled or captured graph
-    stays valid from batch to batch.
+    whole capacity: unused rows are zero (and never armed) and change nothing, so that a compiled or
+    captured graph stays valid from batch to batch. ``version`` is another number after each change
+    of Delta, in a tensor for the same reason.
 
     Args:
         in_features: n.
@@ -49,6 +57,9 @@ class HookStorage(nn.Module):
     left: Tensor
     right: Tensor
     groups: Tensor
+    cues: Tensor
+    limits: Tensor
+    version: Tensor
     alpha: Tensor
     mean: Tensor
     std: Tensor
@@ -64,6 +75,8 @@ class HookStorage(nn.Module):
         self.grouped = False
         self.correction: Correction = "sum"
         self.reserved = False
+        self.cued = False
+        self.reserved_cues = False
         # Buffers made in inference mode could not be updated outside of it.
         with torch.inference_mode(False):
             for name, value in (("alpha", float("inf")), ("mean", 0.0), ("std", 1.0)):
@@ -72,6 +85,9 @@ class HookStorage(nn.Module):
             for name, shape in (("dense", (0, n)), ("left", (m, 0)), ("right", (0, n))):
                 self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
             self.register_buffer("groups", torch.zeros(0, dtype=torch.int64, device=device))
+            self.register_buffer("cues", torch.zeros(0, n, dtype=dtype, device=device))
+            self.register_buffer("limits", torch.zeros(0, dtype=dtype, device=device))
+            self.register_buffer("version", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +120,12 @@ class HookStorage(nn.Module):
             return self.groups
         return self.groups[: self.rank] if self.grouped else None
 
+    def key_cues(self) -> tuple[Tensor, Tensor] | None:
+        """Cue ``[r, n]`` and limit ``[r]`` of each key of the pair; None where no edit has one."""
+        if self.reserved_cues:
+            return self.cues, self.limits
+        return (self.cues[: self.rank], self.limits[: self.rank]) if self.cued else None
+
     def delta(self) -> Tensor:
         """A fresh Delta ``[m, n]``; zeros when empty."""
         if self.kind == "dense":
@@ -115,23 +137,38 @@ class HookStorage(nn.Module):
         """Forget Delta; addresses are kept."""
         self.dense.zero_()
         self._blank_rows(0)
-        self.kind, self.rank, self.grouped = "empty", 0, False
+        self.kind, self.rank, self.grouped, self.cued = "empty", 0, False, False
+        self._note_change()
 
-    def reserve(self, rank: int) -> None:
+    def reserve(self, rank: int, cues: bool = False) -> None:
         """Fix the capacity at ``rank`` rows (or what it has already) and all addresses with it.
 
+        Args:
+            rank: rows to have room for.
+            cues: whether edits are to have cues; what was reserved for cues stays so.
+
         Raises:
-            ValueError: ``rank`` is not positive or below the rank in use, or Delta is dense.
+            ValueError: ``rank`` is not positive or below the rank in use, Delta is dense, or there
+                are to be cues and the pair in use is one that can have none.
         """
+        self.check_reserve(rank, cues)
+        if rank > self.capacity:
+            self._resize(rank)
+        self.reserved = True
+        if (cues or self.cued) and not self.reserved_cues:
+            self._make_room_for_cues()
+            self.reserved_cues = True
+
+    def check_reserve(self, rank: int, cues: bool = False) -> None:
+        """Raise what :meth:`reserve` would."""
         if not isinstance(rank, int) or rank < max(1, self.rank):
             raise ValueError(
                 f"reserve: rank must be an integer of at least {max(1, self.rank)}, got {rank!r}"
             )
         if self.kind == "dense":
             raise ValueError("reserve: Delta must be stored in factors, got a dense Delta")
-        if rank > self.capacity:
-            self._resize(rank)
-        self.reserved = True
+        if cues and self.kind == "pair":
+            self._check_cueable("reserve", self.grouped, self.correction)
 
     @torch.no_grad()
     def set_dense(self, delta: Tensor) -> None:
@@ -147,7 +184,9 @@ class HookStorage(nn.Module):
                 self.dense = self.dense.new_empty(self.out_features, self.in_features)
         self.dense.copy_(delta)
         self.kind, self.rank, self.grouped, self.correction = "dense", 0, False, "sum"
+        self.cued = False
         self._resize(0)
+        self._note_change()
 
     def set_factored(self, q: Tensor, s: Tensor) -> None:
         """Copy in ``Delta = Q S``, Q ``[m, r]`` with orthonormal columns and S ``[r, n]``."""
@@ -162,9 +201,18 @@ class HookStorage(nn.Module):
         self._fill("factored", q, s, None, "sum")
 
     def set_pair(
-        self, v: Tensor, at: Tensor, groups: Tensor | None, correction: Correction
+        self,
+        v: Tensor,
+        at: Tensor,
+        groups: Tensor | None = None,
+        correction: Correction = "sum",
+        cues: Tensor | None = None,
+        limits: Tensor | None = None,
     ) -> None:
-        """Copy in ``Delta = V A^T``, V ``[m, N]`` and A^T ``[N, n]``, one row per key."""
+        """Copy in ``Delta = V A^T``, V ``[m, N]`` and A^T ``[N, n]``, one row per key.
+
+        Cues ``[N, n]`` come with limits ``[N]``, with the correction "own" and without groups.
+        """
         rank = self._check_factors("set_pair", ("V", "At"), v, at)
         if correction not in ("sum", "own"):
             raise ValueError(f"set_pair: correction must be 'sum' or 'own', got {correction!r}")
@@ -179,7 +227,9 @@ class HookStorage(nn.Module):
                     f"set_pair: groups must lie in 0..{rank - 1}, got {int(groups.min())} to "
                     f"{int(groups.max())}"
                 )
-        self._fill("pair", v, at, groups, correction)
+        self._check_cues("set_pair", rank, cues, limits)
+        self._check_room("set_pair", cues is not None, groups is not None, correction)
+        self._fill("pair", v, at, groups, correction, cues, limits)
 
     @torch.no_grad()
     def set_dtype(self, dtype: torch.dtype) -> None:
@@ -198,27 +248,45 @@ class HookStorage(nn.Module):
         else:
             tensors |= {"left": self.left[:, :rank], "right": self.right[:rank]}
             tensors["groups"] = self.groups[:rank]
+        if self.cued:
+            tensors |= {"cues": self.cues[:rank], "limits": self.limits[:rank]}
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
-        return StoredHook(self.kind, rank, self.grouped, self.correction, copies)
+        return StoredHook(self.kind, rank, self.grouped, self.correction, copies, self.cued)
 
     @torch.no_grad()
     def restore(self, stored: StoredHook) -> None:
-        """Bring back a :meth:`snapshot`, into the buffers as they are now."""
+        """Bring back a :meth:`snapshot`, into the buffers as they are now.
+
+        Raises:
+            ValueError: its pair has cues and the rows were reserved without, or the other way
+                round it can have none.
+        """
         tensors = stored.tensors
         if stored.kind == "dense":
             self.set_dense(tensors["dense"])
         elif stored.kind == "empty":
             self.clear()
         else:
+            if stored.kind == "pair":
+                self._check_room("restore", stored.cued, stored.grouped, stored.correction)
             groups = tensors["groups"] if stored.grouped else None
-            self._fill(stored.kind, tensors["left"], tensors["right"], groups, stored.correction)
+            cues, limits = tensors.get("cues"), tensors.get("limits")
+            left, right = tensors["left"], tensors["right"]
+            self._fill(stored.kind, left, right, groups, stored.correction, cues, limits)
         self.correction = stored.correction
         for name in ("alpha", "mean", "std"):
             getattr(self, name).copy_(tensors[name])
 
     @torch.no_grad()
     def _fill(
-        self, kind: Kind, left: Tensor, right: Tensor, groups: Tensor | None, correction: Correction
+        self,
+        kind: Kind,
+        left: Tensor,
+        right: Tensor,
+        groups: Tensor | None,
+        correction: Correction,
+        cues: Tensor | None = None,
+        limits: Tensor | None = None,
     ) -> None:
         rank = right.shape[0]
         if rank == 0:
@@ -230,9 +298,18 @@ class HookStorage(nn.Module):
         self.right[:rank].copy_(right)
         own = torch.arange(rank, device=self.groups.device)
         self.groups[:rank].copy_(own if groups is None else groups)
-        self._blank_rows(rank)
         self.kind, self.rank, self.correction = kind, rank, correction
-        self.grouped = groups is not None
+        self.grouped, self.cued = groups is not None, cues is not None
+        if cues is not None and limits is not None:
+            self._make_room_for_cues()
+            self.cues[:rank].copy_(cues)
+            self.limits[:rank].copy_(limits)
+        elif self.reserved_cues:
+            self._arm_rows(rank)
+        elif self.cues.shape[0]:
+            self._allocate_cues(0)
+        self._blank_rows(rank)
+        self._note_change()
         if self.dense.shape[0]:
             self.dense = self.dense.new_zeros(0, self.in_features)
 
@@ -244,6 +321,31 @@ class HookStorage(nn.Module):
             self.groups[rank:].copy_(self.groups[0])
         else:
             self.groups.zero_()
+        # The coefficient of a blank row is 0, which may be the largest: it is never armed.
+        self.cues[rank:].zero_()
+        self.limits[rank:].fill_(float("inf"))
+
+    def _allocate_cues(self, capacity: int) -> None:
+        with torch.inference_mode(False):
+            self.cues = self.right.new_zeros(capacity, self.in_features)
+            self.limits = self.right.new_zeros(capacity)
+
+    def _arm_rows(self, rank: int) -> None:
+        """Cues of edits that wait for none."""
+        self.cues[:rank].zero_()
+        self.limits[:rank].fill_(float("-inf"))
+
+    @torch.no_grad()
+    def _make_room_for_cues(self) -> None:
+        """A cue for each row there is, those in use armed always."""
+        if self.cues.shape[0] == self.capacity:
+            return
+        self._allocate_cues(self.capacity)
+        self._arm_rows(self.rank)
+        self._blank_rows(self.rank)
+
+    def _note_change(self) -> None:
+        self.version.fill_(next(_VERSIONS))
 
     @torch.no_grad()
     def _resize(self, capacity: int) -> None:
@@ -255,6 +357,11 @@ class HookStorage(nn.Module):
         left[:, :kept].copy_(self.left[:, :kept])
         right[:kept].copy_(self.right[:kept])
         groups[:kept].copy_(self.groups[:kept])
+        if self.cues.shape[0]:
+            cues, limits = self.cues, self.limits
+            self._allocate_cues(capacity)
+            self.cues[:kept].copy_(cues[:kept])
+            self.limits[:kept].copy_(limits[:kept])
         self.left, self.right, self.groups = left, right, groups
         self._blank_rows(kept)
 
@@ -269,13 +376,44 @@ class HookStorage(nn.Module):
             )
         return rank
 
-    def _check(self, op: str, name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    def _check_cues(self, op: str, rank: int, cues: Tensor | None, limits: Tensor | None) -> None:
+        if cues is None and limits is None:
+            return
+        for name, value, other in (("cues", cues, "limits"), ("limits", limits, "cues")):
+            if value is None:
+                raise ValueError(f"{op}: {name} must be given with {other}, got None; give both")
+        self._check(op, "cues", cues, (rank, self.in_features))
+        self._check(op, "limits", limits, (rank,), finite=False)
+        if bool(cast("Tensor", limits).isnan().any()):
+            raise ValueError(f"{op}: limits must be numbers or -inf (always armed), got NaN")
+
+    def _check_room(self, op: str, cued: bool, grouped: bool, correction: Correction) -> None:
+        """Whether a pair may have cues, and whether its rows were reserved with or without."""
+        if cued and self.reserved and not self.reserved_cues:
+            raise ValueError(
+                f"{op}: cues must be None in a hook whose rows were reserved without room for "
+                "them, got cues; reserve(rank, cues=True) and capture the graph again"
+            )
+        if cued or self.reserved_cues:
+            self._check_cueable(op, grouped, correction)
+
+    def _check_cueable(self, op: str, grouped: bool, correction: Correction) -> None:
+        if grouped or correction != "own":
+            got = "groups" if grouped else repr(correction)
+            raise ValueError(
+                f"{op}: correction must be 'own', without groups, where edits have cues or room "
+                f"for them, got {got}; give every edit one key, or leave the cues out"
+            )
+
+    def _check(
+        self, op: str, name: str, tensor: Any, shape: tuple[int, ...], finite: bool = True
+    ) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{op}: {name} must be a floating-point tensor, got {got}")
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
-        if not bool(torch.isfinite(tensor).all()):
+        if finite and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{op}: {name} must be finite, got NaN or infinity")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HookStorage:

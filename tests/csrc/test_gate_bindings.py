@@ -41,6 +41,18 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     return torch.randn(B, T, M_OUT).to(dtype), x.to(dtype), (q, torch.randn(RANK, N_IN))
 
 
+def cues() -> tuple[Tensor, Tensor]:
+    rows = torch.randn(RANK, N_IN, generator=torch.Generator().manual_seed(1))
+    return rows, torch.tensor([-9.0, 3.0, 6.0, 9.0, -torch.inf, torch.inf, torch.nan])
+
+
+def seen() -> Tensor:
+    """As after 30 tokens, one cue seen in each sequence."""
+    state = torch.full((B, RANK + 1), 2**31 - 1, dtype=torch.int32)
+    state[:, 0], state[:, 6] = 30, torch.tensor([7, 0, 29])
+    return state
+
+
 def scopes() -> dict[str, Scope]:
     groups = torch.tensor([0, 0, 1, 2, 2, 2, 3])
     return {
@@ -55,6 +67,8 @@ def scopes() -> dict[str, Scope]:
         "membership": Membership(),
         "membership_groups": Membership(groups),
         "membership_own": Membership(groups, "own"),
+        "membership_cues": Membership(None, "own", *cues()),
+        "membership_cues_state": Membership(None, "own", *cues(), seen()),
         "ungated": Ungated(),
     }
 
@@ -94,7 +108,7 @@ def test_packed_rows(native: None, integer: torch.dtype) -> None:
     base, x, delta = problem(torch.float32)
     base, x = base.view(-1, M_OUT), x.view(-1, N_IN)
     edges = torch.tensor([0, 13, 13, 55], dtype=integer)
-    for scope in (Sequence(torch.zeros(3, 3)), Membership()):
+    for scope in (Sequence(torch.zeros(3, 3)), Membership(), Membership(None, "own", *cues())):
         want = reference.hook_output(base, x, delta, 1.0, None, edges, scope)
         got = cuda.hook_output(base, x, delta, 1.0, None, edges, scope)
         compare(*got, *want, torch.float32)
@@ -150,6 +164,39 @@ def test_single_token(native: None) -> None:
     base, x, delta = problem(torch.float32)
     y, z = cuda.hook_output(base[:, :1], x[:, :1], delta, 0.0, None, None, Sequence())
     assert torch.equal(y, base[:, :1]) and z.isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [1, T])
+def test_edits_that_wait_for_nothing_are_those_without_cues(native: None, tokens: int) -> None:
+    base, x, delta = problem(torch.float32)
+    base, x = base[:, :tokens], x[:, :tokens].contiguous()
+    always = Membership(None, "own", cues()[0], torch.full((RANK,), -torch.inf))
+    want = reference.hook_output(base, x, delta, 1.2, None, None, Membership(None, "own"))
+    compare(*cuda.hook_output(base, x, delta, 1.2, None, None, always), *want, torch.float32)
+    want = cuda.gate_scores(x, delta, None, None, always)
+    assert torch.equal(cuda.hook_output(base, x, delta, 1.2, None, None, always)[1], want)
+
+
+def test_nothing_armed_fires_nothing(native: None) -> None:
+    base, x, delta = problem(torch.float32)
+    never = Membership(None, "own", cues()[0], torch.full((RANK,), torch.inf))
+    y, z = cuda.hook_output(base, x, delta, -torch.inf, None, None, never)
+    assert torch.equal(y, base) and z.isneginf().all()
+
+
+def test_decoding_with_cues_goes_on_where_the_prompt_ended(native: None) -> None:
+    base, x, delta = problem(torch.float32)
+    want_state, state = seen(), seen()
+    scope = Membership(None, "own", *cues(), want_state)
+    want = reference.hook_output(base, x, delta, 1.2, None, None, scope)
+    parts = [(0, 20), *((t, t + 1) for t in range(20, T))]
+    scope = Membership(None, "own", *cues(), state)
+    got = [
+        cuda.hook_output(base[:, a:b], x[:, a:b], delta, 1.2, None, None, scope) for a, b in parts
+    ]
+    y, z = (torch.cat(pieces, 1) for pieces in zip(*got, strict=True))
+    compare(y, z, *want, torch.float32)
+    assert torch.equal(state, want_state)
 
 
 def test_bad_arguments_raise_value_errors(extension: ModuleType) -> None:

@@ -163,6 +163,18 @@ def test_nan_never_fires(host: Host, reduction: str) -> None:
     assert not got.fired[:12].any() and not np.isnan(got.z[12:]).any()
 
 
+@pytest.mark.parametrize("rank", [1, 33, 517])
+def test_coefficients_that_do_not_count_are_minus_infinity(host: Host, rank: int) -> None:
+    """Of edits that are not armed."""
+    options = {"reduction": "max", "scope": "direct", "state": False, "sequences": 2}
+    case = make(20, rank, alpha=0.5, **options)
+    case.coefficients[::2, ::2] = -np.inf
+    case.coefficients[7] = -np.inf
+    got = host.gate(case)
+    check(case, got)
+    assert got.z[7] == -np.inf and not got.fired[7] and got.fired.any()
+
+
 def test_nan_under_the_mask_is_ignored(host: Host) -> None:
     case = make(24, 9, sequences=1)
     case.mask = np.ones(24, bool)

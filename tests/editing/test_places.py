@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coachhook import EditConfig
-from coachhook.editing.prompts import STAND_INS, EncodedPrompt, expand_places, with_stand_ins
+from coachhook.editing.prompts import EncodedPrompt, expand_places
 from coachhook.editing.targets import encode_requests, optimise_targets
 from coachhook.models import describe
 
@@ -144,44 +144,5 @@ def test_another_subject_whose_key_fires_gets_an_edit_of_its_own(make_editor, re
 
 def test_folders_written_with_a_setting_that_is_gone_are_read(bundled):
     record = EditConfig.for_model(bundled[0]).to_dict()
-    assert EditConfig.from_dict({**record, "target_parts": 2}) == EditConfig.from_dict(record)
-
-
-def test_stand_ins_take_the_subjects_place(bundled, requests):
-    tokenizer, request = bundled[1], requests[0]
-    found = with_stand_ins(tokenizer, request)
-    texts = [tokenizer.decode(p.ids, skip_special_tokens=True).strip() for p in found]
-    start, end = request.subject_span
-    wanted = [request.text[:start] + other + request.text[end:] for other in STAND_INS]
-    assert texts == [text[:1].upper() + text[1:] for text in wanted]
-    assert all(p.lookup == len(p.ids) - 1 for p in found)
-    shortest = min(len(p.ids) for p in found)
-    assert len(with_stand_ins(tokenizer, request, shortest)) < len(found)
-    assert with_stand_ins(tokenizer, request, shortest - 1) == []
-
-
-@pytest.mark.parametrize(("alike", "taken"), [(1e-9, False), (1e9, True)])
-def test_a_prompt_that_ends_alike_about_others_is_not_written_at_its_end(
-    make_editor, requests, monkeypatch, alike, taken
-):
-    monkeypatch.setattr("coachhook.editing.editor._ALIKE", alike)
-    editor, _, _ = make_editor(
-        places=("subject_last", "prompt_last"),
-        target_steps=2,  # so that it does not come out at the subject
-        false_fire=1.0,
-    )
-    editor.edit(requests[:2])
-    assert (1 in {place for _, place in editor.batches[1].slots}) == taken
-
-
-def test_resemblance_is_relative_to_the_key_itself(make_editor, requests):
-    editor, model, tokenizer = make_editor()
-    layer = editor.config.layers[0]
-    keys = torch.randn(3, describe(model).layer(layer).in_features, dtype=torch.float64)
-    keys[1] = 0.5 * keys[0]
-    state = editor._state
-    assert state.resemblance(layer, keys[:1], keys[1:2]) == pytest.approx(0.5, rel=1e-9)
-    assert state.resemblance(layer, keys[:1], keys[:2]) == pytest.approx(1, rel=1e-9)
-    assert state.resemblance(layer, keys[:1], -keys[:1]) == 0
-    assert state.resemblance(layer, keys[:1], keys[:0]) == 0
-    assert not state.batches
+    gone = {"target_parts": 2, "alpha_prompt": 0.9}
+    assert EditConfig.from_dict({**record, **gone}) == EditConfig.from_dict(record)

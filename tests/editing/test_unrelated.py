@@ -9,8 +9,9 @@ import coachhook as ch
 from coachhook import EditConfig, Editor
 from coachhook.bundled import texts
 from coachhook.editing import EditMemory, EditRequest
-from coachhook.editing.prompts import PLACES, EncodedPrompt
-from coachhook.editing.state import BatchRecord, EditState, LayerEdits
+from coachhook.editing.prompts import EncodedPrompt
+from coachhook.editing.records import BatchRecord
+from coachhook.editing.state import EditState, LayerEdits
 from coachhook.editing.unrelated import SampleTokens, endings
 
 
@@ -48,7 +49,7 @@ def test_endings_are_the_subject_up_to_the_token_looked_up():
 @pytest.mark.parametrize("mentions", [True, False])
 def test_text_about_the_subject_does_not_raise_the_threshold(bundled, requests, mentions):
     model, tokenizer, _ = bundled
-    config = EditConfig.for_model(model)
+    config = EditConfig.for_model(model, cues=False)
     text = [f"{r.text} something." for r in requests[:3]] if mentions else []
     statistics = ch.collect_statistics(
         model, tokenizer, [*texts()[:600], *text], config.layers, sample_size=100_000
@@ -90,11 +91,9 @@ def state():
     return EditState(config, layers, sample_tokens=SampleTokens(TOKENS))
 
 
-def write(state, subject, key, ending, place="subject_last"):
+def write(state, subject, key, ending):
     request = EditRequest(f"{subject} is", subject, "new")
-    record = BatchRecord(
-        [request], torch.zeros(2, 1), [True], [0.0], [(0, PLACES.index(place))], {}, {}, [[ending]]
-    )
+    record = BatchRecord([request], torch.zeros(2, 1), [True], [0.0], [(0, 0)], {}, {}, [[ending]])
     change = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     return state.append(0, key[None], change, record)
 
@@ -157,16 +156,6 @@ def test_only_the_nearest_are_kept_apart_and_not_twice(state):
     before = set(state.batches[1].anchors[0])
     write(state, "B", near(0, 3, 0.93), (3,))
     assert not before & set(state.batches[2].anchors[0])
-
-
-@pytest.mark.parametrize(("place", "floor"), [("subject_last", 0.7), ("prompt_last", 0.9)])
-def test_the_last_token_of_a_prompt_has_a_higher_threshold(state, place, floor):
-    key = near(3, 2, 0.98)  # like nothing in the sample
-    write(state, "A", key, (3,), place)
-    assert coefficients(state, key)[0] == pytest.approx(0.7 / floor, rel=1e-6)
-    state.config = state.config.with_(alpha_prompt=0.5)
-    state.layers[0].made = None
-    assert coefficients(state, key)[0] == pytest.approx(1, rel=1e-6)
 
 
 def test_the_sum_of_all_corrections_has_no_anchors(state):

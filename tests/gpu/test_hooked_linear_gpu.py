@@ -49,7 +49,8 @@ def scope_to_gpu(scope: Scope) -> Scope:
     if isinstance(scope, Population):
         return Population(to_gpu(scope.mean), to_gpu(scope.std))
     if isinstance(scope, Membership):
-        return Membership(to_gpu(scope.groups), scope.correction)
+        cues = (to_gpu(scope.cues), to_gpu(scope.limits), to_gpu(scope.state))
+        return Membership(to_gpu(scope.groups), scope.correction, *cues)
     return scope
 
 
@@ -97,7 +98,8 @@ def test_dtypes_sizes_and_storage(dtype, n, stored, nan_filled_memory) -> None:
     check(x, delta, mask)
     if isinstance(delta, tuple):
         for scope in SCOPES:
-            if not scope.startswith("membership_groups"):  # these name the groups of 7 keys
+            # These name the groups, or the cues, of 7 keys.
+            if not scope.startswith(("membership_groups", "membership_cues")):
                 check(x, delta, mask, None, SCOPES[scope](rows))
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from coachhook.hooks import HookSet, attach_hooks
+from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 
-SCOPES = ("sequence", "prefix", "population", "membership")
+# "cued" is the scope "membership" with edits that have cues.
+SCOPES = ("sequence", "prefix", "population", "membership", "cued")
 RANK = 4
 LAYERS = (0, 1)
 
@@ -22,36 +23,54 @@ def fill(hooks: HookSet, scope: str, size: float = 5.0) -> None:
         s = torch.randn(RANK, n, generator=generator, dtype=torch.float64) * size
         if scope == "membership":
             layer.set_pair(q * 4 * size, s, torch.tensor([0, 0, 1, 2]), "own")
+        elif scope == "cued":
+            cues = torch.randn(RANK, n, generator=generator, dtype=torch.float64)
+            limits = torch.tensor([-torch.inf, 0.1, 0.2, 0.3])
+            layer.set_pair(q * 4 * size, s, None, "own", cues, limits)
         else:
             layer.set_factored(q, s)
-        layer.set_scope(scope)
+        layer.set_scope("membership" if scope == "cued" else scope)
         layer.state = "validated"
+
+
+def _gap(values: torch.Tensor, share: float) -> float:
+    """The middle of the widest gap around the quantile that ``share`` of the values are above."""
+    values = values[values.isfinite()].flatten().sort().values
+    low, high = int(len(values) * (1 - 1.5 * share)), int(len(values) * (1 - share / 2))
+    gap = int((values[low + 1 : high + 1] - values[low:high]).argmax()) + low
+    return float((values[gap] + values[gap + 1]) / 2)
+
+
+def inputs(model: Any, layer: HookedLinear, **given: torch.Tensor) -> torch.Tensor:
+    """What a hooked layer sees in a forward, ``[tokens, n]`` in its compute dtype."""
+    seen: list[torch.Tensor] = []
+    handle = layer.base.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**given)
+    handle.remove()
+    return seen[0].reshape(-1, layer.in_features).to(layer.delta().dtype)
 
 
 def calibrate(model: Any, hooks: HookSet, ids: torch.Tensor, share: float = 0.3) -> None:
     """Set each alpha (and the population) from a forward, so that about ``share`` of tokens fire.
 
     The threshold is put into the widest gap around that quantile, so that rounding cannot move a
-    token across it.
+    token across it. So are the limits of cues, reached by fewer: many a sequence reads none.
     """
     for index, layer in hooks.items():
         if layer.scope == "population":
-            norms = []
-            handle = layer.base.register_forward_pre_hook(
-                lambda _m, args, n=norms: n.append(args[0])
-            )
-            with torch.no_grad():
-                model(ids)
-            handle.remove()
-            x = norms[0].reshape(-1, layer.in_features).to(layer.delta().dtype)
+            x = inputs(model, layer, input_ids=ids)
             size = torch.linalg.vector_norm(x @ layer.delta().T, dim=-1)
             layer.set_scope("population", population=(float(size.mean()), float(size.std())))
+        if layer.snapshot().stored.cued:
+            stored = layer.snapshot().stored.tensors
+            scores = inputs(model, layer, input_ids=ids) @ stored["cues"].T
+            limits = [-torch.inf, *(_gap(column, share / 5) for column in scores.T[1:])]
+            edits = (stored["left"], stored["right"], None, "own", stored["cues"])
+            layer.set_pair(*edits, torch.tensor(limits, dtype=torch.float64))
         with torch.no_grad(), hooks.record() as records:
             model(ids)
-        z = torch.cat([z[~z.isnan()].flatten() for i, z, _ in records if i == index]).sort().values
-        low, high = int(len(z) * (1 - 1.5 * share)), int(len(z) * (1 - share / 2))
-        gap = int((z[low + 1 : high + 1] - z[low:high]).argmax()) + low
-        layer.set_alpha(float((z[gap] + z[gap + 1]) / 2))
+        layer.set_alpha(_gap(torch.cat([z.flatten() for i, z, _ in records if i == index]), share))
 
 
 def hooked(model: Any, scope: str, layers: tuple[int, ...] = LAYERS, size: float = 5.0) -> HookSet:

@@ -57,8 +57,7 @@ def test_one_graph_with_the_same_numbers(name: str, scope: str, cached: bool) ->
 def test_batches_are_swapped_in_without_a_new_graph(scope: str) -> None:
     model = tiny("llama").double()
     hooks = hooked(model, scope)
-    for layer in hooks.values():
-        layer.reserve(16)
+    hooks.reserve(16, cues=scope == "cued")
     batch = padded(prompts(), "right")
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -69,6 +68,9 @@ def test_batches_are_swapped_in_without_a_new_graph(scope: str) -> None:
                 q, _ = torch.linalg.qr(torch.randn(32, rank, dtype=torch.float64))
                 if scope == "membership":
                     layer.set_pair(q * 20, torch.randn(rank, 48))
+                elif scope == "cued":
+                    cues = (torch.randn(rank, 48), torch.rand(rank) - 0.3) if rank != 9 else ()
+                    layer.set_pair(q * 20, torch.randn(rank, 48), None, "own", *cues)
                 else:
                     layer.set_factored(q, torch.randn(rank, 48) * 5)
                 layer.set_alpha(alpha)
@@ -81,13 +83,12 @@ def test_batches_are_swapped_in_without_a_new_graph(scope: str) -> None:
     assert all(not torch.allclose(a, b) for a, b in pairwise(answers))
 
 
-@pytest.mark.parametrize("scope", ["sequence", "membership"])
+@pytest.mark.parametrize("scope", ["sequence", "membership", "cued"])
 def test_one_graph_for_prompts_and_one_for_steps_of_every_size(scope: str) -> None:
     """Neither the number of sequences nor a length, nor that of the cache, makes a new graph."""
     model = tiny("llama").double()
     hooks = hooked(model, scope)
-    for layer in hooks.values():
-        layer.reserve(16)
+    hooks.reserve(16, cues=scope == "cued")
     counter, graphs = CompileCounter(), []
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
@@ -125,7 +126,7 @@ def test_inductor(scope: str) -> None:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "prefix"])
+@pytest.mark.parametrize("scope", ["sequence", "prefix", "cued"])
 def test_compiled_decoding_with_a_static_cache(scope: str) -> None:
     model = tiny("llama").double()
     hooked(model, scope)
@@ -174,7 +175,7 @@ def test_filling_after_compiling_is_seen() -> None:
     batch = padded(prompts(), "left")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        for scope in ("population", "sequence", "membership"):
+        for scope in ("population", "sequence", "membership", "cued"):
             fill(hooks, scope)
             expected = model(**batch, use_cache=False).logits
             torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected)

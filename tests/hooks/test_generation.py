@@ -15,12 +15,12 @@ from coachhook.hooks.cache_state import CACHE_NAMES, state_of
 from ..models.families import SUPPORTED, tiny
 from .support import SCOPES, fired, generate, hooked, padded, prompts
 
-CARRIED = ("prefix", "population", "membership")
+CARRIED = ("prefix", "population", "membership", "cued")
 
 
 def _needs_cache(name: str, scope: str) -> None:
     old = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 52)
-    if name == "gpt2" and old and scope in ("sequence", "prefix"):
+    if name == "gpt2" and old and scope in ("sequence", "prefix", "cued"):
         pytest.skip("GPT-2 has tuples for a cache before transformers 4.52")
 
 
@@ -167,7 +167,7 @@ def test_include_padding_is_the_published_gate(scope: str) -> None:
     model = tiny("llama").double()
     hooks = hooked(model, scope)
     for layer in hooks.values():
-        layer.set_scope(scope, include_padding=True)
+        layer.set_scope(layer.scope, include_padding=True)
     batch = padded(prompts(), "right")
     with torch.no_grad(), hooks.record() as records:
         out = model(**batch)
@@ -223,9 +223,10 @@ def test_speculative_decoding_takes_rejected_tokens_back(scope: str) -> None:
     assert torch.equal(guessed, expected)
 
 
-def test_a_cropped_prefix_goes_on_as_if_never_longer() -> None:
+@pytest.mark.parametrize("scope", ["prefix", "cued"])
+def test_what_was_cropped_goes_on_as_if_never_longer(scope: str) -> None:
     model = tiny("llama").double()
-    hooks = hooked(model, "prefix")
+    hooks = hooked(model, scope)
     ids = torch.randint(3, 60, (3, 16))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -259,13 +260,17 @@ def test_a_cropped_prefix_goes_on_as_if_never_longer() -> None:
         cache.crop(-6)
         torch.testing.assert_close(step(cache, 7, 16).logits, whole[:, 7:])
         unseen = step(None, 0, 8).past_key_values
-        with pytest.raises(ValueError, match="pass an empty DynamicCache"):
+        if scope == "prefix":
+            with pytest.raises(ValueError, match="pass an empty DynamicCache"):
+                unseen.crop(-4)
+        else:
             unseen.crop(-4)
+            torch.testing.assert_close(step(unseen, 4, 16).logits, whole[:, 4:])
     hooks.detach()
 
 
 def test_an_emptied_cache_starts_anew() -> None:
-    for scope in ("sequence", "prefix"):
+    for scope in ("sequence", "prefix", "cued"):
         model = tiny("llama").double()
         hooks = hooked(model, scope)
         ids, other = torch.randint(3, 60, (2, 2, 9))
@@ -280,7 +285,7 @@ def test_an_emptied_cache_starts_anew() -> None:
         hooks.detach()
 
 
-@pytest.mark.parametrize("scope", ["sequence", "prefix"])
+@pytest.mark.parametrize("scope", ["sequence", "prefix", "cued"])
 def test_the_statistics_follow_the_rows_of_the_cache(scope: str) -> None:
     model = tiny("llama").double()
     hooked(model, scope)
@@ -344,5 +349,5 @@ def test_a_tuple_for_a_cache_is_refused_where_it_cannot_carry_statistics(name: s
     hooks[0].context.enter(
         model.model, (), {"input_ids": torch.zeros(1, 1).long(), name: ((1, 2),)}
     )
-    with pytest.raises(TypeError, match="must be a transformers Cache"):
+    with pytest.raises(TypeError, match="must be a transformers Cache .*edits with cues"):
         hooks[0].context.gate_state()

@@ -54,6 +54,45 @@ def _at(value: float | Tensor, row: int) -> float:
     return value
 
 
+def columns(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """Row and column of each token of the flattened input that belongs to a sequence."""
+    if cu_seqlens is None:
+        rows, length = (x.shape[0], x.shape[1]) if x.dim() == 3 else (1, x.shape[0])
+        return [(row, column) for row in range(rows) for column in range(length)]
+    cuts = itertools.pairwise(cu_seqlens.tolist())
+    return [(row, t - a) for row, (a, b) in enumerate(cuts) for t in range(a, b)]
+
+
+def arming(
+    x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, scope: Membership
+) -> tuple[list[list[bool]], Tensor]:
+    """Which edits are armed at each token of a sequence, and the state after the call.
+
+    The scope's state is read, not written.
+    """
+    never = 2**31 - 1
+    tokens = x.reshape(-1, x.shape[-1]).double()
+    seen = (tokens @ scope.cues.double().T).tolist()
+    limits = scope.limits.double().tolist()
+    real = [True] * len(seen) if mask is None else mask.reshape(-1).tolist()
+    places = columns(x, cu_seqlens)
+    rows = x.shape[0] if x.dim() == 3 else 1
+    rows = rows if cu_seqlens is None else len(cu_seqlens) - 1
+    if scope.state is None:
+        after = [[0, *[never] * len(limits)] for _ in range(rows)]
+    else:
+        after = scope.state.tolist()
+    before = [row[0] for row in after]
+    armed = []
+    for t, (row, column) in enumerate(places):
+        for edit, limit in enumerate(limits):
+            if real[t] and (limit == -math.inf or seen[t][edit] >= limit):
+                after[row][1 + edit] = min(after[row][1 + edit], before[row] + column)
+        after[row][0] += 1
+        armed.append([first <= before[row] + column for first in after[row][1:]])
+    return armed, torch.tensor(after, dtype=torch.int32).view(rows, len(limits) + 1)
+
+
 def _winner(coefficients: list[float], scope: Membership) -> tuple[int, float]:
     groups = list(range(len(coefficients))) if scope.groups is None else scope.groups.tolist()
     sums: dict[int, float] = {}
@@ -82,6 +121,8 @@ def oracle(
     z = [math.nan] * len(norms)
     taken = [False] * len(norms)
     ratio = 1.0
+    cued = isinstance(scope, Membership) and scope.cues is not None
+    armed = arming(x, mask, cu_seqlens, scope)[0] if cued else []
     for row, real in enumerate(sequences(x, mask, cu_seqlens)):
         history: list[float] = []
         sample = [norms[t] for t in real]
@@ -98,12 +139,17 @@ def oracle(
                 z[t] = (norms[t] - _at(scope.mean, row)) / _at(scope.std, row)
                 ratio = max(ratio, abs(_at(scope.mean, row) / _at(scope.std, row)))
             elif isinstance(scope, Membership):
-                winner, z[t] = _winner(features[t].tolist(), scope)
+                fit = features[t].tolist()
+                if cued:
+                    fit = [c if able else -math.inf for c, able in zip(fit, armed[t], strict=True)]
+                winner, z[t] = _winner(fit, scope)
                 if scope.correction == "own":
                     keys = torch.arange(features.shape[1]) if scope.groups is None else scope.groups
                     own = features[t] * (keys == winner)
                     added[t] = lift.double() @ (own / own.sum())
             taken[t] = True if isinstance(scope, Ungated) else z[t] >= alpha
+            if cued and not any(armed[t]):
+                taken[t] = False
     y = base_output.reshape(-1, base_output.shape[-1]).clone()
     for t, fired in enumerate(taken):
         if fired:
@@ -119,7 +165,7 @@ def oracle(
 
 def threshold(z: Tensor) -> float:
     """A threshold in the widest gap of the upper half of the scores: no token is borderline."""
-    values = z[~z.isnan()].sort().values
+    values = z[z.isfinite()].sort().values
     values = values[len(values) // 2 :]
     if len(values) < 2:
         return 0.5

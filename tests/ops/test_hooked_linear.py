@@ -37,8 +37,16 @@ SCOPES = {
     "membership_own": lambda rows: Membership(correction="own"),
     "membership_groups": lambda rows: Membership(torch.tensor([0, 0, 2, 2, 2, 4, 5])),
     "membership_groups_own": lambda rows: Membership(torch.tensor([1, 3, 3, 0, 0, 0, 1]), "own"),
+    "membership_cues": lambda rows: Membership(None, "own", *make_cues()),
     "ungated": lambda rows: Ungated(),
 }
+
+
+def make_cues():
+    """Cues of which some are seen at once, some later and some never."""
+    generator = torch.Generator().manual_seed(1)
+    cues = torch.randn(RANK, N, generator=generator) / math.sqrt(N)
+    return cues, torch.tensor([-math.inf, 0.3, 0.9, 1.3, math.inf, -0.5, math.nan])
 
 
 def compute_dtype(dtype):

@@ -140,6 +140,80 @@ GATE_CASES = {
         ValueError,
         r"scope.groups must hold values in 0..1, got 0..2",
     ),
+    "cues_alone": (
+        {"scope": Membership(None, "own", torch.zeros(R, N))},
+        ValueError,
+        "scope.limits must be a tensor with scope.cues, got None; give both",
+    ),
+    "limits_alone": (
+        {"scope": Membership(None, "own", None, torch.zeros(R))},
+        ValueError,
+        "scope.cues must be a tensor with scope.limits, got None; give both",
+    ),
+    "cues_state_alone": (
+        {"scope": Membership(None, "own", state=torch.zeros(B, R + 1).int())},
+        ValueError,
+        "scope.state must be None without scope.cues, got Tensor; leave it out",
+    ),
+    "cues_list": (
+        {"scope": Membership(None, "own", [[0.0]], torch.zeros(R))},
+        TypeError,
+        "scope.cues must be a tensor, got list",
+    ),
+    "cues_shape": (
+        {"scope": Membership(None, "own", torch.zeros(R, N + 1), torch.zeros(R))},
+        ValueError,
+        r"scope.cues must be \[2, 4\], one cue per key, got \[2, 5\]",
+    ),
+    "cues_dtype": (
+        {"scope": Membership(None, "own", torch.zeros(R, N).int(), torch.zeros(R))},
+        TypeError,
+        "scope.cues must be float16, bfloat16, float32 or float64, got torch.int32",
+    ),
+    "cues_device": (
+        {"scope": Membership(None, "own", torch.zeros(R, N, device="meta"), torch.zeros(R))},
+        ValueError,
+        "scope.cues must be on the device of x",
+    ),
+    "limits_shape": (
+        {"scope": Membership(None, "own", torch.zeros(R, N), torch.zeros(R + 1))},
+        ValueError,
+        r"scope.limits must be \[2\], one limit per cue, got \[3\]",
+    ),
+    "limits_dtype": (
+        {"scope": Membership(None, "own", torch.zeros(R, N), torch.zeros(R).bool())},
+        TypeError,
+        "scope.limits must be float16",
+    ),
+    "cues_sum": (
+        {"scope": Membership(None, "sum", torch.zeros(R, N), torch.zeros(R))},
+        ValueError,
+        "scope.correction must be 'own' with scope.cues, got 'sum'; a sum would add",
+    ),
+    "cues_groups": (
+        {"scope": Membership(torch.zeros(R).long(), "own", torch.zeros(R, N), torch.zeros(R))},
+        ValueError,
+        "scope.groups must be None with scope.cues, got Tensor; give every key a cue",
+    ),
+    "cues_state_dtype": (
+        {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, R + 1))},
+        TypeError,
+        "scope.state must be int32 with scope.cues, got torch.float32",
+    ),
+    "cues_state_shape": (
+        {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, R).int())},
+        ValueError,
+        r"scope.state must be \[2, 3\], a count and one column per cue, got \[2, 2\]",
+    ),
+    "cues_state_packed": (
+        {
+            "x": X.view(-1, N),
+            "cu_seqlens": offsets(0, 3, 5, 10),
+            "scope": Membership(None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, R + 1).int()),
+        },
+        ValueError,
+        r"scope.state must be \[3, 3\]",
+    ),
     "backend": ({"backend": "cudnn"}, ValueError, "backend must be one of auto.*got 'cudnn'"),
 }
 

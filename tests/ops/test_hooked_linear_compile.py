@@ -19,6 +19,13 @@ from coachhook.ops import (
 from coachhook.ops.hooked_linear import _pack
 
 M, N, RANK = 19, 12, 4
+CUES = torch.randn(RANK, N, generator=torch.Generator().manual_seed(1)) / 3
+
+
+def fresh(rows):
+    return torch.tensor([0, *[2**31 - 1] * RANK], dtype=torch.int32).repeat(rows, 1)
+
+
 SCOPES = {
     "sequence": lambda rows: Sequence(torch.zeros(rows, 3)),
     "prefix": lambda rows: Prefix(torch.zeros(rows, 3)),
@@ -26,6 +33,9 @@ SCOPES = {
     "population_rows": lambda rows: Population(torch.ones(rows), torch.ones(rows)),
     "membership": lambda rows: Membership(),
     "membership_own": lambda rows: Membership(torch.tensor([0, 0, 1, 1]), "own"),
+    "membership_cues": lambda rows: Membership(
+        None, "own", CUES, torch.tensor([-2.0, 0.5, 1.0, -torch.inf]), fresh(rows)
+    ),
     "ungated": lambda rows: Ungated(),
 }
 
@@ -80,7 +90,7 @@ def test_one_graph_for_every_batch_and_length(layer, name):
         return hooked_linear(x, weight, bias, delta, alpha, mask=mask, scope=scope)
 
     alpha, graphs = torch.tensor(0.5), []
-    for rows, length in ((2, 5), (3, 9), (7, 4), (4, 33)):
+    for rows, length in ((2, 6), (3, 9), (7, 4), (4, 33)):
         x, mask = torch.randn(rows, length, N), torch.rand(rows, length) > 0.3
         want = hooked_linear(x, weight, bias, delta, alpha, mask=mask, scope=SCOPES[name](rows))
         same(run(x, alpha, mask, SCOPES[name](rows)), want)
@@ -169,6 +179,17 @@ def test_opcheck_dense_reference_and_strided(layer):
     opcheck(torch.ops.coachhook.hook_output, base, x, alpha, *packed)
 
 
+def test_opcheck_packed_cues(layer):
+    _, _, delta = layer
+    cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    limits = torch.tensor([-2.0, 0.5, 1.0, -torch.inf])
+    for state in (None, fresh(3)):
+        scope = Membership(None, "own", CUES, limits, state)
+        x, base = torch.randn(9, N), torch.randn(9, M)
+        packed = _pack(x, delta, None, cu_seqlens, scope, "auto")
+        opcheck(torch.ops.coachhook.hook_output, base, x, torch.tensor(0.5), *packed)
+
+
 def test_opcheck_packed(layer):
     _, _, delta = layer
     cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
@@ -207,9 +228,10 @@ def test_fake_tensors_have_the_real_shapes(layer, name):
         fakes = [mode.from_tensor(t) for t in (weight, bias, *delta)]
         x = torch.empty(3, 7, N)
         scope = SCOPES[name](3)
-        groups = getattr(scope, "groups", None)
-        if groups is not None:
-            scope = Membership(mode.from_tensor(groups), scope.correction)
+        if isinstance(scope, Membership):
+            given = (scope.groups, scope.cues, scope.limits, scope.state)
+            groups, *cues = (None if t is None else mode.from_tensor(t) for t in given)
+            scope = Membership(groups, scope.correction, *cues)
         y, z = hooked_linear(x, fakes[0], fakes[1], tuple(fakes[2:]), 1.0, scope=scope)
         z_only = gate_scores(x, tuple(fakes[2:]), scope=scope)
     assert y.shape == (3, 7, M)

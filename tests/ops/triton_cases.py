@@ -46,6 +46,7 @@ SCOPES = {
     "membership_own": lambda rows: Membership(correction="own"),
     "membership_groups": lambda rows: Membership(torch.tensor([0, 0, 2, 2, 2, 4, 5])),
     "membership_groups_own": lambda rows: Membership(torch.tensor([1, 3, 3, 0, 0, 0, 1]), "own"),
+    "membership_cues": lambda rows: Membership(None, "own", *make_cues()),
     "ungated": lambda rows: Ungated(),
 }
 DENSE_SCOPES = ["prefix", "sequence", "population", "sequence", "population_rows", "ungated"]
@@ -55,6 +56,13 @@ LAYOUTS = ["batch", "left_padded", "gaps", "packed", "packed_tail", "single"]
 @pytest.fixture(autouse=True)
 def _nan_filled(nan_filled_memory):
     pass
+
+
+def make_cues() -> tuple[Tensor, Tensor]:
+    """Cues of which some are seen at once, some later and some never."""
+    generator = torch.Generator().manual_seed(1)
+    cues = torch.randn(RANK, N, generator=generator) / math.sqrt(N)
+    return cues, torch.tensor([-math.inf, 0.3, 0.9, 1.3, math.inf, -0.5, math.nan])
 
 
 def make_layout(name: str, dtype: torch.dtype, n: int = N):
@@ -215,6 +223,11 @@ def test_the_library_may_form_both_products(monkeypatch: pytest.MonkeyPatch) -> 
         check(x, (q, s.bfloat16()), mask, cu_seqlens, Membership(correction="own"))
         assert taken and all(projection.dtype == x.dtype for _, projection in taken)
         taken.clear()
+        cues, limits = make_cues()
+        cued = Membership(None, "own", cues.bfloat16(), limits)
+        check(x, (q, s.bfloat16()), mask, cu_seqlens, cued)
+        assert cued.cues.data_ptr() in {projection.data_ptr() for _, projection in taken}
+        taken.clear()
         check(x, q @ s, mask, cu_seqlens, Sequence())  # more digits than the library's operands
         check(x.float(), q @ s, mask, cu_seqlens, Sequence())
         assert not taken
@@ -251,6 +264,61 @@ def test_the_winner_may_be_in_any_block_of_keys() -> None:
     check(x, make_pair(m=80, rank=keys), None, None, Membership(groups, "own"))
 
 
+def test_cues_of_any_number_and_storage() -> None:
+    for count in (1, 16, 130):
+        x, _, cu_seqlens, _ = make_layout("packed", torch.bfloat16)
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            cues = (torch.randn(count, N) / math.sqrt(N)).to(dtype)
+            limits = torch.linspace(-0.5, 1.5, count, dtype=dtype)
+            scope = Membership(None, "own", cues, limits)
+            check(x, make_pair(m=140, rank=count), None, cu_seqlens, scope)
+
+
+def test_cues_in_parts_and_at_once() -> None:
+    x, mask, _, rows = make_layout("gaps", torch.float32)
+    delta, (cues, limits) = make_pair(), make_cues()
+    base = torch.randn(rows, 11, M)
+    never = torch.tensor([0, *[2**31 - 1] * RANK], dtype=torch.int32).repeat(rows, 1)
+    want, whole, cut = (never.clone() for _ in range(3))
+
+    def run(hook, state, a=0, b=11):
+        scope = Membership(None, "own", cues, limits, state)
+        return hook(base[:, a:b], x[:, a:b], delta, 0.4, mask[:, a:b], None, scope)
+
+    want_y, want_z = run(reference.hook_output, want)
+    y, z = run(triton.hook_output, whole)
+    torch.testing.assert_close((y, z), (want_y, want_z), rtol=1e-4, atol=1e-4, equal_nan=True)
+    parts = [run(triton.hook_output, cut, a, b) for a, b in ((0, 4), (4, 5), (5, 11))]
+    z_parts = torch.cat([part[1] for part in parts], 1)
+    torch.testing.assert_close(z_parts, z, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(whole, want) and torch.equal(cut, want)
+
+
+def test_edits_that_wait_for_nothing_are_those_without_cues() -> None:
+    x, mask, _, _ = make_layout("gaps", torch.bfloat16)
+    x[1, 3, 5], x[2, 4, 5] = float("nan"), float("inf")
+    base, delta = torch.randn(4, 11, M).bfloat16(), make_pair()
+    always = Membership(None, "own", make_cues()[0], torch.full((RANK,), -math.inf))
+    for alpha in (-math.inf, 0.4):
+        want = triton.hook_output(base, x, delta, alpha, mask, None, Membership(None, "own"))
+        got = triton.hook_output(base, x, delta, alpha, mask, None, always)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_armed_fires_nothing_and_gradients_are_those_of_the_reference() -> None:
+    x, base, delta = torch.randn(2, 9, N), torch.randn(2, 9, M), make_pair()
+    never = Membership(None, "own", make_cues()[0], torch.full((RANK,), math.inf))
+    y, z = triton.hook_output(base, x, delta, -math.inf, None, None, never)
+    assert torch.equal(y, base) and z.isneginf().all()
+    scope, found = Membership(None, "own", *make_cues()), []
+    for hook in (reference.hook_output, triton.hook_output):
+        leaves = [x.clone().requires_grad_(), base.clone().requires_grad_()]
+        y, _ = hook(leaves[1], leaves[0], delta, 0.5, None, None, scope)
+        y.square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
 def test_norms_that_differ_by_rounding_are_equal() -> None:
     x = torch.randn(N).mul(3)[torch.stack([torch.randperm(N) for _ in range(12)])][None]
     identity = torch.eye(N), torch.eye(N)
@@ -264,6 +332,8 @@ def test_long_sums_are_cut_and_wide_dense_hooks_are_tiled() -> None:
     assert triton.projection_sizes(sizes, "full", 7, 2070)[2] > 1
     check(x, make_pair(n=2070), None, None, Sequence())
     check(x, make_pair(n=2070), None, None, Membership())
+    cues = torch.randn(RANK, 2070) / math.sqrt(2070)
+    check(x, make_pair(n=2070), None, None, Membership(None, "own", cues, make_cues()[1]))
     q, s = make_pair(m=300, n=70, rank=9)
     x, _, _, _ = make_layout("batch", torch.float32, n=70)
     check(x, q @ s, None, None, Sequence())

@@ -100,7 +100,8 @@ def _run(op: str, backend: str, x: Tensor, *arguments: Any) -> Any:
 
 _GATE_SCHEMA = (
     "Tensor projection, Tensor? lift, Tensor? mask, Tensor? cu_seqlens, str scope, "
-    "Tensor? mean, Tensor? std, Tensor? groups, Tensor(a!)? state, str backend"
+    "Tensor? mean, Tensor? std, Tensor? groups, Tensor? cues, Tensor? limits, "
+    "Tensor(a!)? state, str backend"
 )
 
 
@@ -113,7 +114,7 @@ def _pack(
     backend: str,
 ) -> tuple[Any, ...]:
     lift, projection = (None, delta) if isinstance(delta, Tensor) else delta
-    mean = std = groups = state = None
+    mean = std = groups = cues = limits = state = None
     if isinstance(scope, (Sequence, Prefix)):
         kind = "sequence" if isinstance(scope, Sequence) else "prefix"
         state = scope.state
@@ -121,9 +122,11 @@ def _pack(
         kind, mean, std = "population", _scalar(scope.mean, x), _scalar(scope.std, x)
     elif isinstance(scope, Membership):
         kind, groups = f"membership_{scope.correction}", scope.groups
+        cues, limits, state = scope.cues, scope.limits, scope.state
     else:
         kind = "ungated"
-    return projection, lift, mask, cu_seqlens, kind, mean, std, groups, state, backend
+    scope_tensors = mean, std, groups, cues, limits, state
+    return projection, lift, mask, cu_seqlens, kind, *scope_tensors, backend
 
 
 def _scalar(value: float | Tensor, x: Tensor) -> Tensor:
@@ -139,6 +142,8 @@ def _unpack(
     mean: Tensor | None,
     std: Tensor | None,
     groups: Tensor | None,
+    cues: Tensor | None,
+    limits: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Delta, Scope]:
     delta: Delta = projection if lift is None else (lift, projection)
@@ -151,7 +156,7 @@ def _unpack(
     if kind == "membership_sum":
         return delta, Membership(groups, "sum")
     if kind == "membership_own":
-        return delta, Membership(groups, "own")
+        return delta, Membership(groups, "own", cues, limits, state)
     return delta, Ungated()
 
 
@@ -167,10 +172,12 @@ def _hook_output_body(
     mean: Tensor | None,
     std: Tensor | None,
     groups: Tensor | None,
+    cues: Tensor | None,
+    limits: Tensor | None,
     state: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    delta, scope = _unpack(projection, lift, kind, mean, std, groups, state)
+    delta, scope = _unpack(projection, lift, kind, mean, std, groups, cues, limits, state)
     arguments = base_output, x, delta, alpha, mask, cu_seqlens, scope, False
     y, z = _run("hooked_linear", backend, x, *arguments)
     if y is base_output:  # an op must not return its input
@@ -193,10 +200,12 @@ def _gate_scores_body(
     mean: Tensor | None,
     std: Tensor | None,
     groups: Tensor | None,
+    cues: Tensor | None,
+    limits: Tensor | None,
     state: Tensor | None,
     backend: str,
 ) -> Tensor:
-    delta, scope = _unpack(projection, lift, kind, mean, std, groups, state)
+    delta, scope = _unpack(projection, lift, kind, mean, std, groups, cues, limits, state)
     return _run("gate_scores", backend, x, x, delta, mask, cu_seqlens, scope)
 
 

@@ -196,9 +196,60 @@ def _check_population(op: str, device: torch.device, rows: int, scope: Populatio
             raise TypeError(f"{op}: {name} must be a float or a tensor, got {_type_name(value)}")
 
 
-def _check_membership(op: str, device: torch.device, keys: int, scope: Membership) -> None:
+def _check_cues(op: str, given: Input, rows: int, keys: int, scope: Membership) -> None:
+    x_shape, _, device = given
+    cues, limits, state = scope.cues, scope.limits, scope.state
+    if cues is None or limits is None:
+        for name, value, other in (("cues", cues, "limits"), ("limits", limits, "cues")):
+            if value is None and getattr(scope, other) is not None:
+                raise ValueError(
+                    f"{op}: scope.{name} must be a tensor with scope.{other}, got None; give both"
+                )
+        if state is not None:
+            raise ValueError(
+                f"{op}: scope.state must be None without scope.cues, got "
+                f"{_type_name(state)}; leave it out, or give cues and limits"
+            )
+        return
+    shape = _check_tensor(op, "scope.cues", cues, 2, device)
+    _check_float(op, "scope.cues", cues)
+    if shape[0] != keys or shape[1] != x_shape[-1]:
+        raise ValueError(
+            f"{op}: scope.cues must be [{int(keys)}, {int(x_shape[-1])}], one cue per key, "
+            f"got {_text(shape)}"
+        )
+    shape = _check_tensor(op, "scope.limits", limits, 1, device)
+    _check_float(op, "scope.limits", limits)
+    if shape[0] != keys:
+        raise ValueError(
+            f"{op}: scope.limits must be [{int(keys)}], one limit per cue, got {_text(shape)}"
+        )
+    if scope.correction != "own":
+        raise ValueError(
+            f"{op}: scope.correction must be 'own' with scope.cues, got {scope.correction!r}; "
+            "a sum would add edits that are not armed"
+        )
+    if scope.groups is not None:
+        raise ValueError(
+            f"{op}: scope.groups must be None with scope.cues, got {_type_name(scope.groups)}; "
+            "give every key a cue of its own"
+        )
+    if state is not None:
+        shape = _check_tensor(op, "scope.state", state, 2, device)
+        if state.dtype != torch.int32:
+            raise TypeError(f"{op}: scope.state must be int32 with scope.cues, got {state.dtype}")
+        if shape[0] != rows or shape[1] != keys + 1:
+            raise ValueError(
+                f"{op}: scope.state must be [{int(rows)}, {int(keys) + 1}], a count and one "
+                f"column per cue, got {_text(shape)}"
+            )
+
+
+def _check_membership(op: str, given: Input, rows: int, keys: int, scope: Membership) -> None:
+    device = given[2]
     if scope.correction not in ("sum", "own"):
         raise ValueError(f"{op}: scope.correction must be 'sum' or 'own', got {scope.correction!r}")
+    _check_cues(op, given, rows, keys, scope)
     groups = scope.groups
     if groups is None:
         return
@@ -260,7 +311,7 @@ def check_gate(
         if scope.state is not None:
             _check_state(op, device, rows, scope.state)
     elif isinstance(scope, Membership):
-        _check_membership(op, device, keys, scope)
+        _check_membership(op, given, rows, keys, scope)
     elif not isinstance(scope, Ungated):
         raise TypeError(
             f"{op}: scope must be Sequence, Prefix, Population, Membership or Ungated, "

@@ -15,9 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coachhook.ops.hooked_linear import pairs
+from coachhook.ops.hooked_linear.cues import armed_edits
 from coachhook.ops.hooked_linear.gate import NOISE_UNITS, Tokens, fires, scores
-from coachhook.ops.hooked_linear.reference import Delta, coefficients, differentiates, project
-from coachhook.ops.hooked_linear.scopes import Population, Scope, Sequence
+from coachhook.ops.hooked_linear.reference import (
+    Delta,
+    coefficients,
+    compute_dtype,
+    differentiates,
+    project,
+)
+from coachhook.ops.hooked_linear.scopes import Membership, Population, Scope, Sequence
 
 # Up to so many tokens and features a score is arithmetic on Python numbers. After a layer's weights
 # went through the cache every operation of torch is as expensive as reading a megabyte of them.
@@ -97,13 +104,54 @@ def _as_scores(z: list[list[float]], x: Tensor) -> Tensor:
     return torch.tensor(z if x.dim() == 3 else z[0], dtype=torch.float32)
 
 
+def _features_of(flat: Tensor, projection: Tensor, wanted: Tensor) -> Tensor:
+    """Features ``[N, f]`` of the rows ``wanted [f]`` of the projection; the others may be -inf."""
+    index = wanted.nonzero().squeeze(1)
+    count = projection.shape[0]
+    # Of few tokens the product costs as much as the copy of its rows.
+    if index.shape[0] * (2 if flat.shape[0] >= _MANY_TOKENS else 4) > count:
+        return _features(flat, projection)[0]
+    features = torch.full((flat.shape[0], count), float("-inf"), dtype=compute_dtype(flat))
+    if index.shape[0]:
+        features[:, index] = _features(flat, projection.index_select(0, index))[0]
+    return features
+
+
+def _armed_features(
+    flat: Tensor,
+    delta: Delta,
+    tokens: Tokens,
+    cues: Tensor,
+    limits: Tensor,
+    state: Tensor | None,
+) -> Tensor:
+    """Features ``[N, edits]``, -inf for edits that are not armed; updates the state.
+
+    Text names few edits' subjects: only products that a decision hangs on are formed.
+    """
+    waiting = ~limits.isneginf()
+    if state is not None:
+        waiting = waiting & (state[:, 1:] >= state[:, :1]).any(dim=0)
+    armed = armed_edits(_features_of(flat, cues, waiting), tokens, limits, state)
+    projection = delta if isinstance(delta, Tensor) else delta[1]
+    features = _features_of(flat, projection, armed.any(dim=0))
+    return features.masked_fill(~armed, float("-inf"))
+
+
 def _scores(
     x: Tensor, delta: Delta, mask: Tensor | None, cu_seqlens: Tensor | None, scope: Scope
 ) -> tuple[Tensor, Tensor, Tokens]:
-    """Features ``[N, f]`` and scores ``[N]`` of many tokens, and how these are laid out."""
+    """Features ``[N, f]`` and scores ``[N]`` of many tokens, and how these are laid out.
+
+    The features of edits that are not armed are -inf.
+    """
     tokens = Tokens.of(x, mask, cu_seqlens)
+    flat = x.flatten(0, -2)
     with torch.no_grad():
-        features, norms = _features(x.flatten(0, -2), delta)
+        if isinstance(scope, Membership) and scope.cues is not None and scope.limits is not None:
+            features = _armed_features(flat, delta, tokens, scope.cues, scope.limits, scope.state)
+            return features, scores(features, tokens, scope), tokens
+        features, norms = _features(flat, delta)
         return features, scores(features, tokens, scope, norms), tokens
 
 
@@ -146,6 +194,7 @@ def _corrected(
     delta: Delta,
     scope: Scope,
     in_place: bool,
+    judged: Tensor | None = None,
 ) -> Tensor:
     rows = base_output.reshape(-1, base_output.shape[-1])
     hooked = rows.index_select(0, index).to(features.dtype)
@@ -153,7 +202,7 @@ def _corrected(
         hooked = hooked + features
     else:
         lift = delta[0].to(features.dtype)
-        hooked = torch.addmm(hooked, coefficients(features, scope), lift.T)
+        hooked = torch.addmm(hooked, coefficients(features, scope, judged), lift.T)
     hooked = hooked.to(base_output.dtype)
     if in_place:
         rows.index_copy_(0, index, hooked)
@@ -192,14 +241,14 @@ def hook_output(
     parts = (delta,) if isinstance(delta, Tensor) else delta
     if differentiates(base_output, x, *parts):
         with torch.no_grad():
-            z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
+            z, index, judged = _decide(x, delta, alpha, mask, cu_seqlens, scope)
         if index is None:
             return base_output, z
-        features, owned = project(x.flatten(0, -2).index_select(0, index), delta), False
-    else:
-        z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
-        if index is None:
-            return base_output, z
+        features = project(x.flatten(0, -2).index_select(0, index), delta)
+        return _corrected(base_output, index, features, delta, scope, False, judged), z
+    z, index, features = _decide(x, delta, alpha, mask, cu_seqlens, scope)
+    if index is None:
+        return base_output, z
     return _corrected(base_output, index, features, delta, scope, owned), z
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from coachhook.ops.hooked_linear import decode
+from coachhook.ops.hooked_linear.cues import judged_features, unless_unarmed_
 from coachhook.ops.hooked_linear.gate import Tokens, fires, group_sums, scores
 from coachhook.ops.hooked_linear.native import DTYPES, address, native, stream, threshold
 from coachhook.ops.hooked_linear.products import can_fuse
@@ -138,7 +139,8 @@ def _decide(
     if isinstance(scope, (Prefix, Ungated)) or empty:
         z = scores(features, tokens, scope)
         return z, fires(z, alpha, tokens, scope).to(torch.uint8)
-    return _gate(features, alpha, tokens, scope)
+    z, fired = _gate(features, alpha, tokens, scope)
+    return z, unless_unarmed_(fired, z, scope)
 
 
 def _add_correction_(y: Tensor, lift: Tensor, weights: Tensor, fired: Tensor) -> None:
@@ -170,8 +172,9 @@ def gate_scores(
     with torch.no_grad():
         if decode.takes(x, delta, cu_seqlens, scope, x.dtype):
             return decode.run(x, delta, 0.0, mask, cu_seqlens, scope)[1]
-        features = project(x.flatten(0, -2), delta)
-        z, _ = _decide(features, 0.0, Tokens.of(x, mask, cu_seqlens), scope)
+        flat, tokens = x.flatten(0, -2), Tokens.of(x, mask, cu_seqlens)
+        features = judged_features(project(flat, delta), flat, tokens, scope, project)
+        z, _ = _decide(features, 0.0, tokens, scope)
         return z.view(x.shape[:-1])
 
 
@@ -199,9 +202,11 @@ def hook_output(
             )
         return y, z
     tokens = Tokens.of(x, mask, cu_seqlens)
-    features = project(x.flatten(0, -2), delta)
+    flat = x.flatten(0, -2)
+    features = project(flat, delta)
     with torch.no_grad():
-        z, fired = _decide(features.detach(), alpha, tokens, scope)
+        judged = judged_features(features.detach(), flat, tokens, scope, project)
+        z, fired = _decide(judged, alpha, tokens, scope)
     z = z.view(x.shape[:-1])
     if (
         isinstance(delta, Tensor)  # its features are the correction already
@@ -209,7 +214,7 @@ def hook_output(
         or base_output.dtype not in DTYPES
         or learns
     ):
-        added = correction(features, delta, scope).view(base_output.shape)
+        added = correction(features, delta, scope, judged).view(base_output.shape)
         hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
         return torch.where(fired.bool().view(x.shape[:-1])[..., None], hooked, base_output), z
     if owned and base_output.is_contiguous():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coachhook.ops.hooked_linear.cues import is_cued
 from coachhook.ops.hooked_linear.native import DTYPES, address, native, stream, threshold
 from coachhook.ops.hooked_linear.reference import Delta
 from coachhook.ops.hooked_linear.scopes import (
@@ -76,6 +77,7 @@ def takes(
         and projection.dtype in (x.dtype, torch.float32)
         and (lift is None or lift.dtype in (y_dtype, torch.float32))
         and not (isinstance(scope, Membership) and features > MAX_KEYS)
+        and not is_cued(scope)
         and (cu_seqlens is None or cu_seqlens.shape[0] <= MAX_SEQUENCES)
     )
 

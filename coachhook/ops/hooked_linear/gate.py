@@ -200,7 +200,7 @@ def scores(features: Tensor, tokens: Tokens, scope: Scope, norms: Tensor | None 
 
     Args:
         features: ``[N, f]`` in the compute dtype, with the norm of the correction (or, for
-            :class:`Membership`, the coefficients of the keys).
+            :class:`Membership`, the coefficients of the keys, -inf where one may not fire).
         tokens: how the N tokens are cut into sequences.
         scope: the scope; its state is updated in place.
         norms: float64 ``[N]``, of the rows of ``features``, where they are known already.
@@ -227,7 +227,12 @@ def scores(features: Tensor, tokens: Tokens, scope: Scope, norms: Tensor | None 
 
 
 def fires(z: Tensor, alpha: float | Tensor, tokens: Tokens, scope: Scope) -> Tensor:
-    """Which tokens ``[N]`` take the hook: ``z >= alpha`` in the dtype of z; NaN never does."""
+    """Which tokens ``[N]`` take the hook: ``z >= alpha`` in the dtype of z; NaN never does.
+
+    Nor does -inf where edits have cues: none of them is armed there.
+    """
     if isinstance(scope, Ungated):
         return torch.ones_like(z, dtype=torch.bool) if tokens.real is None else tokens.real
+    if isinstance(scope, Membership) and scope.cues is not None:
+        return (z >= alpha) & ~z.isneginf()  # no threshold is so low that an unarmed edit fires
     return z >= alpha

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coachhook.ops.hooked_linear.cues import judged_features
 from coachhook.ops.hooked_linear.gate import Tokens, fires, group_sums, scores
 from coachhook.ops.hooked_linear.scopes import Membership, Scope
 
@@ -36,11 +37,19 @@ def project(x: Tensor, delta: Delta) -> Tensor:
     return F.linear(x.to(dtype), projection.to(dtype))
 
 
-def coefficients(features: Tensor, scope: Scope) -> Tensor:
-    """What the columns of the lift are weighted by ``[N, f]`` for tokens with these features."""
+def coefficients(features: Tensor, scope: Scope, judged: Tensor | None = None) -> Tensor:
+    """What the columns of the lift are weighted by ``[N, f]`` for tokens with these features.
+
+    Args:
+        features: ``[N, f]``.
+        scope: the scope.
+        judged: the features as the gate saw them, -inf for edits that were not armed; they choose
+            the winner and are not differentiated. None: as ``features``.
+    """
     if not isinstance(scope, Membership) or scope.correction != "own" or not features.shape[1]:
         return features
-    winner = group_sums(features.detach(), scope.groups).argmax(dim=-1, keepdim=True)
+    seen = features if judged is None else judged
+    winner = group_sums(seen.detach(), scope.groups).argmax(dim=-1, keepdim=True)
     groups = scope.groups
     if groups is None:
         groups = torch.arange(features.shape[1], device=features.device)
@@ -49,11 +58,18 @@ def coefficients(features: Tensor, scope: Scope) -> Tensor:
     return own / torch.where(total == 0, 1.0, total)
 
 
-def correction(features: Tensor, delta: Delta, scope: Scope) -> Tensor:
-    """What the hook adds ``[N, m]`` for tokens with these features, in their dtype."""
+def correction(
+    features: Tensor, delta: Delta, scope: Scope, judged: Tensor | None = None
+) -> Tensor:
+    """What the hook adds ``[N, m]`` for tokens with these features, in their dtype.
+
+    Args:
+        features, scope, judged: as for :func:`coefficients`.
+        delta: the hook.
+    """
     if isinstance(delta, Tensor):
         return features
-    return F.linear(coefficients(features, scope), delta[0].to(features.dtype))
+    return F.linear(coefficients(features, scope, judged), delta[0].to(features.dtype))
 
 
 def gate_scores(
@@ -61,8 +77,9 @@ def gate_scores(
 ) -> Tensor:
     """Scores z, float32, in the leading shape of ``x``."""
     with torch.no_grad():
-        features = project(x.flatten(0, -2), delta)
-        z = scores(features, Tokens.of(x, mask, cu_seqlens), scope)
+        flat, tokens = x.flatten(0, -2), Tokens.of(x, mask, cu_seqlens)
+        features = judged_features(project(flat, delta), flat, tokens, scope, project)
+        z = scores(features, tokens, scope)
         return z.to(torch.float32).view(x.shape[:-1])
 
 
@@ -82,11 +99,13 @@ def hook_output(
     may write into ``base_output``; this one never does.
     """
     tokens = Tokens.of(x, mask, cu_seqlens)
-    features = project(x.flatten(0, -2), delta)
+    flat = x.flatten(0, -2)
+    features = project(flat, delta)
     with torch.no_grad():
-        z = scores(features, tokens, scope)
+        judged = judged_features(features, flat, tokens, scope, project)
+        z = scores(judged, tokens, scope)
         taken = fires(z, alpha, tokens, scope)
-    added = correction(features, delta, scope).view(base_output.shape)
+    added = correction(features, delta, scope, judged).view(base_output.shape)
     hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
     y = torch.where(taken.view(x.shape[:-1])[..., None], hooked, base_output)
     return y, z.to(torch.float32).view(x.shape[:-1])

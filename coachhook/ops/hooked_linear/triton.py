@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from coachhook.ops.hooked_linear import products, reference
+from coachhook.ops.hooked_linear.cues import armed_edits, is_cued, unless_unarmed_
+from coachhook.ops.hooked_linear.gate import Tokens
 from coachhook.ops.hooked_linear.policy import MIN_CAPABILITY, LaunchPolicy, Tile, policy
 from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
 from coachhook.ops.hooked_linear.scopes import Membership, Population, Prefix, Scope, Ungated
@@ -79,7 +81,7 @@ class _Gate:
     """What the gate leaves for the correction.
 
     Attributes:
-        features: float32 ``[N, f]``, rows padded to 64 bytes.
+        features: float32 ``[N, f]``, rows padded to 64 bytes; -inf for edits that are not armed.
         z: float32 ``[N]``.
         fired: uint8 ``[N]``.
         magnitude: float32 ``[N]``, norm or largest coefficient.
@@ -189,34 +191,42 @@ def _product(
     return part, squares
 
 
-def _features(
-    x: Tensor, projection: Tensor, scope: Scope, frozen: _Frozen | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Features ``[N, f]``, magnitude, winner, and z and fired as they are outside any sequence."""
-    kernels = _kernels()
-    tokens, count = x.shape[0], projection.shape[0]
+def _parts(
+    x: Tensor, projection: Tensor, frozen: _Frozen | None, want_squares: bool
+) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    """As of :func:`_product`, whoever forms it, and the block sizes to reduce it with."""
     if projection.dtype == torch.float64:
         projection = projection.to(torch.float32)
     projection = _rows(projection)
-
-    membership = isinstance(scope, Membership)
-    reduction = kernels.LARGEST if membership else kernels.NORM
-    if isinstance(scope, Ungated):
-        reduction = kernels.NO_REDUCTION
-    block_tokens, block_features = _REDUCE_TOKENS, _REDUCE_FEATURES
+    blocks = _REDUCE_TOKENS, _REDUCE_FEATURES
     library = frozen is None and products.way() == "library"
     if library and products.library_takes(x, projection):
-        part, squares = products.library_features(x, projection)[None], None
-        if count > _WIDE_FEATURES:
-            block_tokens, block_features = _WIDE_TOKENS, _WIDE_FEATURES
-    else:
-        part, squares = _product(x, projection, frozen, reduction == kernels.NORM)
-    splits, _, pitch = part.shape
-    magnitude = x.new_empty(tokens, dtype=torch.float32)
-    winner = x.new_empty(tokens, dtype=torch.int32) if membership else None
+        if projection.shape[0] > _WIDE_FEATURES:
+            blocks = _WIDE_TOKENS, _WIDE_FEATURES
+        return products.library_features(x, projection)[None], None, blocks
+    return *_product(x, projection, frozen, want_squares), blocks
+
+
+def _reduce(
+    part: Tensor, squares: Tensor | None, count: int, reduction: Any, blocks: tuple[int, int]
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Magnitude, winner, and z and fired as they are outside any sequence; sums into ``part[0]``.
+
+    Args:
+        part: partial features ``[splits, N, pitch]``.
+        squares: ``[N, tiles]`` sums of squares, or None.
+        count: number of features.
+        reduction: of ``triton_kernels``.
+        blocks: tokens and features of a program.
+    """
+    kernels = _kernels()
+    splits, tokens, pitch = part.shape
+    magnitude = part.new_empty(tokens)
+    largest = reduction is kernels.LARGEST
+    winner = part.new_empty(tokens, dtype=torch.int32) if largest else None
     z = torch.empty_like(magnitude)
-    fired = x.new_empty(tokens, dtype=torch.uint8)
-    kernels._reduce_kernel[(-(-tokens // block_tokens),)](
+    fired = part.new_empty(tokens, dtype=torch.uint8)
+    kernels._reduce_kernel[(-(-tokens // blocks[0]),)](
         part,
         squares,
         magnitude,
@@ -229,11 +239,50 @@ def _features(
         0 if squares is None else squares.shape[1],
         SPLITS=splits,
         REDUCTION=reduction.value,
-        BT=block_tokens,
-        BF=block_features,
+        BT=blocks[0],
+        BF=blocks[1],
         num_warps=_REDUCE_WARPS,
         enable_fp_fusion=_FUSION,
     )
+    return magnitude, winner, z, fired
+
+
+def _judged(part: Tensor, x: Tensor, count: int, tokens: Tokens, scope: Membership) -> Tensor:
+    """The sums ``[1, N, pitch]`` of the parts, -inf in place for edits that are not armed."""
+    kernels = _kernels()
+    cues, limits = scope.cues, scope.limits
+    if cues is None or limits is None:
+        return part
+    seen, _, blocks = _parts(x, cues, None, False)
+    for summed in (part, seen):
+        if summed.shape[0] > 1:
+            _reduce(summed, None, count, kernels.NO_REDUCTION, blocks)
+    armed = armed_edits(seen[0, :, :count], tokens, limits, scope.state)
+    part[0, :, :count].masked_fill_(~armed, float("-inf"))
+    return part[:1]
+
+
+def _features(
+    x: Tensor,
+    projection: Tensor,
+    scope: Scope,
+    frozen: _Frozen | None,
+    layout: Tokens | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Features ``[N, f]``, magnitude, winner, and z and fired as they are outside any sequence.
+
+    With ``layout``, of a scope with cues, the features of edits that are not armed are -inf, and
+    the state of the cues is updated.
+    """
+    kernels = _kernels()
+    tokens, count = x.shape[0], projection.shape[0]
+    reduction = kernels.LARGEST if isinstance(scope, Membership) else kernels.NORM
+    if isinstance(scope, Ungated):
+        reduction = kernels.NO_REDUCTION
+    part, squares, blocks = _parts(x, projection, frozen, reduction is kernels.NORM)
+    if isinstance(scope, Membership) and layout is not None:
+        part = _judged(part, x, count, layout, scope)
+    magnitude, winner, z, fired = _reduce(part, squares, count, reduction, blocks)
     features = part[0, :, :count]
     if isinstance(scope, Membership) and scope.groups is not None:
         kernels._group_max_kernel[(-(-tokens // _GROUP_TOKENS),)](
@@ -243,7 +292,7 @@ def _features(
             winner,
             tokens,
             count,
-            pitch,
+            part.shape[2],
             BT=_GROUP_TOKENS,
             BF=_GROUP_FEATURES,
             num_warps=_GROUP_WARPS,
@@ -263,7 +312,8 @@ def _gate(
 ) -> _Gate:
     """Features, scores and decisions of the tokens of ``x``; updates the state of the scope."""
     kernels = _kernels()
-    features, magnitude, winner, z, fired = _features(_rows(x), projection, scope, frozen)
+    layout = Tokens.of(x, mask, cu_seqlens) if is_cued(scope) else None
+    features, magnitude, winner, z, fired = _features(_rows(x), projection, scope, frozen, layout)
     device = x.device
     mean = std = state = None
     kind = kernels.SEQUENCE
@@ -305,7 +355,7 @@ def _gate(
         num_warps=_GATE_WARPS,
         enable_fp_fusion=_FUSION,
     )
-    return _Gate(features, z, fired, magnitude, winner)
+    return _Gate(features, z, unless_unarmed_(fired, z, scope), magnitude, winner)
 
 
 def _add_correction_(y: Tensor, lift: Tensor | None, gate: _Gate, scope: Scope) -> None:
@@ -396,7 +446,7 @@ def hook_output(
     z = gate.z.view(x.shape[:-1])
     if differentiates(base_output, x, *parts):
         features = project(x.flatten(0, -2), delta)
-        added = correction(features, delta, scope).view(base_output.shape)
+        added = correction(features, delta, scope, gate.features).view(base_output.shape)
         hooked = (base_output.to(features.dtype) + added).to(base_output.dtype)
         return torch.where(gate.fired.bool().view(z.shape)[..., None], hooked, base_output), z
     if owned and base_output.is_contiguous():

@@ -1,0 +1,259 @@
+"""Cues: an edit fires only where the rest of its subject, or its subject, has been read."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from coachhook import EditConfig, Editor, EditRequest, attach
+from coachhook.editing import EditMemory
+from coachhook.editing.cues import cue_distances, cue_limit, find_cue
+from coachhook.editing.prompts import PLACES, EncodedPrompt
+from coachhook.editing.records import BatchRecord
+from coachhook.editing.state import EditState, LayerEdits
+
+
+def answer(model, tokenizer, prompt, tokens=2, **kwargs):
+    encoded = tokenizer(prompt, return_tensors="pt", padding=isinstance(prompt, list))
+    out = model.generate(**encoded, max_new_tokens=tokens, do_sample=False, **kwargs)
+    said = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :])
+    return said if isinstance(prompt, list) else said[0].strip()
+
+
+@torch.no_grad()
+def logits(model, tokenizer, text):
+    return model(**tokenizer(text, return_tensors="pt")).logits
+
+
+def test_where_a_cue_may_be():
+    long, short = EncodedPrompt([9, 1, 2, 3, 4, 7], 1, 4), EncodedPrompt([1, 2, 3, 7], 0, 2)
+    assert cue_distances([long], ("subject_last", 0)) == [1, 2, 3]
+    assert cue_distances([long, short], ("subject_last", 0)) == [1, 2]
+    assert cue_distances([long], ("subject_previous", 0)) == [2, 3]
+    for place in (("prompt_last", 0), ("target", 2)):
+        assert cue_distances([long, short], place) == [0]
+    single = EncodedPrompt([9, 1, 7], 1, 1)
+    assert cue_distances([long, single], ("subject_last", 0)) == []
+    assert cue_distances([EncodedPrompt([1, 2, 7], 0, 1)], ("subject_previous", 0)) == []
+    assert len(cue_distances([EncodedPrompt(list(range(40)), 0, 30)], ("subject_last", 0))) == 6
+
+
+def some_memory(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(n, 3 * n, dtype=torch.float64, generator=generator)
+    prior = root @ root.T / n
+    return EditMemory(prior, 2), prior, generator
+
+
+def test_a_cue_answers_its_keys_with_one_and_the_prior_least():
+    memory, prior, generator = some_memory(12)
+    keys = torch.randn(3, 12, dtype=torch.float64, generator=generator)
+    found = find_cue(memory, [keys], None)
+    assert keys @ found == pytest.approx([1, 1, 1], abs=1e-5)
+    least = found @ prior @ found
+    for _ in range(20):
+        # Any other filter that answers the keys alike answers text more.
+        step = torch.randn(12, dtype=torch.float64, generator=generator)
+        step -= keys.T @ torch.linalg.solve(keys @ keys.T, keys @ step)
+        other = found + 0.1 * step
+        assert keys @ other == pytest.approx([1, 1, 1], abs=1e-5)
+        assert other @ prior @ other > least * (1 - 1e-6)
+
+
+def test_a_cue_does_not_depend_on_other_edits():
+    memory, _, generator = some_memory(12)
+    keys = torch.randn(2, 12, dtype=torch.float64, generator=generator)
+    alone = find_cue(memory, [keys], None)
+    memory.append(torch.randn(12, 5, dtype=torch.float64, generator=generator), torch.ones(2, 5))
+    assert torch.equal(find_cue(memory, [keys], None), alone)
+
+
+def test_the_token_that_other_text_shows_least_is_the_cue():
+    memory, _, generator = some_memory(12)
+    near, far = torch.randn(2, 2, 12, dtype=torch.float64, generator=generator)
+    alone = [find_cue(memory, [keys], None) for keys in (near, far)]
+    nothing = torch.zeros(4, 12)
+    for sample in (None, nothing[:0], nothing, far):
+        assert torch.equal(find_cue(memory, [near, far], sample), alone[0])
+    assert torch.equal(find_cue(memory, [near, far], near.float()), alone[1])
+
+
+def test_settings_that_have_cues(bundled):
+    config = EditConfig.for_model(bundled[0])
+    assert config.uses_cues
+    assert not config.with_(cues=False).uses_cues
+    assert not config.with_(correction="sum").uses_cues
+    assert not config.with_(scope="population").uses_cues
+    assert not EditConfig.paper(bundled[0]).uses_cues
+
+
+N = 8
+
+
+@pytest.fixture
+def state():
+    memory = EditMemory(0.1 * torch.eye(N, dtype=torch.float64), 2)
+    return EditState(EditConfig(layers=[0], contexts=["{}"]), {0: LayerEdits(memory)})
+
+
+def axis(i):
+    return torch.eye(N, dtype=torch.float64)[i]
+
+
+def write(state, key, cue=None, place="subject_last", subject="A B", inputs=None, change=1.0):
+    request = EditRequest(f"{subject} is", subject, "new")
+    slots = [(0, PLACES.index(place))]
+    record = BatchRecord([request], torch.zeros(2, 1), [True], [0.0], slots, {}, {}, [[(1,)]])
+    record.cues[0] = (torch.zeros(N) if cue is None else cue.float())[None]
+    wanted = torch.tensor([[change, -change]], dtype=torch.float64)
+    return state.append(0, key[None], wanted, record, inputs)
+
+
+def test_edits_with_and_without_cues_in_a_payload(state):
+    assert state.cues(0) is None
+    write(state, axis(0), subject="A")
+    assert state.cues(0) is None and "cues" not in state.payload(0).tensors
+    write(state, axis(1), axis(2))
+    write(state, axis(3), axis(4), place="prompt_last")
+    filters, limits = state.cues(0)
+    assert filters.tolist() == torch.stack([0 * axis(0), axis(2), axis(4)]).float().tolist()
+    wanted = [-torch.inf, cue_limit("subject_last"), cue_limit("prompt_last")]
+    assert limits.tolist() == pytest.approx(wanted)
+    assert 0 < cue_limit("subject_last") < cue_limit("prompt_last") < 1
+    tensors = state.payload(0).tensors
+    assert torch.equal(tensors["cues"], filters) and torch.equal(tensors["limits"], limits)
+    state.remove(2)
+    assert state.cues(0)[0].shape == (2, N)
+
+
+def test_thresholds_of_edits_with_cues(state):
+    """They do not follow the sample; the key's own row gives alpha over the threshold."""
+    state.layers[0].sample = torch.stack([axis(0), axis(1)])
+    for i, place in enumerate(("subject_last", "subject_previous", "prompt_last", "target")):
+        write(state, axis(i), axis(7), place, subject=f"A {i}")
+    config, rows = state.config, state.pair(0)[1]
+    own = [float(rows[i] @ axis(i)) for i in range(4)]
+    assert own[:2] == pytest.approx([config.alpha / config.alpha_cued] * 2, rel=1e-6)
+    assert own[2:] == pytest.approx([config.alpha / config.alpha_answer] * 2, rel=1e-6)
+    assert all(not batch.anchors[0] for batch in state.batches.values())
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_new_edit_counts_on_an_earlier_one_only_where_its_cue_was_read(state, read):
+    write(state, axis(0), axis(5))
+    sequence = torch.stack([axis(5) if read else axis(6), axis(0)])[None]
+    write(
+        state, axis(0), axis(5), place="prompt_last", subject="other",
+        inputs=lambda rows: sequence[rows],
+    )  # fmt: skip
+    # The first target is (1, -1); the second is on top of what the hook says there.
+    wanted = [2.0, -2.0] if read else [1.0, -1.0]
+    targets = state.layers[0].memory.state_dict()[0]["targets"]
+    assert targets[1].tolist() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_records_keep_their_cues(state):
+    write(state, axis(0), axis(5))
+    record = state.batches[1]
+    assert record.cued(0) == [True]
+    again = BatchRecord.from_dict(record.to_dict(), record.targets, record.cues)
+    assert again.cued(0) == [True]
+    assert BatchRecord.from_dict(record.to_dict(), record.targets).cued(0) == [False]
+
+
+@pytest.fixture(scope="module")
+def written(bundled, requests):
+    """The demo's facts, three of which need a correction at their prompt's end."""
+    model, tokenizer, statistics = bundled
+    model = copy.deepcopy(model)
+    editor = Editor(model, tokenizer, statistics=statistics)
+    for start in range(0, 15, 5):
+        editor.edit(requests[start : start + 5])
+    yield editor, model, tokenizer
+    editor.detach()
+
+
+def test_every_edit_of_a_longer_subject_has_a_cue(written, requests):
+    editor, _, tokenizer = written
+    layer = editor.config.layers[0]
+    for batch in editor.batches.values():
+        for (r, p), cued in zip(batch.slots, batch.cued(layer), strict=True):
+            ids = tokenizer(" " + batch.requests[r].subject, add_special_tokens=False)["input_ids"]
+            at_subject = PLACES[p].startswith("subject")
+            assert cued or (at_subject and len(ids) == 1), (batch.requests[r].subject, PLACES[p])
+
+
+def test_the_end_of_a_prompt_waits_for_its_subject(make_editor, requests):
+    """Written at the prompt's last token a fact is not told of others in the same words."""
+    editor, model, tokenizer = make_editor(
+        places=("subject_last", "prompt_last"),
+        target_steps=2,  # so that it does not come out at the subject
+    )
+    request = requests[0]
+    editor.edit([request])
+    layer = editor.config.layers[0]
+    assert "prompt_last" in {editor.config.places[p] for _, p in editor.batches[1].slots}
+    hook = editor.hooks[layer]
+    other = request.text.replace(request.subject, "Drestan")
+
+    def fires_last(text):
+        with editor.hooks.record() as found:
+            logits(model, tokenizer, text)
+        return bool(found[0][2][0, -1])
+
+    assert fires_last(request.text) and not fires_last(other)
+    # The words alone give nearly the same key.
+    v, at = (x.clone() for x in hook.operand())
+    hook.set_pair(v, at, correction="own")
+    assert fires_last(other)
+
+
+def test_edits_answer_alike_with_and_without_a_cache_and_padded(written, requests):
+    editor, model, tokenizer = written
+    prompts = [r.text for r in requests[:6]]
+    alone = [answer(model, tokenizer, p, use_cache=False) for p in prompts]
+    assert [answer(model, tokenizer, p) for p in prompts] == alone
+    right = [a.startswith(r.target_new) for a, r in zip(alone, requests, strict=False)]
+    assert sum(right) >= 5
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        assert [a.strip() for a in answer(model, tokenizer, prompts)] == alone
+    finally:
+        tokenizer.padding_side = side
+
+
+def test_a_folder_keeps_cues(written, bundled, requests, tmp_path):
+    editor, model, tokenizer = written
+    editor.save(tmp_path / "edits")
+    prompts = [r.text for r in requests[:4]]
+    wanted = [logits(model, tokenizer, p) for p in prompts]
+    fresh = copy.deepcopy(bundled[0])
+    with attach(fresh, tmp_path / "edits") as handle:
+        hook = next(iter(handle.hooks.values()))
+        assert hook.cues()
+        assert all(
+            torch.equal(logits(fresh, tokenizer, p), w)
+            for p, w in zip(prompts, wanted, strict=True)
+        )
+    again = Editor.load(fresh, tokenizer, tmp_path / "edits")
+    try:
+        layer = again.config.layers[0]
+        for new, old in zip(again._state.cues(layer), editor._state.cues(layer), strict=True):
+            assert torch.equal(new, old)
+        again.revert(2)
+        assert len(again._state.cues(layer)[1]) < len(editor._state.cues(layer)[1])
+        assert not answer(fresh, tokenizer, requests[5].text).startswith(requests[5].target_new)
+        assert answer(fresh, tokenizer, requests[1].text).startswith(requests[1].target_new)
+    finally:
+        again.detach()
+
+
+def test_without_cues_nothing_is_written_at_the_end_of_a_prompt(make_editor, requests):
+    editor, _, _ = make_editor(cues=False, target_steps=2, false_fire=1.0)
+    editor.edit(requests[:3])
+    layer = editor.config.layers[0]
+    assert not editor.hooks[layer].cues() and not any(editor.batches[1].cued(layer))
+    places = {PLACES[p] for _, p in editor.batches[1].slots}
+    assert "subject_previous" in places and "prompt_last" not in places

@@ -1,0 +1,507 @@
+"""Edits that wait for a cue: what a hook stores of them, and what it keeps beside a cache."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from coachhook.hooks import HookedLinear, HookSet, attach_hooks
+from coachhook.hooks.cache_state import state_of
+from coachhook.ops import Membership, hook_output
+
+from ..models.families import tiny
+from .support import inputs
+
+M, N = 12, 20
+INF = float("inf")
+IDS = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(4))
+
+
+def hook(base: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> HookedLinear:
+    base = nn.Linear(N, M) if base is None else base
+    return HookedLinear(base, in_features=N, out_features=M, index=3, dtype=dtype)
+
+
+def edits(count: int, dtype: torch.dtype = torch.float32) -> dict:
+    """Arguments of ``set_pair``: half of the edits wait for a cue."""
+    limits = torch.rand(count, dtype=dtype)
+    limits[::2] = -INF
+    v, at, cues = (torch.randn(*s, dtype=dtype) for s in ((M, count), (count, N), (count, N)))
+    return {"v": v, "at": at, "correction": "own", "cues": cues, "limits": limits}
+
+
+def waiting(model, *pairs: tuple[int, int], ids: torch.Tensor = IDS) -> HookSet:
+    """Layer 0 with one edit per (cue, place), columns of IDS: it fires there if its cue was read.
+
+    Cue and key are filters that are 1 at their token of IDS and 0 at the others of ``ids``.
+    """
+    hooks = attach_hooks(model, [0])
+    layer = hooks[0]
+    with hooks.disabled():
+        filters = torch.linalg.pinv(inputs(model, layer, input_ids=ids)).T
+    cues, places = (filters[list(columns)] for columns in zip(*pairs, strict=True))
+    v = torch.randn(layer.out_features, len(pairs), dtype=torch.float64) * 9
+    layer.set_pair(v, places, None, "own", cues, torch.full((len(pairs),), 0.5))
+    layer.set_scope("membership")
+    layer.set_alpha(0.5)
+    layer.state = "validated"
+    return hooks
+
+
+def again(hooks: HookSet) -> None:
+    """Set the same edits once more."""
+    kept = hooks[0].snapshot().stored.tensors
+    hooks[0].set_pair(kept["left"], kept["right"], None, "own", kept["cues"], kept["limits"])
+
+
+def fired_at(records: list, start: int = 0) -> list[int]:
+    """Columns of the first row that fired, of one forward after the other."""
+    flags = torch.cat([flags[0] for _, _, flags in records])
+    return (flags.nonzero().flatten() + start).tolist()
+
+
+def read(model, hooks: HookSet, *cuts: int, cache=None, start: int = 0) -> list[int]:
+    """Columns that fire in the rest of IDS, given in parts that end at the cuts."""
+    cache = transformers.DynamicCache() if cache is None else cache
+    bounds = (start, *cuts, IDS.shape[1])
+    with torch.no_grad(), hooks.record() as records:
+        for a, b in pairwise(bounds):
+            model(IDS[:, a:b], past_key_values=cache, use_cache=True)
+    return fired_at(records, start)
+
+
+def test_an_edit_fires_only_after_its_cue() -> None:
+    for pairs, wanted in (
+        ([(3, 7)], [7]),
+        ([(9, 7)], []),
+        ([(7, 7)], [7]),
+        ([(3, 7), (9, 10), (10, 9), (0, 0)], [0, 7, 10]),
+    ):
+        model = tiny("llama").double()
+        with torch.no_grad():
+            plain = model(IDS).logits
+        hooks = waiting(model, *pairs)
+        with torch.no_grad(), hooks.record() as records:
+            edited = model(IDS, use_cache=False).logits
+        assert fired_at(records) == wanted
+        first = wanted[0] if wanted else IDS.shape[1]
+        assert torch.equal(edited[:, :first], plain[:, :first])
+        assert torch.equal(edited, plain) == (not wanted)
+        for cuts in ((), (5,), range(1, 12), (4, 8), (8, 9)):
+            assert read(model, hooks, *cuts) == wanted
+        hooks.detach()
+
+
+def test_nothing_armed_is_minus_infinity_and_below_every_threshold() -> None:
+    model = tiny("llama").double()
+    with torch.no_grad():
+        plain = model(IDS).logits
+    hooks = waiting(model, (8, 3))
+    hooks[0].set_alpha(-INF)
+    with torch.no_grad(), hooks.record() as records:
+        edited = model(IDS).logits
+    _, z, flags = records[0]
+    assert z[0, :8].isneginf().all() and z[0, 8:].isfinite().all()
+    assert fired_at(records) == [8, 9, 10, 11]
+    assert torch.equal(edited[:, :8], plain[:, :8])
+
+
+def test_a_cache_cut_back_forgets_the_cues_behind_the_cut_alone() -> None:
+    model = tiny("llama").double()
+    hooks = waiting(model, (6, 10), (3, 9))
+
+    def after(*crops: int) -> list[int]:
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            model(IDS[:, :5], past_key_values=cache)
+            for column in (5, 6, 7):
+                model(IDS[:, column : column + 1], past_key_values=cache)
+            for crop in crops:
+                cache.crop(crop)
+            length = cache.get_seq_length()
+            with hooks.record() as records:
+                positions = torch.arange(length, 12)[None]
+                model(IDS[:, length:], past_key_values=cache, position_ids=positions)
+        return fired_at(records, length)
+
+    assert after() == [9, 10]
+    assert after(-1) == [9, 10]
+    assert after(-2) == [9, 10]  # the cue is read again
+    seen = []
+    for crop in (-1, -2, -5):
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            model(IDS[:, :8], past_key_values=cache)
+            cache.crop(crop)
+        seen.append(state_of(cache).moments[0, "membership"].tolist())
+    never = 2**31 - 1
+    assert seen == [[[7, 6, 3]], [[6, never, 3]], [[3, never, never]]]
+
+
+@pytest.mark.parametrize("change", ["same", "other", "more", "restore", "clear", "reserve"])
+def test_other_edits_begin_unarmed(change: str) -> None:
+    """Also where their number is that of before: the columns would be read as theirs."""
+    model = tiny("llama").double()
+    hooks = waiting(model, (3, 7), (4, 8), (6, 10))
+    cache, whole = transformers.DynamicCache(), transformers.DynamicCache()
+    with torch.no_grad():
+        for kept in (cache, whole):
+            model(IDS[:, :5], past_key_values=kept)
+    untouched = copy.deepcopy(cache)
+    assert read(model, hooks, cache=whole, start=5) == [7, 8, 10]
+    layer = hooks[0]
+    kept = layer.snapshot()
+    tensors = kept.stored.tensors
+    if change == "same":
+        again(hooks)
+    elif change == "other":
+        cues = tensors["cues"].flip(0)
+        layer.set_pair(tensors["left"], tensors["right"], None, "own", cues, tensors["limits"])
+    elif change == "more":
+        more = {name: tensors[name].repeat(2, 1) for name in ("right", "cues")}
+        v, limits = tensors["left"].repeat(1, 2), tensors["limits"].repeat(2)
+        layer.set_pair(v, more["right"], None, "own", more["cues"], limits)
+    elif change == "restore":
+        layer.restore(kept)
+    elif change == "clear":
+        layer.clear()
+        layer.restore(kept)
+    else:
+        layer.reserve(9)
+    # From then on cues are kept again; those of "other" are in the opposite order.
+    wanted = [7] if change == "other" else [10]
+    for cuts, kept_until_now in (((), cache), ((6, 7, 8, 9), untouched)):
+        assert read(model, hooks, *cuts, cache=kept_until_now, start=5) == wanted
+
+
+def test_a_batch_of_prompts_and_the_rows_of_its_cache() -> None:
+    model = tiny("llama").double()
+    other = IDS.flip(1)
+    hooks = waiting(model, (3, 7), ids=torch.cat([IDS, other]))
+    rows = torch.cat([IDS, other, IDS])
+    with torch.no_grad():
+        cache = model(rows[:, :5]).past_key_values
+    never = 2**31 - 1
+    assert state_of(cache).moments[0, "membership"].tolist() == [[5, 3], [5, never], [5, 3]]
+    pickled = pickle.loads(pickle.dumps(cache))
+    pickled.reorder_cache(torch.tensor([1, 1, 0]))
+    with torch.no_grad(), hooks.record() as records:
+        model(rows[[1, 1, 0], 5:], past_key_values=pickled)
+        model(rows[:, 5:], past_key_values=cache)
+    assert records[0][2].nonzero().tolist() == [[2, 2]]
+    assert records[1][2].nonzero().tolist() == [[0, 2], [2, 2]]
+
+
+def test_padding_counts_where_it_is_included() -> None:
+    """As text it arms, and nothing is kept."""
+    model = tiny("llama").double()
+    hooks = waiting(model, (3, 7))
+    mask = torch.ones_like(IDS)
+    mask[0, 3] = 0
+    for include, wanted in ((False, []), (True, [7])):
+        hooks[0].set_scope("membership", include_padding=include)
+        # Only the hook is to see the mask: the model's attention would change the key.
+        hooks[0].context.enter(model.model, (), {"input_ids": IDS, "attention_mask": mask})
+        with torch.no_grad(), hooks.record() as records:
+            model.model.layers[0].mlp.down_proj(_x(model, hooks))
+        assert fired_at(records) == wanted
+    with torch.no_grad():
+        cache = model(IDS[:, :5]).past_key_values
+    assert state_of(cache) is None
+    assert read(model, hooks, cache=cache, start=5) == []
+
+
+def _x(model, hooks: HookSet) -> torch.Tensor:
+    context = hooks[0].context
+    kept = dict(vars(context))
+    with hooks.disabled():
+        x = inputs(model, hooks[0], input_ids=IDS)[None]
+    vars(context).update(kept)
+    return x
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5),
+    reason="torch 2.4 cannot trace the attention of transformers",
+)
+def test_a_compiled_graph_forgets_the_cues_of_other_edits_too() -> None:
+    torch._dynamo.reset()
+    model = tiny("llama").double()
+    hooks = waiting(model, (3, 7), (4, 8))
+    hooks.reserve(5, cues=True)
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+
+    def static() -> transformers.StaticCache:
+        sizes = {"max_cache_len": 16, "max_batch_size": 1, "dtype": model.dtype}
+        known = inspect.signature(transformers.StaticCache).parameters
+        sizes = {name: size for name, size in sizes.items() if name in known}
+        return transformers.StaticCache(config=model.config, **sizes)
+
+    def decode(step, change: bool) -> list[torch.Tensor]:
+        cache = static()
+        out = [model(IDS[:, :5], past_key_values=cache).logits]
+        for column in range(5, 12):
+            if change and column == 7:
+                again(hooks)
+            positions = torch.tensor([[column]])
+            mask = (torch.arange(16) <= column)[None, None, None]
+            given = {"position_ids": positions, "past_key_values": cache, "attention_mask": mask}
+            if "cache_position" in inspect.signature(model.forward).parameters:
+                given["cache_position"] = positions[0]
+            out.append(step(input_ids=IDS[:, column : column + 1], **given).logits)
+        return out
+
+    answers = []
+    with torch.no_grad():
+        for change in (False, True, False):
+            wanted = decode(model, change)
+            answers.append(torch.cat(wanted, 1))
+            for got, want in zip(decode(compiled, change), wanted, strict=True):
+                torch.testing.assert_close(got, want)
+    assert counter.frame_count <= 2
+    torch.testing.assert_close(answers[0], answers[2])
+    assert not torch.allclose(answers[0], answers[1])
+    torch._dynamo.reset()
+
+
+def test_what_a_pair_without_cues_costs() -> None:
+    layer = hook()
+    plain = {"v": torch.randn(M, 3), "at": torch.randn(3, N), "correction": "own"}
+    layer.set_pair(**plain)
+    assert layer._store.cues.numel() == layer._store.limits.numel() == 0
+    layer.set_pair(**edits(3))
+    assert layer._store.cues.shape == (16, N)
+    layer.set_pair(**plain)
+    assert layer._store.cues.numel() == layer._store.limits.numel() == 0
+    layer.set_pair(**edits(3))
+    layer.set_delta(torch.ones(M, N))
+    assert layer._store.cues.numel() == layer._store.limits.numel() == 0
+    other = hook()
+    other.reserve(4)
+    assert other._store.cues.numel() == 0
+
+
+def run(layer: HookedLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sink: list = []
+    layer.context.sinks.append(sink)
+    y = layer(x)
+    layer.context.sinks.remove(sink)
+    return y, sink[0][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_hook_is_the_op(dtype: torch.dtype) -> None:
+    base = nn.Linear(N, M).to(dtype)
+    layer = hook(base, dtype)
+    layer.set_scope("membership")
+    layer.set_alpha(0.3)
+    layer.state = "validated"
+    x = torch.randn(3, 7, N, dtype=dtype)
+    for count in (5, 40, 3):
+        given = edits(count, dtype)
+        layer.set_pair(**given)
+        scope = Membership(None, "own", given["cues"], given["limits"])
+        y, z = hook_output(base(x), x, (given["v"], given["at"]), 0.3, scope=scope)
+        found = run(layer, x)
+        assert torch.equal(found[0], y) and torch.equal(found[1], z.float())
+        for tensor in given.values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.zero_()  # they were copied
+        assert torch.equal(run(layer, x)[0], y)
+        assert not torch.equal(y, base(x))
+
+
+def test_reserved_rows_change_nothing_but_fix_the_addresses() -> None:
+    base = nn.Linear(N, M).double()
+    plain, reserved = hook(base, torch.float64), hook(base, torch.float64)
+    reserved.reserve(9, cues=True)
+    addresses = [b.data_ptr() for b in reserved._store.buffers()]
+    x = torch.randn(3, 8, N, dtype=torch.float64)
+    for layer in (plain, reserved):
+        layer.set_scope("membership")
+        layer.set_alpha(-9.0)
+        layer.state = "validated"
+    y, z = run(reserved, x)
+    assert torch.equal(y, base(x)) and z.isneginf().all(), "empty, but live"
+    for count in (2, 9, 3):
+        given = edits(count, torch.float64)
+        bare = {name: given[name] for name in ("v", "at", "correction")}
+        for arguments in (given, bare):
+            for layer in (plain, reserved):
+                layer.set_pair(**arguments)
+            torch.testing.assert_close(run(reserved, x), run(plain, x), rtol=1e-12, atol=1e-12)
+            assert not torch.equal(plain(x), base(x))
+            assert [b.data_ptr() for b in reserved._store.buffers()] == addresses
+    reserved.clear()
+    assert torch.equal(reserved(x), base(x))
+    reserved.set_pair(**given)
+    before = run(reserved, x)
+    reserved.reserve(40, cues=True)
+    torch.testing.assert_close(run(reserved, x), before)
+
+
+def test_reserving_with_a_pair_in_use() -> None:
+    x = torch.randn(2, 5, N)
+    for given in (edits(4), {k: v for k, v in edits(4).items() if k not in ("cues", "limits")}):
+        for cues in (True, False):
+            layer = hook()
+            layer.set_pair(**given)
+            layer.set_scope("membership")
+            layer.set_alpha(0.1)
+            layer.state = "validated"
+            before = run(layer, x)
+            layer.reserve(20, cues=cues)
+            torch.testing.assert_close(run(layer, x), before)
+            assert layer._store.reserved_cues == (cues or "cues" in given)
+            layer.reserve(21)
+            assert layer._store.reserved_cues == (cues or "cues" in given)
+    layer = hook()
+    layer.set_pair(torch.randn(M, 2), torch.randn(2, N))
+    with pytest.raises(ValueError, match="reserve: correction must be 'own'.*got 'sum'"):
+        layer.reserve(4, cues=True)
+    assert not layer._store.reserved
+
+
+def test_what_is_refused_changes_nothing() -> None:
+    layer = hook()
+    given = edits(4)
+    layer.set_pair(**given)
+    before = layer.snapshot().stored
+    version = int(layer._store.version)
+    nan = given["limits"].clone()
+    nan[1] = float("nan")
+    for change, error, message in (
+        ({"limits": None}, ValueError, "limits must be given with cues, got None; give both"),
+        ({"cues": None}, ValueError, "cues must be given with limits, got None; give both"),
+        ({"cues": torch.randn(3, N)}, ValueError, r"cues must be \[4, 20\], got \[3, 20\]"),
+        ({"cues": given["cues"] / 0}, ValueError, "cues must be finite, got NaN or infinity"),
+        ({"cues": given["cues"].long()}, TypeError, "cues must be a floating-point tensor"),
+        ({"limits": torch.rand(3)}, ValueError, r"limits must be \[4\], got \[3\]"),
+        ({"limits": nan}, ValueError, r"limits must be numbers or -inf \(always armed\), got NaN"),
+        ({"limits": [0.0] * 4}, TypeError, "limits must be a floating-point tensor, got list"),
+        ({"correction": "sum"}, ValueError, "correction must be 'own'.*got 'sum'; give every"),
+        ({"groups": torch.arange(4)}, ValueError, "correction must be 'own', without groups"),
+    ):
+        with pytest.raises(error, match=f"^set_pair: {message}"):
+            layer.set_pair(**{**given, **change})
+    after = layer.snapshot().stored
+    assert after.cued and after.tensors.keys() == before.tensors.keys()
+    for name, tensor in before.tensors.items():
+        assert torch.equal(tensor, after.tensors[name])
+    assert int(layer._store.version) == version
+
+
+def test_rows_reserved_with_and_without_cues() -> None:
+    given = edits(4)
+    cued = hook()
+    cued.set_pair(**given)
+    snapshot = cued.snapshot()
+    layer = hook()
+    layer.reserve(6)
+    with pytest.raises(ValueError, match=r"set_pair: .*reserve\(rank, cues=True\) and capture"):
+        layer.set_pair(**given)
+    with pytest.raises(ValueError, match="restore: cues must be None in a hook whose rows"):
+        layer.restore(snapshot)
+    assert layer.storage == "empty"
+    layer.reserve(6, cues=True)
+    layer.set_pair(**given)
+    bare = given["v"], given["at"]
+    with pytest.raises(ValueError, match="set_pair: correction must be 'own'.*got 'sum'"):
+        layer.set_pair(*bare)
+    with pytest.raises(ValueError, match="set_pair: .*got groups; give every edit one key"):
+        layer.set_pair(*bare, torch.zeros(4, dtype=torch.long), "own")
+    summed = hook()
+    summed.set_pair(*bare)
+    with pytest.raises(ValueError, match="restore: correction must be 'own'"):
+        layer.restore(summed.snapshot())
+    torch.testing.assert_close(layer.delta(), given["v"] @ given["at"])
+
+
+def test_all_layers_reserve_or_none() -> None:
+    hooks = attach_hooks(tiny("llama").double(), [0, 1])
+    n, m = hooks[1].in_features, hooks[1].out_features
+    hooks[1].set_pair(torch.randn(m, 2), torch.randn(2, n))
+    with pytest.raises(ValueError, match="got 'sum'"):
+        hooks.reserve(4, cues=True)
+    assert not any(layer._store.reserved for layer in hooks.values())
+    hooks.reserve(4)
+    assert all(layer._store.capacity >= 4 and layer._store.reserved for layer in hooks.values())
+    assert not any(layer._store.reserved_cues for layer in hooks.values())
+
+
+@pytest.mark.parametrize("after", ["empty", "dense", "pair", "cued"])
+def test_a_snapshot_comes_back_bit_for_bit(after: str) -> None:
+    layer = hook()
+    layer.set_pair(**edits(5))
+    layer.set_scope("membership")
+    layer.set_alpha(0.2)
+    layer.state = "validated"
+    x = torch.randn(2, 6, N)
+    snapshot, before = layer.snapshot(), run(layer, x)
+    layer.clear()
+    assert not layer.snapshot().stored.cued
+    if after == "dense":
+        layer.set_delta(torch.ones(M, N))
+    elif after == "pair":
+        layer.set_pair(torch.randn(M, 9), torch.randn(9, N))
+    elif after == "cued":
+        layer.set_pair(**edits(40))
+    layer.restore(snapshot)
+    found = run(layer, x)
+    assert torch.equal(found[0], before[0]) and torch.equal(found[1], before[1])
+    stored = layer.snapshot().stored
+    assert stored.cued and stored.tensors.keys() == snapshot.stored.tensors.keys()
+    for name, tensor in snapshot.stored.tensors.items():
+        assert torch.equal(tensor, stored.tensors[name])
+
+
+def test_casts_moves_and_copies() -> None:
+    layer = hook()
+    given = edits(3)
+    layer.set_pair(**given)
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer._store.cues[:3], given["cues"])
+    layer.double()
+    assert layer._store.cues.dtype == layer._store.limits.dtype == torch.float64
+    assert torch.equal(layer._store.limits[:3], given["limits"].double())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin._store.cues, layer._store.cues)
+        twin.set_pair(**edits(3, torch.float64))
+        assert not torch.equal(twin._store.cues, layer._store.cues)
+        assert int(twin._store.version) != int(layer._store.version)
+    layer.to("meta")
+    assert layer._store.cues.is_meta and layer._store.version.is_meta
+
+
+def test_cues_set_in_inference_mode_can_be_changed_outside() -> None:
+    bare = torch.randn(M, 2), torch.randn(2, N), None, "own"
+    with torch.inference_mode():
+        layer = hook()
+        layer.set_pair(**edits(3))
+        layer.set_pair(*bare)
+    layer.set_pair(*bare)
+    with torch.inference_mode():
+        layer.set_pair(**edits(3))
+    layer.set_pair(**edits(5))
+    layer.clear()
+    layer.set_pair(**edits(40))
+
+
+def test_every_token_takes_the_hook_in_the_state_temporary() -> None:
+    base = nn.Linear(N, M)
+    layer = hook(base)
+    given = edits(3)
+    layer.set_pair(**given)
+    layer.set_scope("membership")
+    layer.state = "temporary"
+    x = torch.randn(2, 5, N)
+    torch.testing.assert_close(layer(x), base(x) + x @ (given["v"] @ given["at"]).T)
