@@ -46,6 +46,9 @@ from coachhook.ops import Sequence as SequenceScope
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
 
+# Keys of a cue's token in other text that are taken besides those of the edit's own prompts.
+_MOST_ELSEWHERE = 32
+
 
 @dataclass(frozen=True)
 class EditResult:
@@ -251,8 +254,11 @@ class Editor:
         ties: Ties,
         pad_id: int,
         progress: str | None,
-    ) -> Targets:
-        """Targets of the batch; those of a replaced request are its replacement's, unused."""
+    ) -> tuple[Targets, list[EditRequest]]:
+        """Targets of the batch, and facts of earlier batches that do not hold with them.
+
+        Those of a replaced request are its replacement's, unused.
+        """
         part = [i for i in range(len(encoded)) if i not in ties.replaced]
         reminders = encode_requests(
             self._tokenizer,
@@ -279,10 +285,11 @@ class Editor:
             progress=progress,
         )
         positions = {i: position for position, i in enumerate(part)}
+        lost = zip(ties.reminders, found.converged[len(part) :], strict=True)
         return found.select(
             [positions[ties.replaced.get(i, i)] for i in range(len(encoded))],
             without=sorted(ties.replaced),
-        )
+        ), [reminder for reminder, holds in lost if not holds]
 
     def _reworded(self, encoded: list[EncodedRequest], pad_id: int) -> list[EncodedRequest]:
         """The same requests with the model's own wordings of them."""
@@ -311,7 +318,7 @@ class Editor:
         was_training = self._model.training
         self._model.eval()
         try:
-            targets = self._targets(requests, encoded, ties, pad_id, progress)
+            targets, lost = self._targets(requests, encoded, ties, pad_id, progress)
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
             )
@@ -327,7 +334,15 @@ class Editor:
             targets.converged,
             targets.losses,
             targets.steps,
-            [*self._warnings(record, ties), *self._replaced(number, requests)],
+            [
+                *self._warnings(record, ties),
+                *self._replaced(number, requests),
+                *(
+                    f"{r.text!r} -> {r.target_new!r} of an earlier batch is about a subject of "
+                    "this one, and no correction was found that gives both: it may be lost"
+                    for r in lost
+                ),
+            ],
         )
 
     def _write(
@@ -408,16 +423,31 @@ class Editor:
             of_request.setdefault(id(request), []).append(i)
         for mine in of_request.values():
             request = slots[mine[0]][0]
-            prompts = [*request.contexts, request.essence]
+            prompts = [*request.contexts, request.essence, *request.mentions]
             x = self._inputs(prompts, layer, pad_id)
             for i in mine:
-                candidates = [
-                    x[[p.lookup - away >= p.first for p in prompts], -1 - away]
-                    for away in cue_distances(request.contexts, slots[i][1])
-                ]
+                candidates = []
+                for away in cue_distances(request.contexts, slots[i][1]):
+                    at = [p.lookup - away if p.lookup - away >= p.first else -1 for p in prompts]
+                    keys = x[[position >= 0 for position in at], -1 - away]
+                    if away:
+                        ids = {p.ids[k] for p, k in zip(prompts, at, strict=True) if k >= 0}
+                        keys = torch.cat([keys, self._elsewhere(layer, ids).to(keys)])
+                    candidates.append(keys)
                 if candidates:
                     found[i] = find_cue(edits.memory, candidates, edits.sample)
         return found
+
+    def _elsewhere(self, layer: int, ids: set[int]) -> Tensor:
+        """Keys ``[s, n]`` of some tokens elsewhere, from the unrelated sample.
+
+        A token that is common in text, such as a letter, has keys that differ with what stands
+        before it. Of a rare one the sample has none, and they are not needed.
+        """
+        edits, tokens = self._state.layers[layer], self._state.sample_tokens
+        if edits.sample is None or tokens is None:
+            return torch.empty(0, self._description.layer(layer).in_features)
+        return edits.sample[sorted(tokens.rows((i,) for i in ids))[:_MOST_ELSEWHERE]]
 
     def _inputs(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
         """What a layer reads up to the token looked up, ``[R, T, n]``, zeros at the left."""

@@ -47,6 +47,9 @@ from coachhook.editing.suffix import Captured, Suffix
 from coachhook.models import ModelDescription
 
 KL_PROMPT = "{} is a"
+# In prompts and contexts a subject often stands at the start of a sentence; its first token has
+# another key after a word.
+_MENTIONS = ("of {}", "in {}", ", {}")
 # Where the system does not say how much memory there is.
 _TOKENS_AT_ONCE = 16384
 
@@ -60,12 +63,14 @@ class EncodedRequest:
         target: ids of the target.
         essence: "{subject} is a", whose next-token distribution should not drift.
         rewordings: other prompts that should give the target.
+        mentions: the subject after other words, for its cue.
     """
 
     contexts: list[EncodedPrompt]
     target: list[int]
     essence: EncodedPrompt
     rewordings: list[EncodedPrompt] = field(default_factory=list)
+    mentions: list[EncodedPrompt] = field(default_factory=list)
 
     @property
     def prompts(self) -> list[EncodedPrompt]:
@@ -130,17 +135,21 @@ def encode_requests(
         try:
             target = encode_target(tokenizer, request.target_new)
             room = None if max_positions is None else max_positions - len(target) + 1
-            start = KL_PROMPT.index("{}")
+            essence, *mentions = (
+                encode(
+                    tokenizer,
+                    text.replace("{}", request.subject),
+                    (text.index("{}"), text.index("{}") + len(request.subject)),
+                    max_positions,
+                )
+                for text in (KL_PROMPT, *_MENTIONS)
+            )
             encoded.append(
                 EncodedRequest(
                     [encode_in_context(tokenizer, request, c, room) for c in contexts],
                     target,
-                    encode(
-                        tokenizer,
-                        KL_PROMPT.replace("{}", request.subject),
-                        (start, start + len(request.subject)),
-                        max_positions,
-                    ),
+                    essence,
+                    mentions=mentions,
                 )
             )
         except ValueError as error:

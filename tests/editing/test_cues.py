@@ -13,6 +13,7 @@ from coachhook.editing.cues import cue_distances, cue_limit, find_cue
 from coachhook.editing.prompts import PLACES, EncodedPrompt
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.state import EditState, LayerEdits
+from coachhook.editing.targets import encode_requests
 
 
 def answer(model, tokenizer, prompt, tokens=2, **kwargs):
@@ -257,3 +258,22 @@ def test_without_cues_nothing_is_written_at_the_end_of_a_prompt(make_editor, req
     assert not editor.hooks[layer].cues() and not any(editor.batches[1].cued(layer))
     places = {PLACES[p] for _, p in editor.batches[1].slots}
     assert "subject_previous" in places and "prompt_last" not in places
+
+
+def test_a_common_token_is_known_after_any_word(make_editor, requests):
+    """Keys of the cue's token in the unrelated sample count as keys of the cue."""
+    editor, _, tokenizer = make_editor()
+    state, layer = editor._state, editor.config.layers[0]
+    request = requests[1]  # "Mira Brenmore"
+    encoded = encode_requests(tokenizer, [request], editor.config.contexts, None)
+    slots = [(encoded[0], ("subject_last", 0))]
+    prompt = encoded[0].contexts[0]
+    token = prompt.ids[prompt.lookup - 1]
+    rows = sorted(state.sample_tokens.rows([(token,)]))[:32]
+    assert rows
+    elsewhere = state.layers[layer].sample[rows].float()
+    with_sample = elsewhere @ editor._cues(slots, layer, 0)[0]
+    state.sample_tokens = None
+    without = elsewhere @ editor._cues(slots, layer, 0)[0]
+    assert with_sample == pytest.approx([1] * len(rows), abs=0.05)
+    assert (without < 0.9).any()

@@ -165,3 +165,14 @@ def test_out_of_memory_halves_what_runs_at_once(make_editor, requests):
             targets()
     finally:
         handle.remove()
+
+
+def test_a_fact_that_a_later_batch_cannot_keep_is_named(make_editor, about_one):
+    """One Adam step, far too long: the shared correction does not come to say both."""
+    editor, model, tokenizer = make_editor(places=("subject_last",), rewordings=0)
+    assert editor.edit(about_one[:1]).converged == [True]
+    editor._state.config = editor.config.with_(target_steps=2, target_lr=50.0)
+    lost = [w for w in editor.edit(about_one[1:3]).warnings if "it may be lost" in w]
+    assert len(lost) == 1
+    assert about_one[0].text in lost[0] and about_one[0].target_new in lost[0]
+    assert not answers(model, tokenizer, about_one[:1])[0]
