@@ -8,8 +8,8 @@ subject's last token. It can fire only in a sequence in which its cue was read, 
 one token, having nothing before it, does not need.
 
 A cue is recognised by a matched filter. Of all w with ``w^T k_j = 1`` for the keys k_j of the cue
-in the request's prompts and elsewhere, that of least response ``w^T C0 w`` to the keys of text, C0 being the
-prior:
+in the request's prompts and elsewhere, that of least response ``w^T C0 w`` to the keys of text, C0
+being the prior:
 
     w = C0^-1 K (K^T C0^-1 K)^-1 1.
 
