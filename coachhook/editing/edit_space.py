@@ -237,3 +237,8 @@ class EditSpace:
 def _factored(matrix: Tensor) -> Tensor:
     root, info = torch.linalg.cholesky_ex(matrix)
     return root.masked_fill_(info != 0, torch.nan)
+
+
+def relative_targets(base: Tensor | None, keys: Tensor, targets: Tensor) -> Tensor:
+    """Targets [N, m] relative to the base."""
+    return targets if base is None else torch.addmm(targets, keys, base.mT, alpha=-1)

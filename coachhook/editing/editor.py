@@ -391,7 +391,9 @@ class Editor:
                 read = contexts if each else bare
                 return self._inputs([read[row] for row in rows], layer, pad_id)
 
-            number = self._state.append(layer, keys, share, record, inputs)
+            # Without cues what an edit adds depends on the key alone.
+            before = inputs if config.uses_cues else None
+            number = self._state.append(layer, keys, share, record, before)
             hook = self.hooks[layer]
             self._state.payload(layer).apply(hook, config)
             hook.state = "validated"

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.editing.edit_space import EditSpace
+from coachhook.editing.edit_space import EditSpace, relative_targets
 from coachhook.editing.prior import FactoredPrior, check_finite, factor_prior, regularized_prior
 from coachhook.ops import cholesky_downdate_, cholesky_update_solve_
 from coachhook.ops._precision import float32_products
@@ -278,7 +278,7 @@ class EditMemory:
         factor = self._writable_factor()
         for first in range(0, keys, step):
             part = slice(first, min(first + step, keys))
-            residual = _residual(base, space.keys[part], space.targets[part])
+            residual = relative_targets(base, space.keys[part], space.targets[part])
             solved = cholesky_update_solve_(factor, space.keys[part].mT, backend=self._backend)
             grown = residual.mT @ solved.mT
             base = grown if base is None else grown.add_(base)
@@ -307,7 +307,7 @@ class EditMemory:
     def delta(self) -> Tensor:
         """The edit of the layer's weight, Delta [m, n], a new tensor."""
         space = self._space
-        residual = _residual(self._base, space.keys, space.targets)
+        residual = relative_targets(self._base, space.keys, space.targets)
         delta = space.solve(residual).mT @ space.solved
         return delta if self._base is None else delta.add_(self._base)
 
@@ -318,7 +318,7 @@ class EditMemory:
         O((n N + N^2 + m N) k), without forming Delta (m n k more where keys are folded).
         """
         rows, space = self._by_row("apply", "keys", keys, self.in_features), self._space
-        residual = _residual(self._base, space.keys, space.targets)
+        residual = relative_targets(self._base, space.keys, space.targets)
         result = residual.mT @ space.solve(space.solved @ rows.mT)
         return result if self._base is None else torch.addmm(result, self._base, rows.mT)
 
@@ -536,7 +536,7 @@ class EditMemory:
         self._prior = FactoredPrior(factor)
         self._folded = tuple(piece for piece in self._folded if piece not in pieces)
         if self._folded and self._base is not None:
-            residual = _residual(self._base, keys, targets)
+            residual = relative_targets(self._base, keys, targets)
             solved = self._prior.solve_both(keys.mT)
             self._base = torch.addmm(self._base, residual.mT, solved.mT, alpha=-1)
         else:
@@ -595,8 +595,3 @@ class EditMemory:
         if look:
             check_finite(op, name, rows)
         return rows
-
-
-def _residual(base: Tensor | None, keys: Tensor, targets: Tensor) -> Tensor:
-    """Targets [N, m] relative to the base."""
-    return targets if base is None else torch.addmm(targets, keys, base.mT, alpha=-1)

@@ -166,7 +166,7 @@ def test_records_keep_their_cues(state):
 
 @pytest.fixture(scope="module")
 def written(bundled, requests):
-    """The demo's facts, three of which need a correction at their prompt's end."""
+    """The demo's facts in three batches."""
     model, tokenizer, statistics = bundled
     model = copy.deepcopy(model)
     editor = Editor(model, tokenizer, statistics=statistics)
