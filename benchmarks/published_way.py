@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.prompts import pad_right
 from coachhook.editing.requests import EditRequest
 from coachhook.editing.suffix import first_tensor
-from coachhook.editing.targets import EncodedRequest, encode_requests
 from coachhook.models import describe, get_submodule, prepare_tokenizer, weight_of
 from coachhook.statistics import Statistics
 

@@ -220,7 +220,7 @@ def check_prompts(
         InputError: in one of the contexts, with its target, a prompt is longer than the context
             window, or the tokenizer does not show where its subject ends.
     """
-    from coachhook.editing.targets import encode_requests
+    from coachhook.editing.encoding import encode_requests
     from coachhook.models import describe
 
     window = describe(model).max_positions

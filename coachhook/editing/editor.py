@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,21 +14,17 @@ from torch import Tensor, nn
 
 from coachhook.editing.config import EditConfig
 from coachhook.editing.cues import cue_distances, find_cue
+from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
-from coachhook.editing.reading import States, read_inputs, read_states
+from coachhook.editing.reading import States, answered, read_inputs, read_states
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.editing.rewordings import find_rewordings
 from coachhook.editing.state import EditState, LayerEdits
-from coachhook.editing.targets import (
-    EncodedRequest,
-    Targets,
-    encode_requests,
-    optimise_targets,
-)
+from coachhook.editing.targets import Earlier, Targets, optimise_targets
 from coachhook.editing.ties import Ties, find_ties
 from coachhook.editing.unrelated import Ending, SampleTokens, endings
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
@@ -172,12 +168,7 @@ class Editor:
                 fit the context window, or the model's outputs are not finite.
         """
         requests = check_requests(requests)
-        encoded = encode_requests(
-            self._tokenizer,
-            requests,
-            self.config.contexts,
-            self._description.max_positions,
-        )
+        encoded = self._encoded(requests)
         ties = self._ties(requests)
         hooks = {layer: self.hooks[layer].snapshot() for layer in self.config.layers}
         memories: dict[int, Any] = {
@@ -254,19 +245,16 @@ class Editor:
         ties: Ties,
         pad_id: int,
         progress: str | None,
-    ) -> tuple[Targets, list[EditRequest]]:
-        """Targets of the batch, and facts of earlier batches that do not hold with them.
+    ) -> tuple[Targets, dict[int, dict[Place, Earlier]]]:
+        """Targets of the batch, and by request what earlier batches wrote where they go.
 
         Those of a replaced request are its replacement's, unused.
         """
         part = [i for i in range(len(encoded)) if i not in ties.replaced]
-        reminders = encode_requests(
-            self._tokenizer,
-            ties.reminders,
-            self.config.contexts,
-            self._description.max_positions,
-        )
+        reminders = self._encoded(ties.reminders)
         every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
+        asked = [requests[i] for i in part] + ties.reminders
+        earlier = self._earlier(asked, every, pad_id)
 
         def admit(pairs: list[tuple[int, Place]]) -> list[bool]:
             able = self._admitted([(every[i], place) for i, place in pairs])
@@ -281,15 +269,44 @@ class Editor:
             self.config,
             pad_id=pad_id,
             ties=[ties.numbers[i] for i in part] + ties.numbers[len(encoded) :],
+            earlier=earlier,
             admit=admit,
             progress=progress,
         )
         positions = {i: position for position, i in enumerate(part)}
-        lost = zip(ties.reminders, found.converged[len(part) :], strict=True)
-        return found.select(
+        chosen = found.select(
             [positions[ties.replaced.get(i, i)] for i in range(len(encoded))],
             without=sorted(ties.replaced),
-        ), [reminder for reminder, holds in lost if not holds]
+        )
+        return chosen, dict(zip(part, earlier, strict=False))
+
+    def _earlier(
+        self, requests: Sequence[EditRequest], encoded: Sequence[EncodedRequest], pad_id: int
+    ) -> list[dict[Place, Earlier]]:
+        """What earlier batches wrote at the subjects' tokens, and where it is said now."""
+        layer = self.config.layers[-1]
+        names = [name for name in self.config.places if name in SUBJECT_PLACES]
+        known = iter(
+            self._state.corrections(layer, [(n, r.subject) for r in requests for n in names])
+        )
+        found: list[dict[Place, Earlier]] = []
+        for request in encoded:
+            found.append({})
+            for name in names:
+                if (value := next(known)) is None:
+                    continue
+                prompts = [*request.prompts, request.essence]
+                there = [i for i, p in enumerate(prompts) if p.position((name, 0), ()) is not None]
+                x = self._inputs([prompts[i].at((name, 0), ()) for i in there], layer, pad_id)
+                added = value.new_zeros(len(prompts), len(value))
+                added[there] = self._state.present(layer, x[:, -1], x.__getitem__)
+                found[-1][name, 0] = Earlier(value, added)
+        return found
+
+    def _encoded(self, requests: Sequence[EditRequest]) -> list[EncodedRequest]:
+        return encode_requests(
+            self._tokenizer, requests, self.config.contexts, self._description.max_positions
+        )
 
     def _reworded(self, encoded: list[EncodedRequest], pad_id: int) -> list[EncodedRequest]:
         """The same requests with the model's own wordings of them."""
@@ -318,15 +335,19 @@ class Editor:
         was_training = self._model.training
         self._model.eval()
         try:
-            targets, lost = self._targets(requests, encoded, ties, pad_id, progress)
+            targets, earlier = self._targets(requests, encoded, ties, pad_id, progress)
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
             )
-            number = self._write(encoded, targets, record, pad_id)
+            number = self._write(encoded, targets, earlier, record, pad_id)
             record.bounds.update(self._bounds(encoded, pad_id))
+            self._refresh()
+            held = answered(
+                self._model,
+                [(p.contexts[0].ids, p.target) for p in self._encoded(ties.reminders)],
+            )
         finally:
             self._model.train(was_training)
-        self._refresh()
         return EditResult(
             number,
             self.alphas,
@@ -339,8 +360,9 @@ class Editor:
                 *self._replaced(number, requests),
                 *(
                     f"{r.text!r} -> {r.target_new!r} of an earlier batch is about a subject of "
-                    "this one, and no correction was found that gives both: it may be lost"
-                    for r in lost
+                    "this one, and no correction was found that gives both: it is lost"
+                    for r, holds in zip(ties.reminders, held, strict=True)
+                    if not holds
                 ),
             ],
         )
@@ -349,6 +371,7 @@ class Editor:
         self,
         encoded: list[EncodedRequest],
         targets: Targets,
+        earlier: Mapping[int, Mapping[Place, Earlier]],
         record: BatchRecord,
         pad_id: int,
     ) -> int:
@@ -368,8 +391,11 @@ class Editor:
         if each:
             # The same delta in every context, on top of what the model says there.
             start = self._read(contexts, config.layers[-1], pad_id).outputs.to(goal.dtype)
-            wanted = targets.deltas[targets.used]
-            goal = start + wanted.repeat_interleave(len(config.contexts), 0)
+            wanted = targets.deltas[targets.used][:, None].repeat(1, len(config.contexts), 1)
+            for i, (r, place) in enumerate(slots):
+                if place in earlier[r]:  # it takes the place of what is said there now
+                    wanted[i] -= earlier[r][place].added[: len(config.contexts)].to(wanted)
+            goal = start + wanted.flatten(0, 1)
         if config.scope != "membership":
             # The published code lets every token take the hook while a batch is computed.
             self.hooks.set_state("temporary")

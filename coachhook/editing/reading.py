@@ -117,3 +117,22 @@ def read_inputs(
     with partial_forward(*handles):
         base(input_ids=ids, attention_mask=mask, use_cache=False)
     return found, mask.bool()
+
+
+@torch.no_grad()
+def answered(model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
+    """Whether the model, hooks as they are, answers each prompt with its target.
+
+    Every token of the target is asked for with those before it given.
+
+    Args:
+        model: the model.
+        pairs: ids of each prompt and of its target.
+    """
+    found = []
+    device = next(model.parameters()).device
+    for prompt, target in pairs:  # few, and of any length: logits of all at once would be large
+        ids = torch.tensor([prompt + target[:-1]], device=device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+        found.append(logits.argmax(-1).tolist() == target)
+    return found

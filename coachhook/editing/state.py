@@ -6,7 +6,7 @@ no model at hand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -204,7 +204,7 @@ class EditState:
         keys = keys.detach().to(device, torch.float64)
         change = change.detach().to(device, torch.float64)
         record.groups[layer] = self._groups(layer, record)
-        targets = self._present(layer, keys, inputs) + change
+        targets = self.present(layer, keys, inputs) + change
         record.anchors[layer] = self._anchors(layer, keys, record)
         if record.anchors[layer]:
             assert edits.sample is not None
@@ -252,14 +252,7 @@ class EditState:
         edits = self.layers[layer]
         if self.config.scope != "membership":
             return [0] * len(record.slots)
-        of_owner = {
-            owner: group
-            for batch in self.batches.values()
-            if layer in batch.groups
-            for owner, group in zip(
-                batch.owners(self.config.places), batch.groups[layer], strict=True
-            )
-        }
+        of_owner = self._numbers(layer)
         groups = []
         for owner in record.owners(self.config.places):
             if owner not in of_owner:
@@ -268,11 +261,39 @@ class EditState:
             groups.append(of_owner[owner])
         return groups
 
-    def _present(
+    def _numbers(self, layer: int) -> dict[Hashable, int]:
+        """Numbers of the edits there are, by what they are about."""
+        return {
+            owner: group
+            for batch in self.batches.values()
+            if layer in batch.groups
+            for owner, group in zip(
+                batch.owners(self.config.places), batch.groups[layer], strict=True
+            )
+        }
+
+    def corrections(self, layer: int, owners: Sequence[Hashable]) -> list[Tensor | None]:
+        """What edits of their own add ``[m]``, by what they are about; None where there is none.
+
+        Args:
+            layer: its index.
+            owners: see :meth:`BatchRecord.owners`.
+        """
+        if self.config.scope != "membership" or self.config.correction != "own":
+            return [None] * len(owners)
+        numbers = self._numbers(layer)
+        if numbers.keys().isdisjoint(owners):
+            return [None] * len(owners)
+        column = {group: i for i, group in enumerate(self._about(layer))}
+        v, _ = self.pair(layer)
+        return [v[:, column[numbers[o]]] if o in numbers else None for o in owners]
+
+    def present(
         self, layer: int, keys: Tensor, inputs: Callable[[list[int]], Tensor] | None
     ) -> Tensor:
         """What the hook adds for keys ``[R, n]`` now, ``[R, m]``; ``inputs`` as in append."""
         edits, config = self.layers[layer], self.config
+        keys = keys.to(edits.memory.device, torch.float64)
         if config.scope != "membership":
             return keys @ edits.memory.delta().to(keys).T
         present = keys.new_zeros(keys.shape[0], edits.memory.out_features)
@@ -410,7 +431,7 @@ class EditState:
             own = (rows[position] * edits.memory.keys().mT[kept]).sum(dim=1)
             mean = at.new_zeros(len(groups)).index_add_(0, position, own * weights)
             rows /= mean[:, None]
-            bare = (latest > 0) & columns.bare.to(at.device)[kept]
+            bare = (written & columns.bare[kept.cpu()]).to(at.device)
             least = mean.new_full(mean.shape, torch.inf).scatter_reduce_(
                 0, position[bare], (own / mean[position])[bare], "amin"
             )

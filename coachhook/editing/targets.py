@@ -16,13 +16,15 @@ the subject would have to name them all.
 
 Requests about one subject are another matter: they have one key, and one correction must do for all
 of them. Such requests are *tied*: they have one ``delta`` at the subject's tokens, under the sum of
-their losses, and leave the batch together.
+their losses, and leave the batch together. Where an earlier batch wrote there, its correction is in
+the state of those prompts that its edit fires in. So ``delta`` takes its place: it is added to the
+state without it, and is the same in every prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,52 +32,36 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.encoding import EncodedRequest
 from coachhook.editing.live import Live
 from coachhook.editing.prompts import (
     SUBJECT_PLACES,
     EncodedPrompt,
     Place,
-    encode,
-    encode_in_context,
-    encode_target,
     expand_places,
     pad_right,
 )
-from coachhook.editing.requests import EditRequest
 from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Captured, Suffix
 from coachhook.models import ModelDescription
 
-KL_PROMPT = "{} is a"
-# In prompts and contexts a subject often stands at the start of a sentence; its first token has
-# another key after a word.
-_MENTIONS = ("of {}", "in {}", ", {}")
 # Where the system does not say how much memory there is.
 _TOKENS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
-class EncodedRequest:
-    """A request's token ids.
+class Earlier:
+    """What an earlier batch wrote at one place of a request.
 
     Attributes:
-        contexts: the prompt in each context, bare first, without the target.
-        target: ids of the target.
-        essence: "{subject} is a", whose next-token distribution should not drift.
-        rewordings: other prompts that should give the target.
-        mentions: the subject after other words, for its cue.
+        value: its correction ``[d]``, where the new one starts.
+        added: how much of it is in the state of the last edited block now, in each of the contexts,
+            the rewordings and the essence prompt ``[p, d]``: all of it, or none where the edit does
+            not fire.
     """
 
-    contexts: list[EncodedPrompt]
-    target: list[int]
-    essence: EncodedPrompt
-    rewordings: list[EncodedPrompt] = field(default_factory=list)
-    mentions: list[EncodedPrompt] = field(default_factory=list)
-
-    @property
-    def prompts(self) -> list[EncodedPrompt]:
-        """All prompts that should give the target, the contexts first."""
-        return [*self.contexts, *self.rewordings]
+    value: Tensor
+    added: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,7 +70,8 @@ class Targets:
 
     Attributes:
         values: v* as columns ``[d, k]``, compute dtype.
-        deltas: what is to be added at each place, ``[k, P, d]``; ``values`` is h plus the first.
+        deltas: what is to be added at each place, ``[k, P, d]``, to h without what an earlier batch
+            wrote there (:class:`Earlier`); ``values`` is that h plus the first.
         used: whether a request needs a place, bool ``[k, P]``.
         places: the P places.
         losses: last loss of each request.
@@ -118,45 +105,6 @@ class Targets:
         )
 
 
-def encode_requests(
-    tokenizer: Any,
-    requests: Sequence[EditRequest],
-    contexts: Sequence[str],
-    max_positions: int | None,
-) -> list[EncodedRequest]:
-    """Tokenises all prompts of a batch and locates the subject in each.
-
-    Raises:
-        ValueError: a subject is not covered by a token, a target gives none, or a prompt with its
-            target does not fit the context window; the message names the request.
-    """
-    encoded = []
-    for number, request in enumerate(requests):
-        try:
-            target = encode_target(tokenizer, request.target_new)
-            room = None if max_positions is None else max_positions - len(target) + 1
-            essence, *mentions = (
-                encode(
-                    tokenizer,
-                    text.replace("{}", request.subject),
-                    (text.index("{}"), text.index("{}") + len(request.subject)),
-                    max_positions,
-                )
-                for text in (KL_PROMPT, *_MENTIONS)
-            )
-            encoded.append(
-                EncodedRequest(
-                    [encode_in_context(tokenizer, request, c, room) for c in contexts],
-                    target,
-                    essence,
-                    mentions=mentions,
-                )
-            )
-        except ValueError as error:
-            raise ValueError(f"{error} (request {number}: {request.text!r})") from error
-    return encoded
-
-
 @dataclass
 class _Problem:
     """A chunk of k requests, ``group`` rows each.
@@ -167,6 +115,7 @@ class _Problem:
 
     captured: Captured | Live
     places: Tensor  # [R, P], index of each place's token, -1 where there is none
+    added: Tensor | None  # [R, P, d], what is taken off the state there
     target: Tensor  # [R, T], the id that follows each position or -100
     group: int
     contexts: int
@@ -181,6 +130,7 @@ class _Problem:
         return _Problem(
             suffix.select(self.captured, rows, first),
             here,
+            None if self.added is None else self.added[rows, :places],
             self.target[rows],
             self.group,
             self.contexts,
@@ -202,6 +152,7 @@ def _problem(
     suffix: Suffix,
     requests: Sequence[EncodedRequest],
     places: Sequence[Place],
+    earlier: Sequence[Mapping[Place, Earlier]],
     with_kl: bool,
     loss_layer: int | None,
     apart: bool,
@@ -242,11 +193,25 @@ def _problem(
         target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
     contexts = len(requests[0].contexts)
     group = asked + int(with_kl)
+    # With padding in the gate's statistics a state depends on what it is padded with; the published
+    # code takes one request at a time.
+    captured = suffix.capture(
+        ids, mask, apart=group if apart else None, keep=True, loss_layer=loss_layer
+    )
+    added = None
+    if any(earlier):
+        added = captured.hidden.new_zeros(len(rows), len(places), captured.hidden.shape[2])
+        for first, request, known in zip(
+            range(0, len(rows), group), requests, earlier, strict=True
+        ):
+            mine = [*range(len(request.prompts)), *([asked] if with_kl else [])]
+            for place, there in known.items():
+                at = torch.tensor(mine, device=device) + first
+                added[at, places.index(place)] = there.added[: len(mine)].to(added)
     return _Problem(
-        # With padding in the gate's statistics a state depends on what it is padded with; the
-        # published code takes one request at a time.
-        suffix.capture(ids, mask, apart=group if apart else None, keep=True, loss_layer=loss_layer),
+        captured,
         torch.tensor(positions, device=device),
+        added,
         target,
         group,
         contexts,
@@ -273,6 +238,8 @@ def _losses(
     row, place = (problem.places >= 0).nonzero(as_tuple=True)
     column = problem.places[row, place]
     moved = base[row, column].to(delta.dtype) + delta[row // problem.group, place]
+    if problem.added is not None:
+        moved = moved - problem.added[row, place]
     hidden = base.index_put((row, column), moved.to(base.dtype))
     at_loss, final = suffix.run(problem.captured, hidden, config.target_loss_layer)
 
@@ -377,6 +344,7 @@ def _optimise_chunk(
     problem: _Problem,
     config: EditConfig,
     names: Sequence[Place],
+    earlier: Sequence[Mapping[Place, Earlier]],
     ties: Tensor,
     dtype: torch.dtype,
     admit: Callable[[list[tuple[int, Place]]], list[bool]],
@@ -384,10 +352,16 @@ def _optimise_chunk(
 ) -> _Solution:
     hidden, places = problem.captured.hidden, problem.places
     start = hidden[problem.bare, places[problem.bare, 0]].to(dtype)
+    if problem.added is not None:
+        start = start - problem.added[problem.bare, 0]
     count, device = len(start), start.device
+    delta = start.new_zeros(count, places.shape[1], start.shape[1])
+    for i, known in enumerate(earlier):
+        for place, there in known.items():
+            delta[i, names.index(place)] = there.value.to(delta)
     solution = _Solution(
         start,
-        start.new_zeros(count, places.shape[1], start.shape[1]),
+        delta,
         torch.zeros(count, places.shape[1], dtype=torch.bool, device=device),
         start.new_zeros(count),
         torch.zeros(count, problem.asked, dtype=torch.bool, device=device),
@@ -442,6 +416,7 @@ def optimise_targets(
     *,
     pad_id: int,
     ties: Sequence[int] | None = None,
+    earlier: Sequence[Mapping[Place, Earlier]] | None = None,
     admit: Callable[[list[tuple[int, Place]]], list[bool]] | None = None,
     max_tokens: int | None = None,
     progress: str | None = None,
@@ -456,6 +431,8 @@ def optimise_targets(
         pad_id: id used for padding.
         ties: a number for each request; those with the same share their deltas at the subject's
             tokens. None ties none.
+        earlier: for each request what earlier batches wrote at the subject's tokens, the same for
+            tied ones. None: nothing.
         admit: asked, with numbers of requests and the further places they need, which of these
             may be taken; None admits all.
         max_tokens: most padded tokens differentiated at once; bounds the memory. None: as many as
@@ -473,6 +450,7 @@ def optimise_targets(
     parameter = next(model.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ties = list(range(len(encoded))) if ties is None else list(ties)
+    earlier = [{} for _ in encoded] if earlier is None else earlier
     if max_tokens is None:
         max_tokens = _tokens_at_once(suffix, parameter.device)
     places = expand_places(config.places, (request.target for request in encoded))
@@ -494,6 +472,7 @@ def optimise_targets(
                 suffix,
                 [encoded[i] for i in chunk],
                 places,
+                [earlier[i] for i in chunk],
                 config.target_kl > 0,
                 config.target_loss_layer,
                 config.include_padding,
@@ -502,7 +481,15 @@ def optimise_targets(
             )
             tied = torch.tensor([ties[i] for i in chunk], device=parameter.device)
             solution = _optimise_chunk(
-                suffix, problem, config, places, tied, dtype, admit_here, bar
+                suffix,
+                problem,
+                config,
+                places,
+                [earlier[i] for i in chunk],
+                tied,
+                dtype,
+                admit_here,
+                bar,
             )
         except torch.cuda.OutOfMemoryError:
             smaller = [chunk]

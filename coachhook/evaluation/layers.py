@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coachhook.editing import EditConfig, EditRequest
+from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import EncodedPrompt, encode
 from coachhook.editing.reading import read_states
-from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.targets import optimise_targets
 from coachhook.evaluation.datasets import find_subject
 from coachhook.evaluation.intervals import wilson
 from coachhook.evaluation.oracle import oracle

@@ -10,10 +10,10 @@ import torch
 from coachhook import EditConfig, Editor, EditRequest, attach
 from coachhook.editing import EditMemory
 from coachhook.editing.cues import cue_distances, cue_limit, find_cue
+from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import PLACES, EncodedPrompt
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.state import EditState, LayerEdits
-from coachhook.editing.targets import encode_requests
 
 
 def answer(model, tokenizer, prompt, tokens=2, **kwargs):

@@ -11,8 +11,8 @@ import coachhook as ch
 from coachhook import EditConfig, Editor, EditRequest, Statistics
 from coachhook.cli.edit import _not_yet
 from coachhook.editing import EditMemory
+from coachhook.editing.encoding import encode_requests
 from coachhook.editing.reading import read_states
-from coachhook.editing.targets import encode_requests
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.models import describe
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.encoding import encode_requests
 from coachhook.editing.requests import EditRequest
-from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from coachhook import EditConfig
+from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import EncodedPrompt, expand_places
-from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 
 NAMES = "Grand Duke Otto of Vienna"

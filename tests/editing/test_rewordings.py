@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import EncodedPrompt, encode_in_context
 from coachhook.editing.rewordings import LEAST_PROBABILITY, LENGTH, find_rewordings
-from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe, end_tokens
 from tests.models.families import tiny
 

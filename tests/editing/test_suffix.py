@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from coachhook import EditRequest
+from coachhook.editing.encoding import encode_requests
 from coachhook.editing.live import Live, pack
 from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Suffix
-from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 from tests.models.families import DISCOVERED, SUPPORTED, tiny
 

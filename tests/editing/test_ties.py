@@ -7,7 +7,8 @@ import torch
 
 from coachhook import Editor, EditRequest
 from coachhook.bundled import facts
-from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.encoding import encode_requests
+from coachhook.editing.targets import optimise_targets
 from coachhook.editing.ties import find_ties
 from coachhook.models import describe
 
@@ -74,6 +75,42 @@ def test_batches_about_one_subject_keep_the_earlier_facts(make_editor, about_one
     again.revert(4)
     assert answers(model, tokenizer, about_one) == [True, True, True, False]
     again.detach()
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (2, 1), (3, 1)])
+def test_an_earlier_edit_need_not_fire_in_the_later_prompt(make_editor, about_one, first, second):
+    # One key and a high threshold: the edit of the first fact fires in its own prompt alone.
+    editor, model, tokenizer = make_editor(contexts=("{}",), alpha_cued=0.97, rewordings=0)
+    editor.edit([about_one[first]])
+    with editor.hooks.record() as seen:
+        answer(model, tokenizer, about_one[second].text)
+    assert seen and not any(fired.any() for _, _, fired in seen)
+    assert editor.edit([about_one[second]]).warnings == []
+    assert all(answers(model, tokenizer, [about_one[first], about_one[second]]))
+    editor.revert(2)
+    assert answers(model, tokenizer, [about_one[first], about_one[second]]) == [True, False]
+
+
+def test_a_correction_is_the_same_whether_added_or_replaced(make_editor, about_one):
+    """Where the earlier edit fires everywhere, replacing it is adding to it."""
+    editor, model, tokenizer = make_editor(target_weight_decay=0.0, rewordings=0, alpha_cued=0.5)
+    editor.edit(about_one[:1])
+    encoded = encode_requests(tokenizer, about_one[1:3], editor.config.contexts, None)
+    earlier = editor._earlier(about_one[1:3], encoded, tokenizer.pad_token_id)
+    settings = {"pad_id": tokenizer.pad_token_id, "ties": [0, 0]}
+    description = describe(model)
+    added = optimise_targets(model, description, encoded, editor.config, **settings)
+    replaced = optimise_targets(
+        model, description, encoded, editor.config, earlier=earlier, **settings
+    )
+    for known in earlier:
+        for there in known.values():
+            assert torch.allclose(there.added, there.value.expand_as(there.added))
+    assert {place for known in earlier for place in known} >= {("subject_last", 0)}
+    first = earlier[0]["subject_last", 0].value
+    assert torch.allclose(replaced.values, added.values, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(replaced.deltas[:, 0], added.deltas[:, 0] + first.float(), atol=1e-4)
+    assert replaced.steps == added.steps
 
 
 def test_a_fact_that_did_not_converge_is_not_kept(make_editor, about_one):
@@ -172,7 +209,7 @@ def test_a_fact_that_a_later_batch_cannot_keep_is_named(make_editor, about_one):
     editor, model, tokenizer = make_editor(places=("subject_last",), rewordings=0)
     assert editor.edit(about_one[:1]).converged == [True]
     editor._state.config = editor.config.with_(target_steps=2, target_lr=50.0)
-    lost = [w for w in editor.edit(about_one[1:3]).warnings if "it may be lost" in w]
+    lost = [w for w in editor.edit(about_one[1:3]).warnings if "it is lost" in w]
     assert len(lost) == 1
     assert about_one[0].text in lost[0] and about_one[0].target_new in lost[0]
     assert not answers(model, tokenizer, about_one[:1])[0]

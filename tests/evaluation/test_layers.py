@@ -10,7 +10,8 @@ import torch
 from coachhook import bundled
 from coachhook.cli import main
 from coachhook.editing import EditConfig, EditRequest
-from coachhook.editing.targets import encode_requests, optimise_targets
+from coachhook.editing.encoding import encode_requests
+from coachhook.editing.targets import optimise_targets
 from coachhook.evaluation import oracle, suggest_layers
 from coachhook.evaluation.layers import _addressed
 from coachhook.hooks import attach_hooks

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.prompts import PLACES, EncodedPrompt
 from coachhook.editing.reading import read_states
 from coachhook.editing.requests import EditRequest
-from coachhook.editing.targets import EncodedRequest, Targets, encode_requests, optimise_targets
+from coachhook.editing.targets import Targets, optimise_targets
 from coachhook.evaluation.baselines.weights import WeightBaseline
 from coachhook.models import get_submodule
 

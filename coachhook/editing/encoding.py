@@ -1,0 +1,83 @@
+"""A request as token ids: its prompt in every context, its target, and its subject elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from coachhook.editing.prompts import (
+    EncodedPrompt,
+    encode,
+    encode_in_context,
+    encode_target,
+)
+from coachhook.editing.requests import EditRequest
+
+KL_PROMPT = "{} is a"
+# In prompts and contexts a subject often stands at the start of a sentence; its first token has
+# another key after a word.
+_MENTIONS = ("of {}", "in {}", ", {}")
+
+
+@dataclass(frozen=True)
+class EncodedRequest:
+    """A request's token ids.
+
+    Attributes:
+        contexts: the prompt in each context, bare first, without the target.
+        target: ids of the target.
+        essence: "{subject} is a", whose next-token distribution should not drift.
+        rewordings: other prompts that should give the target.
+        mentions: the subject after other words, for its cue.
+    """
+
+    contexts: list[EncodedPrompt]
+    target: list[int]
+    essence: EncodedPrompt
+    rewordings: list[EncodedPrompt] = field(default_factory=list)
+    mentions: list[EncodedPrompt] = field(default_factory=list)
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        """All prompts that should give the target, the contexts first."""
+        return [*self.contexts, *self.rewordings]
+
+
+def encode_requests(
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    contexts: Sequence[str],
+    max_positions: int | None,
+) -> list[EncodedRequest]:
+    """Tokenises all prompts of a batch and locates the subject in each.
+
+    Raises:
+        ValueError: a subject is not covered by a token, a target gives none, or a prompt with its
+            target does not fit the context window; the message names the request.
+    """
+    encoded = []
+    for number, request in enumerate(requests):
+        try:
+            target = encode_target(tokenizer, request.target_new)
+            room = None if max_positions is None else max_positions - len(target) + 1
+            essence, *mentions = (
+                encode(
+                    tokenizer,
+                    text.replace("{}", request.subject),
+                    (text.index("{}"), text.index("{}") + len(request.subject)),
+                    max_positions,
+                )
+                for text in (KL_PROMPT, *_MENTIONS)
+            )
+            encoded.append(
+                EncodedRequest(
+                    [encode_in_context(tokenizer, request, c, room) for c in contexts],
+                    target,
+                    essence,
+                    mentions=mentions,
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"{error} (request {number}: {request.text!r})") from error
+    return encoded
