@@ -8,7 +8,7 @@ namespace {
 
 int64_t decode_workspace(int64_t rows, int64_t depth, int64_t out_features, int64_t features,
                          ch::DType dtype, ch::DType projection_dtype, int64_t sequences,
-                         bool frozen, bool lifted) {
+                         bool frozen, bool lifted, bool own, bool cued) {
   ch::DecodeParams p;
   // Only null or not matters of a pointer.
   const char given = 0;
@@ -22,6 +22,9 @@ int64_t decode_workspace(int64_t rows, int64_t depth, int64_t out_features, int6
   p.projection_dtype = projection_dtype;
   p.weight = frozen ? &given : nullptr;
   p.lift = lifted ? &given : nullptr;
+  p.gate.reduction = own ? ch::Reduction::kMax : ch::Reduction::kNorm;
+  p.own = own;
+  p.cues = cued ? &given : nullptr;
   return ch::decode_workspace(p);
 }
 
@@ -31,6 +34,7 @@ void decode_hooked_linear(uintptr_t x, ch::DType dtype, int64_t rows, int64_t de
                           int64_t base_row_stride, uintptr_t projection, ch::DType projection_dtype,
                           int64_t features, int64_t projection_row_stride, uintptr_t lift,
                           ch::DType lift_dtype, int64_t lift_row_stride, uintptr_t groups, bool own,
+                          uintptr_t cues, int64_t cues_row_stride, uintptr_t limits, uintptr_t seen,
                           ch::Reduction reduction, ch::Scope scope, int64_t sequences,
                           uintptr_t cu_seqlens, uintptr_t mask, uintptr_t mean, uintptr_t std,
                           bool mean_is_double, bool std_is_double, int64_t mean_stride,
@@ -57,6 +61,10 @@ void decode_hooked_linear(uintptr_t x, ch::DType dtype, int64_t rows, int64_t de
   p.lift_row_stride = lift_row_stride;
   p.groups = pointer<const int64_t>(groups);
   p.own = own;
+  p.cues = pointer<const void>(cues);
+  p.cues_row_stride = cues_row_stride;
+  p.limits = pointer<const float>(limits);
+  p.seen = pointer<int32_t>(seen);
   p.mean = pointer<const void>(mean);
   p.std = pointer<const void>(std);
   p.mean_is_double = mean_is_double;
@@ -90,7 +98,7 @@ void bind_decode(py::module_& m) {
   m.attr("DECODE_KEYS") = ch::kDecodeKeys;
   m.def("decode_workspace", &decode_workspace, py::kw_only(), py::arg("rows"), py::arg("depth"),
         py::arg("out_features"), py::arg("features"), py::arg("dtype"), py::arg("projection_dtype"),
-        py::arg("sequences"), py::arg("frozen"), py::arg("lifted"),
+        py::arg("sequences"), py::arg("frozen"), py::arg("lifted"), py::arg("own"), py::arg("cued"),
         "Bytes of workspace that decode_hooked_linear needs for these sizes, at most.");
   m.def("decode_hooked_linear", &decode_hooked_linear, py::kw_only(), py::arg("x"),
         py::arg("dtype"), py::arg("rows"), py::arg("depth"), py::arg("x_row_stride"),
@@ -98,7 +106,8 @@ void bind_decode(py::module_& m) {
         py::arg("base"), py::arg("base_row_stride"), py::arg("projection"),
         py::arg("projection_dtype"), py::arg("features"), py::arg("projection_row_stride"),
         py::arg("lift"), py::arg("lift_dtype"), py::arg("lift_row_stride"), py::arg("groups"),
-        py::arg("own"), py::arg("reduction"), py::arg("scope"), py::arg("sequences"),
+        py::arg("own"), py::arg("cues"), py::arg("cues_row_stride"), py::arg("limits"),
+        py::arg("seen"), py::arg("reduction"), py::arg("scope"), py::arg("sequences"),
         py::arg("cu_seqlens"), py::arg("mask"), py::arg("mean"), py::arg("std"),
         py::arg("mean_is_double"), py::arg("std_is_double"), py::arg("mean_stride"),
         py::arg("std_stride"), py::arg("alpha"), py::arg("alpha_value"), py::arg("state"),

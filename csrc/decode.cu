@@ -1,5 +1,5 @@
 // Host side of decoding: checks, how the products are cut, workspace, launches.
-#include "decode.cuh"
+#include "decode_own.cuh"
 
 #include <cstdint>
 
@@ -32,6 +32,7 @@ bool reads_are_aligned(const DecodeParams& p) {
   };
   return aligned(p.x, p.x_row_stride, p.dtype) &&
          (p.weight == nullptr || aligned(p.weight, p.weight_row_stride, p.dtype)) &&
+         (p.cues == nullptr || aligned(p.cues, p.cues_row_stride, p.projection_dtype)) &&
          aligned(p.projection, p.projection_row_stride, p.projection_dtype);
 }
 
@@ -85,6 +86,12 @@ struct Pieces {
   }
 };
 
+// Whether every token takes one edit's column: then no coefficient is summed with another.
+bool selects(const DecodeParams& p) {
+  return p.gate.reduction == Reduction::kMax && p.own && p.groups == nullptr &&
+         (p.cues != nullptr || p.features > kDecodeKeys);
+}
+
 int64_t finish_columns(const DecodeParams& p, const DecodePlan& plan) {
   const int64_t outputs = FinishTraits::kWarps * plan.outputs_per_warp;
   return p.out_features > 0 ? ceil_div(p.out_features, outputs) : 1;
@@ -100,12 +107,21 @@ DecodePlan make_plan(const DecodeParams& p, Width width, int64_t* bytes) {
   }
   plan.hook = cut(p, p.projection, p.features, p.projection_row_stride, p.projection_dtype, width);
   plan.hook.part = pieces.take<float>(plan.hook.splits * tokens * plan.hook.pitch);
+  if (p.cues != nullptr) {
+    plan.cues = cut(p, p.cues, p.features, p.cues_row_stride, p.projection_dtype, width);
+    plan.cues.part = pieces.take<float>(plan.cues.splits * tokens * plan.cues.pitch);
+  }
+  plan.selects = selects(p);
+  if (plan.selects) {
+    plan.best_tiles = ceil_div(p.features, OwnTraits::kThreads);
+    plan.best = pieces.take<Best>(tokens * plan.best_tiles);
+  }
   if (p.gate.state != nullptr) plan.state = pieces.take<double>(p.gate.sequences * 3);
   // Few tokens: many blocks. Many: each block repeats the gate, so there are fewer.
   plan.outputs_per_warp = tokens <= 8 ? 8 : kWarpSize;
   plan.summed = p.features > kDecodeKeys || p.lift == nullptr;
   const int64_t repeated = finish_columns(p, plan) * plan.hook.splits * tokens * p.features * 4;
-  plan.sums_first = plan.summed || repeated > kRepeatedBytes;
+  plan.sums_first = !plan.selects && (plan.summed || repeated > kRepeatedBytes);
   if (plan.sums_first) {
     plan.square_tiles = ceil_div(p.features, SumTraits::kThreads);
     plan.features = pieces.take<float>(tokens * plan.hook.pitch);
@@ -145,8 +161,13 @@ Status check(const DecodeParams& p) {
         "lift_dtype", "that of y or float32", static_cast<int>(p.lift_dtype));
   }
   const bool largest = gate.reduction == Reduction::kMax;
-  COACHHOOK_REQUIRE(!largest || p.features <= kDecodeKeys, kOp, "features",
-                    "<= 512 with reduction=max", p.features);
+  COACHHOOK_REQUIRE(!largest || p.features <= kDecodeKeys || selects(p), kOp, "features",
+                    "<= 512 with reduction=max, unless with own and without groups", p.features);
+  COACHHOOK_REQUIRE(p.cues == nullptr || selects(p), kOp, "cues",
+                    "null unless with own and without groups", 1);
+  COACHHOOK_REQUIRE((p.cues == nullptr) == (p.limits == nullptr), kOp, "limits",
+                    "given with cues, and not without", p.limits != nullptr);
+  COACHHOOK_REQUIRE(p.seen == nullptr || p.cues != nullptr, kOp, "seen", "null without cues", 1);
   COACHHOOK_REQUIRE(!largest || p.lift != nullptr, kOp, "lift", "non-null with reduction=max", 0);
   COACHHOOK_REQUIRE(largest == (gate.scope == Scope::kDirect), kOp, "scope",
                     "direct with reduction=max, and not without", static_cast<int>(gate.scope));
@@ -167,7 +188,8 @@ Status check(const DecodeParams& p) {
 template <typename TX, typename TS, int kTiles, bool kAligned>
 void launch_project(const DecodeParams& p, const DecodePlan& plan, cudaStream_t stream) {
   using Traits = ProjectTraits<kTiles>;
-  const dim3 grid(static_cast<unsigned>(plan.frozen.blocks() + plan.hook.blocks()),
+  const int64_t blocks = plan.frozen.blocks() + plan.hook.blocks() + plan.cues.blocks();
+  const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(ceil_div(p.gate.rows, Traits::kTokens)));
   COACHHOOK_LAUNCH((decode_project_kernel<TX, TS, kTiles, kAligned>), grid, dim3(Traits::kThreads),
                    stream, p, plan);
@@ -194,7 +216,16 @@ void launch_project(const DecodeParams& p, const DecodePlan& plan, cudaStream_t 
 }
 
 template <typename TY>
+void launch_take(const DecodeParams& p, const DecodePlan& plan, cudaStream_t stream) {
+  const int64_t columns = p.out_features > 0 ? ceil_div(p.out_features, OwnTraits::kThreads) : 1;
+  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(p.gate.rows));
+  COACHHOOK_LAUNCH_OVERLAPPED((decode_take_kernel<TY>), grid, dim3(OwnTraits::kThreads), stream,
+                              p.overlap, p, plan);
+}
+
+template <typename TY>
 void launch_finish(const DecodeParams& p, const DecodePlan& plan, cudaStream_t stream) {
+  if (plan.selects) return launch_take<TY>(p, plan, stream);
   const int64_t rows = p.gate.cu_seqlens != nullptr
                            ? p.gate.sequences + 1
                            : ceil_div(p.gate.sequences, plan.sequences_per_block);
@@ -253,6 +284,15 @@ Status decode_hooked_linear(const DecodeParams& p) {
     plan.hook.splits = 1;
   }
 
+  if (plan.selects) {
+    const dim3 grid(static_cast<unsigned>(plan.best_tiles),
+                    static_cast<unsigned>(p.gate.sequences));
+    COACHHOOK_LAUNCH_OVERLAPPED(decode_select_kernel, grid, dim3(OwnTraits::kThreads), stream,
+                                p.overlap, p, plan);
+    status = launched(kOp, "decode_select_kernel");
+    if (!status.ok()) return status;
+  }
+
   switch (p.y_dtype) {
     case DType::kFloat32:
       launch_finish<float>(p, plan, stream);
@@ -264,7 +304,7 @@ Status decode_hooked_linear(const DecodeParams& p) {
       launch_finish<__nv_bfloat16>(p, plan, stream);
       break;
   }
-  return launched(kOp, "decode_finish_kernel");
+  return launched(kOp, plan.selects ? "decode_take_kernel" : "decode_finish_kernel");
 }
 
 }  // namespace coachhook

@@ -4,6 +4,9 @@
 //   f, ||f||^2 per tile, for wide f                      decode_sum_kernel
 //   M, z, fired; y = P + lift f where fired              decode_finish_kernel
 //
+// Edits that add their own, many or with cues, take the last two launches of decode_own.cuh
+// instead.
+//
 // Slices, their order and the order in a slice depend on the sizes of the matrices, never on the
 // tokens: a token has the same bits alone and in any batch. There are no atomics and no waiting
 // between blocks; what the whole grid must have done lies a launch back. State is read from the
@@ -53,11 +56,6 @@ __global__ void __launch_bounds__(SumTraits::kThreads)
   const float square = block_reduce<SumTraits::kThreads>(f * f, Add(), scratch);
   if (threadIdx.x == 0) plan.squares[token * plan.square_tiles + blockIdx.x] = square;
 }
-
-struct Best {
-  float value;
-  int index;
-};
 
 // The largest by MaxReduction, the first of equal ones.
 struct KeepBest {

@@ -1,4 +1,5 @@
-// A hook layer on few tokens: product with the stacked rows, gate and correction in two launches.
+// A hook layer on few tokens: product with the stacked rows, gate and correction in two or three
+// launches.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,9 @@ namespace coachhook {
 
 // Most tokens a call takes: beyond, the products are no longer bound by the bytes of the weights.
 constexpr int64_t kDecodeTokens = 64;
-// Most keys of the membership gate: the coefficients of a token and of its groups lie in shared
-// memory.
+// Most keys of the membership gate where coefficients are summed, over a group or all of them:
+// those of a token lie in shared memory. Edits that are each one key and add their own are not
+// bounded.
 constexpr int64_t kDecodeKeys = 512;
 
 // y = P + (lift f where the gate fires), f = projection x, P = weight x + bias or `base`.
@@ -42,6 +44,14 @@ struct DecodeParams {
 
   const int64_t* groups = nullptr;  // [features] group of each key, with reduction=max; or null
   bool own = false;                 // membership: add the winning group's share alone
+
+  // With `own` and without groups: [features, depth] of `projection_dtype`, the cues that edits
+  // wait for, or null; see coachhook/ops/hooked_linear/cues.py.
+  const void* cues = nullptr;
+  int64_t cues_row_stride = 0;
+  const float* limits = nullptr;  // [features], with cues
+  // [sequences, 1 + features] columns read, and that at which each cue was first seen; or null
+  int32_t* seen = nullptr;
 
   const void* mean = nullptr;  // population scope: float64 or float32
   const void* std = nullptr;

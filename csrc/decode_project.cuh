@@ -1,4 +1,5 @@
-// The first launch of decoding: [P; f] = [W0; S] x, in slices of the depth.
+// The first launch of decoding: [P; f] = [W0; S] x, and with cues [P; f; c], in slices of the
+// depth.
 //
 // Which lane adds which terms, and when, follows from the sizes of the matrices, never from the
 // tokens: a token has the same bits alone and in any batch.
@@ -26,15 +27,25 @@ struct Product {
   __host__ __device__ int64_t blocks() const { return tiles * splits; }
 };
 
+// A coefficient and whose it is.
+struct Best {
+  float value;
+  int index;
+};
+
 struct DecodePlan {
   Product frozen;  // no rows where the frozen product was computed elsewhere
   Product hook;
+  Product cues;               // no rows without
   double* state = nullptr;    // [sequences, 3] before this call
   bool sums_first = false;    // partial sums are added up by a launch of their own
   bool summed = false;        // and the last one reads f and the squares, not f alone
   float* features = nullptr;  // [tokens, hook.pitch]
   float* squares = nullptr;   // [tokens, square_tiles] sums of f^2
   int64_t square_tiles = 0;
+  bool selects = false;  // each token takes the column of one edit: kernels of decode_own.cuh
+  Best* best = nullptr;  // [tokens, best_tiles]
+  int64_t best_tiles = 0;
   int outputs_per_warp = 0;
   int64_t sequences_per_block = 1;
 };
@@ -287,15 +298,16 @@ __global__ void __launch_bounds__(ProjectTraits<kTiles>::kThreads, ProjectTraits
       plan.state[i] = p.gate.state[i];
     }
   }
-  const int64_t frozen = plan.frozen.blocks();
+  const int64_t frozen = plan.frozen.blocks(), hook = frozen + plan.hook.blocks();
   if constexpr (std::is_same_v<TX, TS>) {
-    const bool first = block < frozen;
-    project_rows<TX, TS, kTiles, kAligned>(p, first ? plan.frozen : plan.hook,
-                                           first ? block : block - frozen);
+    const Product& product = block < frozen ? plan.frozen : block < hook ? plan.hook : plan.cues;
+    const int64_t before = block < frozen ? 0 : block < hook ? frozen : hook;
+    project_rows<TX, TS, kTiles, kAligned>(p, product, block - before);
   } else if (block < frozen) {
     project_rows<TX, TX, kTiles, kAligned>(p, plan.frozen, block);
   } else {
-    project_rows<TX, TS, kTiles, kAligned>(p, plan.hook, block - frozen);
+    const Product& product = block < hook ? plan.hook : plan.cues;
+    project_rows<TX, TS, kTiles, kAligned>(p, product, block - (block < hook ? frozen : hook));
   }
 }
 

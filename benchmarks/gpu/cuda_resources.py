@@ -29,7 +29,7 @@ _NAMES = {90: "90a"}
 _WIDE = re.compile(r"(row_magnitude|decode_project)<.*true>|decode_finish|add_correction")
 _TENSOR = re.compile(r"decode_project")
 # Kernels that may be started early, and must wait: ACQBULK is what became of it on sm_90 and newer.
-_WAITS = re.compile(r"decode_(sum|finish)")
+_WAITS = re.compile(r"decode_(sum|finish|select|take)")
 
 _USAGE = re.compile(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 

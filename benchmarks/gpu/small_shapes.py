@@ -21,6 +21,7 @@ from coachhook.ops import (
     hook_output,
     hooked_linear,
 )
+from coachhook.ops.hooked_linear.cues import blank_state
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,6 +69,14 @@ def decode(dtype: torch.dtype, tokens: int, n: int) -> int:
     q, s = random(43, 11), random(11, n)
     edges = torch.tensor([0, 1, 1, tokens - 1], dtype=torch.int32, device="cuda")
     calls = 0
+    for edits, length in ((11, 1), (300, 1), (300, tokens)):
+        cues, limits = random(edits, n), torch.zeros(edits, device="cuda")
+        batch = tokens // length
+        scope = Membership(None, "own", cues, limits, blank_state(batch, edits, x.device))
+        pair = random(43, edits), random(edits, n)
+        rows = x.view(batch, length, n)
+        hooked_linear(rows, weight, bias, pair, 0.5, scope=scope, backend="cuda")
+        calls += 1
     for scope in scopes(tokens, 11):
         hooked_linear(x, weight, bias, (q, s), 0.5, scope=scope, backend="cuda")
         gate_scores(x, (q, s), scope=scope, backend="cuda")

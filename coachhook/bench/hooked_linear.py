@@ -16,12 +16,17 @@ from coachhook.bench.peers import compiled_hook, lora_layer, plain_hook, publish
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import Membership, Population, Scope, Sequence, available_backends, hooked_linear
 from coachhook.ops.hooked_linear import decode, products
+from coachhook.ops.hooked_linear.cues import blank_state
 
 ALPHA = 2.2
+CUE_LIMIT = 4.0  # responses to a cue have a standard deviation of 1
 
 
 class Load(NamedTuple):
-    """What a layer is given: sequences, their tokens, the scope, and how the hook is stored."""
+    """What a layer is given: sequences, their tokens, the scope, and how the hook is stored.
+
+    The scope "cued" is the default preset's: membership, own corrections, each edit with a cue.
+    """
 
     batch: int
     tokens: int
@@ -36,6 +41,8 @@ _LOADS = [
     Load(8, 64, "sequence", "factored"),
     Load(8, 64, "sequence", "dense"),
     Load(8, 64, "membership", "pair"),
+    Load(8, 64, "cued", "pair"),
+    Load(1, 1, "cued", "pair"),
     Load(1, 64, "sequence", "factored"),
     Load(1, 1, "population", "factored"),
     Load(8, 1, "population", "factored"),
@@ -49,6 +56,8 @@ _GPU_TOKENS = [1, 8, 64, 512, 4096]
 _GPU_QUICK = [(4096, 14336)], [128, 0], [1, 64, 4096]
 # The one rank at which everything is compared; the others have the backend that "auto" takes.
 _MAIN_RANK = 128
+# Edits with cues: that many, and as many as the default preset makes of a thousand facts.
+_GPU_EDITS = [_MAIN_RANK, 2048]
 _DECODING_TOKENS = 64
 # Environment switches of the ways that are not the default.
 _FUSED, _OVERLAPPED = {products.ENVIRONMENT_SWITCH: "fused"}, {decode.OVERLAP_SWITCH: "1"}
@@ -86,8 +95,15 @@ class Layer:
         """The hook as the ops take it, in float32 as hooks are stored."""
         return self.dense if storage == "dense" else (self.q, self.s)
 
-    def scope(self, name: str) -> Scope:
-        """The named scope, with statistics of unrelated tokens where it needs any."""
+    def scope(self, name: str, batch: int = 1) -> Scope:
+        """The named scope for so many sequences, with what it needs of unrelated tokens."""
+        if name == "cued":
+            return Membership(
+                correction="own",
+                cues=self.s.flip(0).contiguous(),
+                limits=torch.full((len(self.s),), CUE_LIMIT, device=self.s.device),
+                state=blank_state(batch, len(self.s), self.s.device),
+            )
         if name == "population":
             return Population(self.mean, self.std)
         return Membership() if name == "membership" else Sequence()
@@ -118,11 +134,11 @@ def _more_peers(
     return peers
 
 
-def _bytes(layer: Layer, x: Tensor, storage: str) -> int:
+def _bytes(layer: Layer, x: Tensor, load: Load) -> int:
     """Read once: x, W0, b and what the gate reads of the hook; written once: y and z."""
     tokens, m = x.numel() // x.shape[-1], layer.weight.shape[0]
-    gate = layer.dense if storage == "dense" else layer.s
-    read = sum(t.numel() * t.element_size() for t in (x, layer.weight, layer.bias, gate))
+    gate = [layer.dense if load.storage == "dense" else layer.s] * (1 + (load.scope == "cued"))
+    read = sum(t.numel() * t.element_size() for t in (x, layer.weight, layer.bias, *gate))
     return read + tokens * (m * x.element_size() + 4)
 
 
@@ -156,7 +172,7 @@ def _case(layer: Layer, x: Tensor, load: Load, backend: str, compiles: bool, way
         *frozen,
         layer.delta(load.storage),
         alpha,
-        scope=layer.scope(load.scope),
+        scope=layer.scope(load.scope, load.batch),
         backend=backend,
     )
     return Case(
@@ -169,7 +185,7 @@ def _case(layer: Layer, x: Tensor, load: Load, backend: str, compiles: bool, way
         peer_name="published eager hook",
         peer=partial(published_hook, *frozen, layer.hook, layer.bias, ALPHA),
         more_peers=_more_peers(layer, x, load, compiles),
-        bytes_moved=_bytes(layer, x, load.storage),
+        bytes_moved=_bytes(layer, x, load),
         graphs=("op", "floor", "plain PyTorch", "peft LoRA"),
     )
 
@@ -229,6 +245,20 @@ def _gpu_cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> 
                     for backend, way in _ways(tokens, storage) if main else ():
                         if backend in backends:
                             yield _case(layer, x, load, backend, False, way)
+            if main and rank:
+                yield from _cued_cases(device, kind, sizes[0], counts)
+
+
+def _cued_cases(
+    device: torch.device, dtype: torch.dtype, size: tuple[int, int], counts: list[int]
+) -> Iterator[Case]:
+    for edits in _GPU_EDITS:
+        layer = Layer(*size, edits, dtype, device)
+        for tokens in counts:
+            batch, length = (tokens, 1) if tokens <= _DECODING_TOKENS else (1, tokens)
+            generator = torch.Generator(device).manual_seed(1)
+            x = torch.randn(batch, length, size[1], generator=generator, device=device).to(dtype)
+            yield _case(layer, x, Load(batch, length, "cued", "pair"), "auto", False)
 
 
 @benchmark("hooked_linear", share=4.0)

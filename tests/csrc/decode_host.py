@@ -94,7 +94,9 @@ class Decode:
             *(self.bias, self.base, scope.groups if membership else None),
             *(None if self.cu_seqlens is None else self.cu_seqlens.int(), self.mask, mean, std),
             torch.tensor(self.alpha, dtype=torch.float32),
-            getattr(scope, "state", None),
+            None if membership else getattr(scope, "state", None),
+            *(_wide(getattr(scope, "cues", None), self.padding), getattr(scope, "limits", None)),
+            scope.state if membership else None,
         )
         return struct.pack(f"<{len(header)}q", *header) + b"".join(map(_bytes, arrays))
 
@@ -107,7 +109,11 @@ def decode(host: Host, case: Decode, order: int = 0) -> tuple[Tensor, Tensor]:
     y = torch.frombuffer(out, dtype=case.y_dtype, count=math.prod(shape)) if size else None
     z = torch.frombuffer(out, dtype=torch.float32, count=case.tokens, offset=size)
     state = getattr(case.scope, "state", None)
-    if state is not None:
+    if isinstance(case.scope, Membership):
+        if state is not None:
+            after = torch.frombuffer(out, dtype=torch.int32, offset=size + 4 * case.tokens)
+            state.copy_(after.view(state.shape))
+    elif state is not None:
         after = torch.frombuffer(out, dtype=torch.float64, offset=size + 4 * case.tokens)
         state.copy_(after.view(-1, 3))
     return (torch.empty(shape) if y is None else y.view(shape)), z.view(shape[:-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -26,7 +27,8 @@ from coachhook.ops import (
     hooked_linear,
 )
 from coachhook.ops.hooked_linear import cuda, decode, products
-from tests.ops.gate_oracle import oracle, threshold
+from tests.ops.gate_oracle import arming, oracle, threshold
+from tests.ops.test_cues import make_edits, random_state
 from tests.tolerances import tol
 
 # The package, which the function of the same name hides.
@@ -50,6 +52,16 @@ def layer(
     return x.to(dtype), weight.to(dtype), bias.to(dtype), (q, torch.randn(rank, n))
 
 
+def fresh(scope: Scope) -> Scope:
+    """The same scope: a call changes its state, which has strides of its own."""
+    if isinstance(scope, Prefix) and scope.state is not None:
+        return Prefix(scope.state.clone())
+    if isinstance(scope, Membership) and scope.state is not None:
+        wide = scope.state.repeat_interleave(2, dim=1)
+        return replace(scope, state=wide[:, ::2])
+    return scope
+
+
 def check(
     x: Tensor,
     weight: Tensor,
@@ -61,16 +73,12 @@ def check(
 ) -> None:
     """Both ways to the frozen product, and the scores alone, against float64."""
     n = x.shape[-1]
-    # Two calls of a scope with a state, and the oracle beside them, each begin with the same one.
-    scopes = [scope]
-    if isinstance(scope, Prefix) and scope.state is not None:
-        scopes = [Prefix(scope.state.clone()) for _ in range(3)]
     for fused in (False, True):
         base = F.linear(x, weight, bias)
         exact = F.linear(x.double(), weight.double(), bias.double()) if fused else base.double()
         alpha = threshold(oracle(exact, x, delta, 0.0, mask, cu_seqlens, scope).z)
         want = oracle(exact, x, delta, alpha, mask, cu_seqlens, scope)
-        mine = scopes[fused % len(scopes)]
+        mine = fresh(scope)
         if fused:
             assert cuda.fuses(x, weight, bias, delta, cu_seqlens, mine)
             y, z = cuda.hooked_linear(x, weight, bias, delta, alpha, mask, cu_seqlens, mine)
@@ -82,10 +90,13 @@ def check(
         torch.testing.assert_close(z.double(), want.z, equal_nan=True, **scores)
         outputs = tol("output", x.dtype, reduction=n, scale=float(want.y.abs().max()))
         torch.testing.assert_close(y.double(), want.y, **outputs)
-        alone = cuda.gate_scores(x, delta, mask, cu_seqlens, scopes[-1])
+        other = fresh(scope)
+        alone = cuda.gate_scores(x, delta, mask, cu_seqlens, other)
         assert torch.equal(alone.nan_to_num(-9.0), z.nan_to_num(-9.0))
-        if isinstance(scope, Prefix) and scope.state is not None:
-            scopes[-1] = Prefix(scope.state.clone())
+        if isinstance(scope, Membership) and scope.state is not None:
+            _, after = arming(x, mask, cu_seqlens, scope)
+            for used in (mine, other):
+                assert torch.equal(used.state, after)
 
 
 SCOPES = {
@@ -111,6 +122,20 @@ def test_equals_float64(name: str, dtype: torch.dtype) -> None:
     check(*layer(5, 1, dtype=dtype), SCOPES[name](5))
     mask = torch.arange(6) > torch.tensor([[-1], [2], [6]])
     check(*layer(3, 6, dtype=dtype), SCOPES[name](3), mask=mask)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("edits", [7, 600])
+def test_edits_that_add_their_own_after_a_cue(edits: int, dtype: torch.dtype) -> None:
+    x, weight, bias, _ = layer(3, 6, dtype=dtype)
+    mask = torch.arange(6) > torch.tensor([[-1], [2], [6]])
+    for stored in {dtype, torch.float32}:
+        delta, cues, limits = make_edits(x, 21, edits, stored)
+        for state in (None, random_state(3, edits)):
+            scope = Membership(None, "own", cues, limits, state)
+            check(x, weight, bias, delta, scope, mask=mask)
+    other = Membership(None, "own", cues.to(torch.float64), limits)
+    assert not decode.takes(x, delta, None, other, x.dtype)
 
 
 def test_every_number_of_tokens() -> None:

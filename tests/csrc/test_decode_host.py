@@ -16,6 +16,8 @@ from coachhook.ops import Membership, Population, Prefix, Scope, Sequence, Ungat
 from tests.csrc.decode_host import Decode, decode, truth
 from tests.csrc.host import CSRC, SANITIZE, Host, KernelFailure, build
 from tests.csrc.test_gate_host import mutated
+from tests.ops.gate_oracle import arming
+from tests.ops.test_cues import make_edits, random_state
 from tests.tolerances import tol
 
 ORDERS = (0, 1, 7, 23)
@@ -142,6 +144,76 @@ def test_many_rows_few_columns(host: Host) -> None:
     check(host, make(2, 1, n=40, m=1100, dense=True, scope=Population(25.0, 4.0)))
 
 
+def waiting(case: Decode, state: bool = True) -> Decode:
+    """The same with edits that add their own after a cue, some of which was read before."""
+    edits, dtype = case.delta[1].shape[0], case.delta[1].dtype
+    case.delta, cues, limits = make_edits(case.x, case.out_features, edits, dtype)
+    kept = random_state(case.sequences(), edits) if state else None
+    case.scope = Membership(None, "own", cues, limits.float(), kept)
+    return case
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_edits_wait_for_their_cues(host: Host, fused: bool, dtype: torch.dtype) -> None:
+    for layout in ("steps", "one", "long", "masked", "packed", "misaligned"):
+        tokens = {"steps": (9, 1), "one": (1, 1), "long": (2, 13), "masked": (4, 5)}.get(
+            layout, (20,)
+        )
+        for state in (False, True):
+            for stored in {dtype, torch.float32}:
+                case = make(*tokens, fused=fused, dtype=dtype, stored=stored, rank=12)
+                if layout == "masked":
+                    case.mask = torch.rand(tokens) < 0.7
+                if layout == "packed":
+                    case.cu_seqlens = torch.tensor([0, 1, 1, 9, 17])
+                if layout == "misaligned":
+                    case.padding, case.offset = 3, 4
+                waiting(case, state)
+                _, after = arming(case.x, case.mask, case.cu_seqlens, case.scope)
+                check(host, case)
+                if state:
+                    assert torch.equal(case.scope.state, after)
+
+
+def test_more_edits_than_a_block_has_threads(host: Host) -> None:
+    """Tiles of edits, slices of the depth; without cues the same launches."""
+    for fused in (False, True):
+        case = waiting(make(5, 3, n=1100, m=300, rank=700, fused=fused))
+        _, after = arming(case.x, None, None, case.scope)
+        y, _ = check(host, case)
+        assert torch.equal(case.scope.state, after)
+        case.scope = Membership(correction="own")
+        assert not torch.equal(check(host, case)[0], y)
+
+
+def test_how_a_sequence_is_cut_does_not_change_what_is_armed(host: Host) -> None:
+    case = waiting(make(2, 12))
+    state = case.scope.state.clone()
+    whole = decode(host, case)
+    parts = []
+    for cut in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        scope = Membership(None, "own", case.scope.cues, case.scope.limits, state)
+        parts.append(decode(host, Decode(case.x[:, cut], case.delta, scope, case.base[:, cut])))
+    assert same(whole, tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True)))
+    assert torch.equal(state, case.scope.state)
+
+
+def test_an_edit_that_is_not_armed_never_fires(host: Host) -> None:
+    case = waiting(make(3, 2), state=False)
+    case.scope.limits[:] = math.nan
+    case.alpha = -math.inf
+    y, z = decode(host, case)
+    assert (z == -math.inf).all() and torch.equal(y, case.base)
+    case.scope.limits[3] = -math.inf  # waits for nothing
+    y, z = decode(host, case)
+    want = case.base + case.delta[0][:, 3]
+    assert torch.allclose(y, want) and torch.isfinite(z).all()
+    case.x[1, 0, 0] = math.nan
+    y, z = decode(host, case)
+    assert z[1, 0].isnan() and torch.equal(y[1, 0], case.base[1, 0])
+
+
 def test_scores_alone(host: Host) -> None:
     case = make(3, 4)
     _, want = decode(host, case)
@@ -228,6 +300,7 @@ def test_sanitizers_find_nothing(sanitized: Host, order: int) -> None:
     packed.scope = Prefix(torch.zeros(4, 3, dtype=torch.float64))
     check(sanitized, packed, order)
     check(sanitized, make(9, 1, n=24, scope=Membership(GROUPS, "own")), order)
+    check(sanitized, waiting(make(3, 4, n=37, m=270, rank=300, fused=True, offset=4)), order)
 
 
 def test_wrong_offsets_and_groups_stay_in_bounds(sanitized: Host) -> None:
@@ -239,18 +312,23 @@ def test_wrong_offsets_and_groups_stay_in_bounds(sanitized: Host) -> None:
     case.cu_seqlens = None
     case.scope = Membership(torch.tensor([-1, 5, 12, 2**40, 0, 0, 0, 1, 1, 1, 1, 1]), "own")
     decode(sanitized, case)
+    for edges in ([-5, 4, 20, 30], [9, 2, 12, 3], [0, 10, 10, 10]):
+        case = make(10, n=24, cu_seqlens=torch.tensor(edges))
+        decode(sanitized, waiting(case))
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_thread_order_does_not_change_a_bit(host: Host, fused: bool) -> None:
-    for scope in (Membership(GROUPS, "own"), Sequence()):
+    for scope in (Membership(GROUPS, "own"), Sequence(), None):
         case = crowded(scope, fused=fused)
+        if scope is None:
+            waiting(case, state=False)
         first = decode(host, case)
         assert all(same(decode(host, case, order), first) for order in (1, 23))
 
 
 BARRIER = re.compile(r"__sync(threads|warp)\(\);")
-KERNELS = ("decode_project.cuh", "decode.cuh")
+KERNELS = ("decode_project.cuh", "decode.cuh", "decode_own.cuh")
 BARRIERS = sum(len(BARRIER.findall((CSRC / name).read_text())) for name in KERNELS)
 
 
@@ -293,6 +371,7 @@ def test_every_barrier_is_needed(host: Host, without_barrier: Path, which: int) 
         crowded(Population(60.0, 20.0), alpha=-1.0),
         # The group of a key is nobody's own lane.
         crowded(Membership(torch.arange(40) % 7 + 20, "own"), rank=40, alpha=0.5),
+        waiting(make(2, 3, rank=600, alpha=0.5), state=False),
     ]
     for case in cases:
         right = decode(host, case)

@@ -21,8 +21,8 @@ TABLE = CSRC.parent / "docs" / "kernels" / "resources.md"
 # 3 element types x 2 reductions x aligned or not, 3 scopes, 3 output types.
 GATE = 12 + 3 + 3
 # Types of x and of the matrix, by the kernels for 8 and 64 aligned tokens and for any rows; 3 types
-# of y by 3 forms of the gate; the sums.
-DECODE = 5 * 3 + 3 * 3 + 1
+# of y by 3 forms of the gate; the sums; which edit a token takes, and 3 types of y to take it.
+DECODE = 5 * 3 + 3 * 3 + 1 + 1 + 3
 # Eight blocks of 256 threads fill an SM's 2048 threads at 32 registers; half of that is the floor.
 GATE_REGISTERS = 64
 _OF_GATE = ("row_magnitude", "zscore_gate", "add_correction")

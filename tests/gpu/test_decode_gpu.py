@@ -23,7 +23,8 @@ from coachhook.ops import (
     hooked_linear,
 )
 from coachhook.ops.hooked_linear import decode, products
-from tests.ops.gate_oracle import oracle, threshold
+from tests.ops.gate_oracle import arming, oracle, threshold
+from tests.ops.test_cues import make_edits, random_state
 from tests.tolerances import tol
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +64,8 @@ def to_gpu(value):
     if isinstance(value, Population):
         return Population(to_gpu(value.mean), to_gpu(value.std))
     if isinstance(value, Membership):
-        return Membership(to_gpu(value.groups), value.correction)
+        cues = (to_gpu(value.cues), to_gpu(value.limits), to_gpu(value.state))
+        return Membership(to_gpu(value.groups), value.correction, *cues)
     if isinstance(value, (Sequence, Prefix)) and value.state is not None:
         return type(value)(value.state.cuda())
     return value.cuda() if isinstance(value, Tensor) else value
@@ -114,6 +116,25 @@ def test_scopes_and_layouts(name: str, dtype: torch.dtype, frozen: str) -> None:
     check(*layer(dtype, 3, 20), SCOPES[name](3), mask=mask, fused=fused)
     edges = torch.tensor([0, 13, 13, 14, 30], dtype=torch.int32)
     check(*layer(dtype, 33), SCOPES[name](4), cu_seqlens=edges, fused=fused)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edits", [40, 700])
+def test_edits_wait_for_their_cues(edits: int, dtype: torch.dtype, frozen: str) -> None:
+    fused = frozen == "fused"
+    masked = torch.arange(20) > torch.tensor([[-1], [4], [19]])
+    for tokens, mask in (((1, 1), None), ((64, 1), None), ((3, 20), None), ((3, 20), masked)):
+        x, weight, bias, _ = layer(dtype, *tokens)
+        for stored in {dtype, torch.float32}:
+            delta, cues, limits = make_edits(x, M, edits, stored)
+            for state in (None, random_state(tokens[0], edits)):
+                scope = Membership(None, "own", cues, limits, state)
+                check(x, weight, bias, delta, scope, mask=mask, fused=fused)
+                if state is None:
+                    continue
+                kept = to_gpu(scope)
+                gate_scores(x.cuda(), to_gpu(delta), mask=to_gpu(mask), scope=kept, backend="cuda")
+                assert torch.equal(kept.state.cpu(), arming(x, mask, None, scope)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,7 +195,7 @@ def test_equal_bits_on_every_run_and_in_every_batch(
             assert same(alone, z[rows])
 
 
-@pytest.mark.parametrize("kind", ["sequence", "prefix", "population", "membership_own"])
+@pytest.mark.parametrize("kind", ["sequence", "prefix", "population", "membership_own", "cued"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_follows_what_changes_in_place(kind: str, dtype: torch.dtype, frozen: str) -> None:
     tokens = (2, 9) if kind == "sequence" else (9, 1)
@@ -183,11 +204,17 @@ def test_a_graph_follows_what_changes_in_place(kind: str, dtype: torch.dtype, fr
     alpha = torch.tensor(0.5, device="cuda")
     state = torch.zeros(rows, 3, device="cuda", dtype=torch.float64)
     mean, std = torch.full((rows,), 14.0, device="cuda"), torch.full((rows,), 5.0, device="cuda")
+    before = torch.tensor([5.0, 14.0, 90.0], device="cuda", dtype=torch.float64)
+    if kind == "cued":
+        before = random_state(rows, RANK).cuda()
+        state = before.clone()
+    limits = torch.full((RANK,), 0.5, device="cuda")
     scope = {
         "sequence": Sequence(state),
         "prefix": Prefix(state),
         "population": Population(mean, std),
         "membership_own": Membership(correction="own"),
+        "cued": Membership(None, "own", s.flip(0).contiguous(), limits, state),
     }[kind]
 
     def call() -> tuple[Tensor, Tensor]:
@@ -201,7 +228,6 @@ def test_a_graph_follows_what_changes_in_place(kind: str, dtype: torch.dtype, fr
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, z = call()
-    before = torch.tensor([5.0, 14.0, 90.0], device="cuda", dtype=torch.float64)
     fired = False
     for step in range(4):
         new = to_gpu(layer(dtype, *tokens))
@@ -209,6 +235,7 @@ def test_a_graph_follows_what_changes_in_place(kind: str, dtype: torch.dtype, fr
             old.copy_(fresh)
         alpha.fill_(-0.5 + step / 2)
         mean.fill_(12.0 + step)
+        limits.fill_(0.2 * step)
         state.copy_(before)
         graph.replay()
         after, state_after = (y.clone(), z.clone()), state.clone()
@@ -224,7 +251,9 @@ def test_nothing_waits_for_the_device(frozen: str) -> None:
     x, weight, bias, delta = to_gpu(layer(torch.bfloat16, 4, 2))
     alpha = torch.tensor(1.0, device="cuda")
     state = torch.zeros(4, 3, device="cuda")
-    scopes = (Sequence(), Sequence(state), Prefix(state), Population(3.0, 1.0), Membership())
+    limits, seen = torch.zeros(RANK, device="cuda"), random_state(4, RANK).cuda()
+    cued = Membership(None, "own", delta[1], limits, seen)
+    scopes = (Sequence(), Sequence(state), Prefix(state), Population(3.0, 1.0), Membership(), cued)
     calls = [(scope, a) for scope in scopes for a in (alpha, 1.0)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

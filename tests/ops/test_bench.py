@@ -107,6 +107,7 @@ def test_cases_of_a_gpu_have_every_backend_and_way(monkeypatch):
     monkeypatch.setattr(gated, "_GPU_SIZES", [(24, 40)])
     monkeypatch.setattr(gated, "_GPU_QUICK", ([(24, 40)], [8, 0], [1, 80]))
     monkeypatch.setattr(gated, "_MAIN_RANK", 8)
+    monkeypatch.setattr(gated, "_GPU_EDITS", [8, 20])
     monkeypatch.setattr(gated, "_backends", lambda device: ["cuda", "triton"])
     monkeypatch.setattr(gated, "_more_peers", lambda *_: {})
     seen = []
@@ -124,7 +125,11 @@ def test_cases_of_a_gpu_have_every_backend_and_way(monkeypatch):
     one = [(1, "cuda", "exact"), (1, "triton", "exact"), (1, "cuda", "fused")]
     one += [(1, "cuda", "exact overlapped"), (1, "cuda", "fused overlapped")]
     many = [(80, "cuda", "exact"), (80, "triton", "exact")]
-    assert seen == one + many + one + many + [(80, "triton", "fused"), (80, "triton", "library")]
+    cued = [(1, "auto", "exact"), (80, "auto", "exact")] * 2
+    assert seen == one + many + cued + one + many + [
+        (80, "triton", "fused"),
+        (80, "triton", "library"),
+    ]
     assert products.way() == "exact" and decode.OVERLAP_SWITCH not in os.environ
 
 

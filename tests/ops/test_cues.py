@@ -487,9 +487,12 @@ def test_a_decision_does_not_depend_on_padding_or_batch():
             torch.testing.assert_close(z[row][mask[row]], alone, **score)
 
 
-def test_the_decoding_kernels_leave_cues_to_others():
+def test_the_decoding_kernels_take_cues_stored_like_the_edits():
     x = torch.randn(1, 1, 8)
-    delta = torch.randn(4, 3), torch.randn(3, 8)
-    cued = Membership(None, "own", torch.randn(3, 8), torch.zeros(3))
-    assert decode.takes(x, delta, None, Membership(None, "own"), x.dtype)
-    assert not decode.takes(x, delta, None, cued, x.dtype)
+    delta = torch.randn(4, 600), torch.randn(600, 8)
+    cues = torch.randn(600, 8)
+    for own, wanted in ((Membership(None, "own"), True), (Membership(), False)):
+        assert decode.takes(x, delta, None, own, x.dtype) == wanted
+    for dtype, wanted in ((torch.float32, True), (torch.float64, False), (torch.bfloat16, False)):
+        cued = Membership(None, "own", cues.to(dtype), torch.zeros(600))
+        assert decode.takes(x, delta, None, cued, x.dtype) == wanted

@@ -1,8 +1,10 @@
-"""At most 64 tokens through the kernels of ``csrc/decode.cuh``: two or three launches.
+"""At most 64 tokens through the kernels of ``csrc/decode.cuh`` and ``decode_own.cuh``: two or three
+launches.
 
-The stacked rows ``[W0; S]``, or S alone where something else computed the frozen product, are read
-once; gate and correction follow in the launch that sums the partial products. A call allocates its
-outputs and a workspace, reads nothing back, and can be captured in a CUDA graph. Design, bytes and
+The stacked rows ``[W0; S]``, or S alone where something else computed the frozen product, and the
+cues of edits that have one are read once; gate and correction follow in the launches that sum the
+partial products. A call allocates its outputs and a workspace, reads nothing back, and can be
+captured in a CUDA graph. Design, bytes and
 floors: ``docs/kernels/hooked_linear.md``.
 
 Every argument was checked by the op; what is left to this file is layout.
@@ -18,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.ops.hooked_linear.cues import is_cued
 from coachhook.ops.hooked_linear.native import DTYPES, address, native, stream, threshold
 from coachhook.ops.hooked_linear.reference import Delta
 from coachhook.ops.hooked_linear.scopes import (
@@ -63,6 +64,15 @@ def _factors(delta: Delta) -> tuple[Tensor | None, Tensor]:
     return (None, delta) if isinstance(delta, Tensor) else delta
 
 
+def _takes_edits(scope: Scope, projection: Tensor) -> bool:
+    if not isinstance(scope, Membership):
+        return True
+    alone = scope.correction == "own" and scope.groups is None
+    if scope.cues is not None and scope.cues.dtype != projection.dtype:
+        return False
+    return alone or projection.shape[0] <= MAX_KEYS
+
+
 def takes(
     x: Tensor, delta: Delta, cu_seqlens: Tensor | None, scope: Scope, y_dtype: torch.dtype
 ) -> bool:
@@ -76,8 +86,7 @@ def takes(
         and features > 0
         and projection.dtype in (x.dtype, torch.float32)
         and (lift is None or lift.dtype in (y_dtype, torch.float32))
-        and not (isinstance(scope, Membership) and features > MAX_KEYS)
-        and not is_cued(scope)
+        and _takes_edits(scope, projection)
         and (cu_seqlens is None or cu_seqlens.shape[0] <= MAX_SEQUENCES)
     )
 
@@ -146,11 +155,17 @@ def run(
     if lift is not None:
         lift, lift_stride = _rows(lift)
 
-    groups = mean = std = state = kept = None
+    groups = mean = std = state = kept = cues = limits = seen = None
+    cues_stride = 0
     mean_is_double = std_is_double = True
     mean_stride = std_stride = 0
     if isinstance(scope, Membership):
         groups = None if scope.groups is None else scope.groups.contiguous()
+        if scope.cues is not None and scope.limits is not None:
+            cues, cues_stride = _rows(scope.cues)
+            limits = scope.limits.to(torch.float32).contiguous()
+            if scope.state is not None:
+                seen = scope.state.contiguous()
     elif isinstance(scope, Population):
         mean, mean_is_double, mean_stride = _population(scope.mean, device)
         std, std_is_double, std_stride = _population(scope.std, device)
@@ -178,6 +193,8 @@ def run(
         sequences=sequences,
         frozen=weight is not None,
         lifted=lift is not None,
+        own=isinstance(scope, Membership) and scope.correction == "own" and groups is None,
+        cued=cues is not None,
     )
     workspace = torch.empty(sizes, dtype=torch.uint8, device=device)
     z = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -204,6 +221,10 @@ def run(
         lift_row_stride=lift_stride,
         groups=address(groups),
         own=isinstance(scope, Membership) and scope.correction == "own",
+        cues=address(cues),
+        cues_row_stride=cues_stride,
+        limits=address(limits),
+        seen=address(seen),
         reduction=module.Reduction.max if largest else module.Reduction.norm,
         scope=getattr(module.Scope, _SCOPES[type(scope)]),
         sequences=sequences,
@@ -229,4 +250,7 @@ def run(
     )
     if kept is not None and state is not None and kept is not state:
         kept.copy_(state)
+    if isinstance(scope, Membership) and seen is not None and seen is not scope.state:
+        assert scope.state is not None
+        scope.state.copy_(seen)
     return y, z

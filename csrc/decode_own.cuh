@@ -1,0 +1,127 @@
+// Membership with a correction of its own for each edit: any number of edits, with cues or without.
+//
+//   c_e, first column at which the cue of e was seen      decode_select_kernel
+//   largest of the armed ones in each tile of edits
+//   z, fired; y = P + column of the winner where fired     decode_take_kernel
+//
+// What an edit has seen of its cue belongs to one thread, and the count of columns is written a
+// launch after everybody read it.
+#pragma once
+
+#include "decode.cuh"
+
+namespace coachhook {
+
+struct OwnTraits {
+  static constexpr int kThreads = 256;  // edits, then outputs, of a block
+  static constexpr int kWarps = kThreads / kWarpSize;
+};
+
+constexpr int32_t kNever = 0x7fffffff;
+
+// The same result in every thread. `scratch` holds one element per warp and is free again on
+// return.
+__device__ __forceinline__ Best block_best(Best best, Best* scratch) {
+  best = warp_best(best);
+  if (threadIdx.x % kWarpSize == 0) scratch[threadIdx.x / kWarpSize] = best;
+  __syncthreads();
+  best = scratch[0];
+  for (int warp = 1; warp < OwnTraits::kWarps; ++warp) best = KeepBest()(best, scratch[warp]);
+  __syncthreads();
+  return best;
+}
+
+__global__ void __launch_bounds__(OwnTraits::kThreads)
+    decode_select_kernel(const DecodeParams p, const DecodePlan plan) {
+  __shared__ Best scratch[OwnTraits::kWarps];
+  const GateParams& gate = p.gate;
+  const int64_t edit = static_cast<int64_t>(blockIdx.x) * OwnTraits::kThreads + threadIdx.x;
+  const bool exists = edit < p.features;
+  const int64_t sequence = blockIdx.y;
+  wait_for_previous_kernel();
+  const Span span = sequence_span(gate, sequence);
+  int32_t* seen = p.seen == nullptr ? nullptr : p.seen + sequence * (p.features + 1);
+  const int32_t read = seen == nullptr ? 0 : seen[0];
+  int32_t first = seen == nullptr || !exists ? kNever : seen[1 + edit];
+  const float limit = p.cues == nullptr || !exists ? -INFINITY : p.limits[edit];
+
+  for (int64_t token = span.begin; token < span.end; ++token) {
+    Best best = {-INFINITY, static_cast<int>(edit)};
+    if (exists) {
+      bool armed = true;
+      if (p.cues != nullptr) {
+        const int32_t column = read + static_cast<int32_t>(token - span.begin);
+        const bool real = gate.mask == nullptr || gate.mask[token] != 0;
+        if (real && column < first &&
+            (limit == -INFINITY || sum_of_splits(plan.cues, gate.rows, token, edit) >= limit)) {
+          first = column;
+        }
+        armed = first <= column;
+      }
+      if (armed) best.value = sum_of_splits(plan.hook, gate.rows, token, edit);
+    }
+    best = block_best(best, scratch);
+    if (threadIdx.x == 0) plan.best[token * plan.best_tiles + blockIdx.x] = best;
+  }
+  if (seen != nullptr && exists) seen[1 + edit] = first;
+}
+
+template <typename TY>
+__global__ void __launch_bounds__(OwnTraits::kThreads)
+    decode_take_kernel(const DecodeParams p, const DecodePlan plan) {
+  __shared__ Best scratch[OwnTraits::kWarps];
+  const GateParams& gate = p.gate;
+  const int64_t token = blockIdx.y;
+  wait_for_previous_kernel();
+  const bool covered = gate.cu_seqlens == nullptr || token < gate.cu_seqlens[gate.sequences];
+  const bool valid = covered && (gate.mask == nullptr || gate.mask[token] != 0);
+  Best best = {-INFINITY, 0x7fffffff};
+  if (covered) {
+    for (int64_t i = threadIdx.x; i < plan.best_tiles; i += OwnTraits::kThreads) {
+      const Best other = plan.best[token * plan.best_tiles + i];
+      best = i == threadIdx.x ? other : KeepBest()(best, other);
+    }
+  }
+  best = block_best(best, scratch);
+  const float alpha = gate.alpha != nullptr ? *gate.alpha : gate.alpha_value;
+  const float z = valid ? best.value : NAN;
+  // An edit that is not armed never fires. Offsets are on the device, unchecked: a token that they
+  // leave out has no winner.
+  const bool takes = z >= alpha && !(p.cues != nullptr && z == -INFINITY) && best.index >= 0 &&
+                     best.index < p.features;
+  if (blockIdx.x == 0 && threadIdx.x == 0) gate.z[token] = z;
+
+  const int64_t out = static_cast<int64_t>(blockIdx.x) * OwnTraits::kThreads + threadIdx.x;
+  if (out < p.out_features) {
+    float added = 0.0f;
+    if (takes) {
+      const int64_t at = out * p.lift_row_stride + best.index;
+      added = p.lift_dtype == DType::kFloat32 ? static_cast<const float*>(p.lift)[at]
+                                              : to_float(static_cast<const TY*>(p.lift)[at]);
+      added *= best.value == 0.0f ? 0.0f : best.value / best.value;
+    }
+    TY* y = static_cast<TY*>(p.y) + token * p.y_row_stride + out;
+    if (p.base != nullptr) {
+      const TY* base = static_cast<const TY*>(p.base) + token * p.base_row_stride + out;
+      if (takes) {
+        *y = from_float<TY>(to_float(*base) + added);
+      } else if (y != base) {
+        *y = *base;
+      }
+    } else {
+      float frozen = sum_of_splits(plan.frozen, gate.rows, token, out);
+      if (p.bias != nullptr) frozen += to_float(static_cast<const TY*>(p.bias)[out]);
+      *y = from_float<TY>(takes ? frozen + added : frozen);
+    }
+  }
+  if (p.seen != nullptr && blockIdx.x == 0 && token == 0) {
+    for (int64_t i = threadIdx.x; i < gate.sequences; i += OwnTraits::kThreads) {
+      const Span span = sequence_span(gate, i);
+      if (span.end > span.begin) {
+        p.seen[i * (p.features + 1)] += static_cast<int32_t>(span.end - span.begin);
+      }
+    }
+  }
+}
+
+}  // namespace coachhook
