@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,9 @@ class Other:
         tensors: dict[str, torch.Tensor] = {}
         try:
             found = self.baseline._snapshot()
-            snapshot = _pack(vars(found) if is_dataclass(found) else found, tensors)
+            if is_dataclass(found):  # not vars(), which may hold what was derived from the fields
+                found = {field.name: getattr(found, field.name) for field in fields(found)}
+            snapshot = _pack(found, tensors)
         except TypeError:
             return False
         _write(path, {"done": self.done, "snapshot": snapshot}, tensors)

@@ -18,6 +18,7 @@ and its value is optimised by gradient until the network's answer is y.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from coachhook.editing.requests import EditRequest
 from coachhook.editing.suffix import Captured, Suffix
 from coachhook.evaluation.baselines.base import Baseline
+from coachhook.evaluation.baselines.lookup import NearestKey
 from coachhook.evaluation.baselines.texts import TargetBatch, encode_targets, target_batch
 from coachhook.models import get_submodule
 
@@ -107,12 +109,11 @@ class Codebook:
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the nearest key and its number, for queries ``[Q, n]``; both ``[Q]``."""
-        # The shortcut over a matrix product loses half the digits where a query meets its key.
-        distance = torch.cdist(
-            queries.to(self.keys.dtype), self.keys, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        found = distance.min(dim=1)
-        return found.values, found.indices
+        return self._nearest(queries)
+
+    @cached_property
+    def _nearest(self) -> NearestKey:
+        return NearestKey(self.keys)
 
     def place(
         self, key: Tensor, value: Tensor, radius: float, label: tuple[int, ...]

@@ -16,6 +16,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from coachhook.editing.requests import EditRequest
 from coachhook.evaluation.baselines.base import Baseline
+from coachhook.evaluation.baselines.lookup import NearestKey
 from coachhook.evaluation.baselines.networks import load_networks, save_networks
 from coachhook.evaluation.baselines.serac_networks import (
     BlockStates,
@@ -139,11 +141,13 @@ class Memory:
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """``max_i g(z_i, x)`` and the number of that edit, for embeddings ``[..., e]``."""
-        distance = torch.cdist(
-            queries.flatten(0, -2), self.embeddings, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        found = torch.exp(-distance.square()).max(dim=-1)
-        return found.values.view(queries.shape[:-1]), found.indices.view(queries.shape[:-1])
+        distance, number = self._nearest(queries.flatten(0, -2))
+        similarity = torch.exp(-distance.square())
+        return similarity.view(queries.shape[:-1]), number.view(queries.shape[:-1])
+
+    @cached_property
+    def _nearest(self) -> NearestKey:
+        return NearestKey(self.embeddings)
 
 
 class _Past(GateState):
