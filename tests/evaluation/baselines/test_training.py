@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 
 import pytest
@@ -67,13 +68,23 @@ def test_one_projected_step_of_adam(objective, model, tokenizer):
         assert changed == set(names)
 
 
+def test_the_layer_is_at_two_thirds_of_the_depth_unless_named(model, tokenizer):
+    model, plain = copy.deepcopy(model), model
+    with make_baseline("fine-tuning", model, tokenizer, steps=2) as baseline:
+        baseline.edit(BATCHES[0])
+        changed = {
+            n for n, p in model.named_parameters() if not torch.equal(p, plain.get_parameter(n))
+        }
+    assert changed == {"transformer.h.2.mlp.c_proj.weight", "transformer.h.2.mlp.c_proj.bias"}
+
+
 def test_the_box_is_around_the_weights_before_the_batch(model, tokenizer):
     model = copy.deepcopy(model)
     weight = model.transformer.h[0].mlp.c_proj.weight
     first = weight.clone()
     epsilon = 1e-3
     with make_baseline(
-        "fine-tuning", model, tokenizer, steps=8, norm_constraint=epsilon, lr=5e-3
+        "fine-tuning", model, tokenizer, layer=0, steps=8, norm_constraint=epsilon, lr=5e-3
     ) as baseline:
         baseline.edit(BATCHES[0])
         second = weight.clone()
@@ -126,6 +137,15 @@ def test_lora_adds_the_scaled_product(model, tokenizer):
             wanted = x @ weight.T + plain[f"{name}.bias"]
             torch.testing.assert_close(layer(x), wanted, rtol=1e-6, atol=1e-7)
             assert torch.equal(layer.base_layer.weight, plain[f"{name}.weight"])
+
+
+def test_lora_adapts_the_layer_at_two_thirds_of_the_depth_unless_named(model, tokenizer):
+    pytest.importorskip("peft")
+    model = copy.deepcopy(model)
+    adapted = r"transformer\.h\.2\.mlp\.c_proj\.lora_[AB]\.coachhook\.weight"
+    with make_baseline("lora", model, tokenizer):
+        names = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert len(names) == 2 and all(re.fullmatch(adapted, name) for name in names)
 
 
 def test_lora_is_the_same_in_every_run_and_leaves_the_generator_alone(model, tokenizer):
