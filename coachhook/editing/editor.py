@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from coachhook.editing.config import EditConfig
 from coachhook.editing.cues import cue_distances, find_cue
 from coachhook.editing.folder import load_state, save_state
+from coachhook.editing.fused import fused_activations
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
@@ -186,7 +187,8 @@ class Editor:
         counters = {i: edits.next_group for i, edits in self._state.layers.items()}
         batches = dict(self._state.batches)
         try:
-            return self._edit(requests, encoded, ties, progress)
+            with fused_activations(self._model):
+                return self._edit(requests, encoded, ties, progress)
         except BaseException:
             for layer, edits in self._state.layers.items():
                 edits.memory.restore(memories[layer])
