@@ -7,13 +7,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coachhook.editing.config import EditConfig
-from coachhook.editing.cues import cue_distances, find_cue
+from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.fused import fused_activations
 from coachhook.editing.memory import EditMemory, regularized_prior
@@ -49,6 +50,8 @@ from coachhook.store import fingerprint
 
 # Keys of a cue's token in other text that are taken besides those of the edit's own prompts.
 _MOST_ELSEWHERE = 32
+# Requests whose prompts are read together for their cues; bounds the memory.
+_REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -421,26 +424,20 @@ class Editor:
         """Filters of the slots' cues ``[len(slots), n]``, zeros where there is none."""
         edits = self._state.layers[layer]
         assert isinstance(edits.memory, EditMemory)
-        found = torch.zeros(len(slots), edits.memory.in_features)
-        of_request: dict[int, list[int]] = {}
-        for i, (request, _) in enumerate(slots):
-            of_request.setdefault(id(request), []).append(i)
-        for mine in of_request.values():
-            request = slots[mine[0]][0]
-            prompts = [*request.contexts, request.essence, *request.mentions]
-            x = self._inputs(prompts, layer, pad_id)
-            for i in mine:
-                candidates = []
-                for away in cue_distances(request.contexts, slots[i][1]):
-                    at = [p.lookup - away if p.lookup - away >= p.first else -1 for p in prompts]
-                    keys = x[[position >= 0 for position in at], -1 - away]
-                    if away:
-                        ids = {p.ids[k] for p, k in zip(prompts, at, strict=True) if k >= 0}
-                        keys = torch.cat([keys, self._elsewhere(layer, ids).to(keys)])
-                    candidates.append(keys)
-                if candidates:
-                    found[i] = find_cue(edits.memory, candidates, edits.sample)
-        return found
+        requests = list({id(request): request for request, _ in slots}.values())
+        candidates: list[list[Tensor]] = [[] for _ in slots]
+        for first in range(0, len(requests), _REQUESTS_AT_ONCE):
+            some = requests[first : first + _REQUESTS_AT_ONCE]
+            prompts = [[*r.contexts, r.essence, *r.mentions] for r in some]
+            x = self._inputs([p for mine in prompts for p in mine], layer, pad_id)
+            read = x.split([len(mine) for mine in prompts])
+            for request, mine, own in zip(some, prompts, read, strict=True):
+                for i, (other, place) in enumerate(slots):
+                    if other is request:
+                        candidates[i] = candidate_keys(
+                            request.contexts, place, mine, own, partial(self._elsewhere, layer)
+                        )
+        return find_cues(edits.memory, candidates, edits.sample).float().cpu()
 
     def _elsewhere(self, layer: int, ids: set[int]) -> Tensor:
         """Keys ``[s, n]`` of some tokens elsewhere, from the unrelated sample.
