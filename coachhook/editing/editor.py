@@ -383,8 +383,8 @@ class Editor:
             if each:
                 states = self._read(contexts, layer, pad_id)
                 keys, outputs = states.keys, states.outputs
-            else:  # the contexts' keys need no block above the layer
-                keys = self._read(contexts, layer, pad_id, upto=layer).keys
+            else:
+                keys = self._read_keys(contexts, layer, pad_id)
                 keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
                 outputs = self._read(bare, layer, pad_id).outputs
             left = len(config.layers) - position if config.sharing == "even" else 1
@@ -415,7 +415,7 @@ class Editor:
         pad_id = self._tokenizer.pad_token_id
         lowest = self.config.layers[0]
         own = [self._endings(request, place) for request, place in wanted]
-        keys = self._read(prompts, lowest, pad_id).keys
+        keys = self._read_keys(prompts, lowest, pad_id)
         specific = self._state.specific(lowest, keys, own)
         # The same words about another subject end in nearly the same key.
         return [s and p[0] != "prompt_last" for s, (_, p) in zip(specific, wanted, strict=True)]
@@ -466,12 +466,15 @@ class Editor:
             return []
         return endings((p.at(place, request.target) for p in request.contexts), known.width)
 
-    def _read(
-        self, prompts: list[EncodedPrompt], layer: int, pad_id: int, *, upto: int | None = None
-    ) -> States:
-        """Keys of a layer; outputs of the last edited block, or of an earlier one."""
-        last = self.config.layers[-1] if upto is None else upto
+    def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
+        """Keys of a layer and outputs of the last edited block."""
+        last = self.config.layers[-1]
         return read_states(self._model, self._description, prompts, layer, last, pad_id=pad_id)
+
+    def _read_keys(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
+        """Keys alone, for which nothing above them is run."""
+        read = read_states(self._model, self._description, prompts, layer, None, pad_id=pad_id)
+        return read.keys
 
     def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
         """Per layer the smallest over the prompts of the largest score.
