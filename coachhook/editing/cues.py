@@ -18,7 +18,7 @@ It depends on no other edit, so it is computed once and stays as it is while bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ _EARLIER_LIMIT, _SUBJECT_LIMIT = 0.4, 0.6
 _MOST_CANDIDATES = 6
 # Contexts may give one key several times: relative to the mean of the diagonal of K^T C0^-1 K.
 _RIDGE = 1e-6
+# Bounds of the memory: keys solved for together, and rows of the sample in float32.
+_KEYS_AT_ONCE = 2048
+_SAMPLES_AT_ONCE = 1024
 
 
 def cue_limit(place: str) -> float:
@@ -59,29 +62,84 @@ def cue_distances(prompts: Sequence[EncodedPrompt], place: Place) -> list[int]:
     return list(range(nearest, farthest + 1))[:_MOST_CANDIDATES]
 
 
-@float32_products(tf32=False)
-def find_cue(memory: EditMemory, candidates: Sequence[Tensor], sample: Tensor | None) -> Tensor:
-    """Filter ``[n]`` of the candidate that fewest unrelated keys would be taken for.
+def candidate_keys(
+    contexts: Sequence[EncodedPrompt],
+    place: Place,
+    prompts: Sequence[EncodedPrompt],
+    x: Tensor,
+    elsewhere: Callable[[set[int]], Tensor],
+) -> list[Tensor]:
+    """Keys ``[v, n]`` of each token that may be the cue of an edit, the nearest first.
+
+    Args:
+        contexts: of the request, see :func:`cue_distances`.
+        place: of the edit.
+        prompts: where the keys are read.
+        x: what the layer reads in these ``[R, T, n]``, the subject's last token at the end.
+        elsewhere: gives keys ``[v, n]`` of some tokens in other text, by their ids.
+    """
+    candidates = []
+    for away in cue_distances(contexts, place):
+        at = [p.lookup - away if p.lookup - away >= p.first else -1 for p in prompts]
+        keys = x[[position >= 0 for position in at], -1 - away]
+        if away:
+            ids = {p.ids[k] for p, k in zip(prompts, at, strict=True) if k >= 0}
+            keys = torch.cat([keys, elsewhere(ids).to(keys)])
+        candidates.append(keys)
+    return candidates
+
+
+def find_cues(
+    memory: EditMemory, slots: Sequence[Sequence[Tensor]], sample: Tensor | None
+) -> Tensor:
+    """Filters ``[len(slots), n]``, of each slot's candidate that fewest unrelated keys answer to.
 
     Args:
         memory: of the layer; its prior is used.
-        candidates: keys ``[v, n]`` of each, at least one, the nearest first.
+        slots: for each the keys ``[v, n]`` of its candidates, the nearest first; zeros are given
+            where it has none.
         sample: unrelated keys ``[s, n]``; without them the nearest is taken.
     """
-    keys = torch.cat(list(candidates)).to(memory.device, memory.dtype)
+    found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
+    some: list[int] = []
+    count = 0
+    for i, candidates in enumerate(slots):
+        keys = sum(map(len, candidates))
+        if some and count + keys > _KEYS_AT_ONCE:
+            found[some] = _find_some(memory, [slots[j] for j in some], sample)
+            some, count = [], 0
+        if keys:
+            some.append(i)
+            count += keys
+    if some:
+        found[some] = _find_some(memory, [slots[j] for j in some], sample)
+    return found
+
+
+@float32_products(tf32=False)
+def _find_some(
+    memory: EditMemory, slots: Sequence[Sequence[Tensor]], sample: Tensor | None
+) -> Tensor:
+    candidates = [keys for slot in slots for keys in slot]
+    keys = torch.cat(candidates).to(memory.device, memory.dtype)
     solved = memory.prior_solve(keys.mT).mT
-    filters = []
-    for own, part in zip(
-        keys.split([len(c) for c in candidates]),
-        solved.split([len(c) for c in candidates]),
-        strict=True,
-    ):
+    counts = [len(c) for c in candidates]
+    filters = keys.new_empty(len(counts), keys.shape[1])
+    for row, own, part in zip(filters, keys.split(counts), solved.split(counts), strict=True):
         gram = own @ part.mT
         gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-        weights = torch.linalg.solve(gram, gram.new_ones(len(gram)))
-        filters.append(weights @ part)
-    if len(filters) == 1 or sample is None or not len(sample):
-        return filters[0]
-    scores = sample.to(keys.device, torch.float32) @ torch.stack(filters).float().mT
-    taken = (scores >= _EARLIER_LIMIT).sum(dim=0)
-    return filters[int(taken.argmin())]
+        row.copy_(torch.linalg.solve(gram, gram.new_ones(len(gram))) @ part)
+    taken = torch.zeros(len(filters), dtype=torch.int64, device=filters.device)
+    if sample is not None and len(filters) > len(slots):
+        looking = filters.float().mT
+        for rows in sample.split(_SAMPLES_AT_ONCE):
+            scores = rows.to(looking) @ looking
+            taken += (scores >= _EARLIER_LIMIT).sum(dim=0)
+    starts = [0]
+    for slot in slots[:-1]:
+        starts.append(starts[-1] + len(slot))
+    best = [
+        start + int(taken[start : start + len(slot)].argmin())
+        for start, slot in zip(starts, slots, strict=True)
+    ]
+    return filters[best]

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coachhook.editing.config import EditConfig
-from coachhook.editing.cues import cue_distances, find_cue
+from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
+from coachhook.editing.fused import fused_activations
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
@@ -44,6 +46,8 @@ from coachhook.store import fingerprint
 
 # Keys of a cue's token in other text that are taken besides those of the edit's own prompts.
 _MOST_ELSEWHERE = 32
+# Requests whose prompts are read together for their cues; bounds the memory.
+_REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,8 @@ class Editor:
         counters = {i: edits.next_group for i, edits in self._state.layers.items()}
         batches = dict(self._state.batches)
         try:
-            return self._edit(requests, encoded, ties, progress)
+            with fused_activations(self._model):
+                return self._edit(requests, encoded, ties, progress)
         except BaseException:
             for layer, edits in self._state.layers.items():
                 edits.memory.restore(memories[layer])
@@ -404,8 +409,8 @@ class Editor:
             if each:
                 states = self._read(contexts, layer, pad_id)
                 keys, outputs = states.keys, states.outputs
-            else:  # the contexts' keys need no block above the layer
-                keys = self._read(contexts, layer, pad_id, upto=layer).keys
+            else:
+                keys = self._read_keys(contexts, layer, pad_id)
                 keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
                 outputs = self._read(bare, layer, pad_id).outputs
             left = len(config.layers) - position if config.sharing == "even" else 1
@@ -436,7 +441,7 @@ class Editor:
         pad_id = self._tokenizer.pad_token_id
         lowest = self.config.layers[0]
         own = [self._endings(request, place) for request, place in wanted]
-        keys = self._read(prompts, lowest, pad_id).keys
+        keys = self._read_keys(prompts, lowest, pad_id)
         specific = self._state.specific(lowest, keys, own)
         # The same words about another subject end in nearly the same key.
         return [s and p[0] != "prompt_last" for s, (_, p) in zip(specific, wanted, strict=True)]
@@ -445,26 +450,20 @@ class Editor:
         """Filters of the slots' cues ``[len(slots), n]``, zeros where there is none."""
         edits = self._state.layers[layer]
         assert isinstance(edits.memory, EditMemory)
-        found = torch.zeros(len(slots), edits.memory.in_features)
-        of_request: dict[int, list[int]] = {}
-        for i, (request, _) in enumerate(slots):
-            of_request.setdefault(id(request), []).append(i)
-        for mine in of_request.values():
-            request = slots[mine[0]][0]
-            prompts = [*request.contexts, request.essence, *request.mentions]
-            x = self._inputs(prompts, layer, pad_id)
-            for i in mine:
-                candidates = []
-                for away in cue_distances(request.contexts, slots[i][1]):
-                    at = [p.lookup - away if p.lookup - away >= p.first else -1 for p in prompts]
-                    keys = x[[position >= 0 for position in at], -1 - away]
-                    if away:
-                        ids = {p.ids[k] for p, k in zip(prompts, at, strict=True) if k >= 0}
-                        keys = torch.cat([keys, self._elsewhere(layer, ids).to(keys)])
-                    candidates.append(keys)
-                if candidates:
-                    found[i] = find_cue(edits.memory, candidates, edits.sample)
-        return found
+        requests = list({id(request): request for request, _ in slots}.values())
+        candidates: list[list[Tensor]] = [[] for _ in slots]
+        for first in range(0, len(requests), _REQUESTS_AT_ONCE):
+            some = requests[first : first + _REQUESTS_AT_ONCE]
+            prompts = [[*r.contexts, r.essence, *r.mentions] for r in some]
+            x = self._inputs([p for mine in prompts for p in mine], layer, pad_id)
+            read = x.split([len(mine) for mine in prompts])
+            for request, mine, own in zip(some, prompts, read, strict=True):
+                for i, (other, place) in enumerate(slots):
+                    if other is request:
+                        candidates[i] = candidate_keys(
+                            request.contexts, place, mine, own, partial(self._elsewhere, layer)
+                        )
+        return find_cues(edits.memory, candidates, edits.sample).float().cpu()
 
     def _elsewhere(self, layer: int, ids: set[int]) -> Tensor:
         """Keys ``[s, n]`` of some tokens elsewhere, from the unrelated sample.
@@ -493,12 +492,15 @@ class Editor:
             return []
         return endings((p.at(place, request.target) for p in request.contexts), known.width)
 
-    def _read(
-        self, prompts: list[EncodedPrompt], layer: int, pad_id: int, *, upto: int | None = None
-    ) -> States:
-        """Keys of a layer; outputs of the last edited block, or of an earlier one."""
-        last = self.config.layers[-1] if upto is None else upto
+    def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
+        """Keys of a layer and outputs of the last edited block."""
+        last = self.config.layers[-1]
         return read_states(self._model, self._description, prompts, layer, last, pad_id=pad_id)
+
+    def _read_keys(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
+        """Keys alone, for which nothing above them is run."""
+        read = read_states(self._model, self._description, prompts, layer, None, pad_id=pad_id)
+        return read.keys
 
     def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
         """Per layer the smallest over the prompts of the largest score.

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook.models import ForwardEnded
+
 # What the blocks of a family, and of a version of transformers, call their KV cache.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 # Tokens whose cost is that of starting one more group of rows: kernel launches and Python.
@@ -30,13 +32,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Recorder:
-    """Stands in for a block's KV cache to see its keys and values, each ``[B, H, T, e]``."""
+    """Stands in for a block's KV cache to see its keys and values, each ``[B, H, T, e]``.
+
+    Args:
+        ends: whether the forward ends here: nobody needs what the block makes of them.
+    """
 
     _found: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, ends: bool = False) -> None:
+        self._ends = ends
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Hands back what it is given."""
         self._found = keys.detach(), values.detach()
+        if self._ends:
+            raise ForwardEnded
         return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
@@ -146,8 +157,6 @@ class Kept:
         lengths: tokens of each row ``[R]``, padding at the right.
         calls: arguments of each block above, by name.
         past: keys and values of each block above, ``[R, H, T, e]``.
-        outputs: index of a block -> its output ``[R, T, d]``; of those whose output is asked for,
-            -1 being the block below.
         limit: most keys that a block takes; None is any number.
     """
 
@@ -155,7 +164,6 @@ class Kept:
     lengths: Tensor
     calls: list[dict[str, Any]]
     past: list[tuple[Tensor, Tensor]]
-    outputs: dict[int, Tensor]
     limit: int | None
 
 
@@ -197,7 +205,10 @@ class Live:
         return Live(self._kept, self._blocks, self._rows[rows], first)
 
     def run(self, hidden: Tensor, loss_index: int) -> tuple[Tensor, Tensor]:
-        """As the whole suffix on ``hidden [r, T, d]``, changed from the first tokens on only."""
+        """As the whole suffix on ``hidden [r, T, d]``, changed from the first tokens on only.
+
+        Before those, and in padding, what it gives is zero.
+        """
         last = len(self._blocks) - 1
         seen: dict[int, list[Tensor]] = {loss_index: [], last: []}
         for group in self._groups:
@@ -212,9 +223,7 @@ class Live:
         rows = torch.cat([g.rows[g.inside[0]] for g in self._groups])
         columns = torch.cat([g.columns[g.inside] for g in self._groups])
         whole = {
-            index: self._kept.outputs[index][self._rows].index_put(
-                (rows, columns), torch.cat(parts)
-            )
+            index: torch.zeros_like(hidden).index_put((rows, columns), torch.cat(parts))
             for index, parts in seen.items()
         }
         return whole[loss_index], whole[last]

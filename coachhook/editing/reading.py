@@ -20,7 +20,7 @@ class States:
 
     Attributes:
         keys: inputs of the layer's down-projection ``[R, n]``.
-        outputs: outputs of the last edited block ``[R, d]``.
+        outputs: outputs of the last edited block ``[R, d]``; ``[R, 0]`` where none were wanted.
     """
 
     keys: Tensor
@@ -33,7 +33,7 @@ def read_states(
     description: ModelDescription,
     prompts: Sequence[EncodedPrompt],
     layer: int,
-    last_layer: int,
+    last_layer: int | None,
     *,
     pad_id: int,
     rows_at_once: int = 512,
@@ -45,13 +45,14 @@ def read_states(
         description: its description.
         prompts: R prompts; up to ``rows_at_once`` of them are padded together.
         layer: whose keys are wanted.
-        last_layer: whose block outputs are wanted; not below ``layer``.
+        last_layer: whose block outputs are wanted; not below ``layer``. None: only the keys are.
         pad_id: id used for padding.
         rows_at_once: bounds the memory.
     """
     base = get_submodule(model, description.base_model_path)
     down = get_submodule(model, description.layers[layer].path)
-    block = get_submodule(model, description.layers[last_layer].block_path)
+    above = layer if last_layer is None else last_layer
+    block = get_submodule(model, description.layers[above].block_path)
     device = next(model.parameters()).device
     keys: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -71,6 +72,8 @@ def read_states(
 
         def take_key(_module: nn.Module, args: tuple[Any, ...], at: Any = at_lookup) -> None:
             keys.append(at(args[0]))
+            if last_layer is None:
+                raise ForwardEnded
 
         def take_output(_module: nn.Module, _args: Any, output: Any, at: Any = at_lookup) -> None:
             outputs.append(at(first_tensor(output)))
@@ -82,7 +85,8 @@ def read_states(
         ]
         with partial_forward(*handles):
             base(input_ids=ids, attention_mask=mask, use_cache=False)
-    return States(torch.cat(keys), torch.cat(outputs))
+    found = torch.cat(keys)
+    return States(found, torch.cat(outputs) if outputs else found.new_empty(len(found), 0))
 
 
 @torch.no_grad()

@@ -74,12 +74,14 @@ def find_rewordings(
     Returns:
         For each prompt its rewordings, which go on after the subject otherwise than the prompt.
     """
-    heads = [
-        (number, start)
-        for number, texts in enumerate(starts)
-        for start in texts
-        if max_positions is None or start.lookup + 1 + LENGTH <= max_positions
-    ]
+    # A prompt that starts with its subject is continued as the subject alone is: that counts twice.
+    alike: dict[tuple[int, tuple[int, ...]], list[EncodedPrompt]] = {}
+    for number, texts in enumerate(starts):
+        for start in texts:
+            if max_positions is None or start.lookup + 1 + LENGTH <= max_positions:
+                head = tuple(start.ids[: start.lookup + 1])
+                alike.setdefault((number, head), []).append(start)
+    heads = list(alike)
     answers = [
         text[0]
         for begin in range(0, len(prompts), _ROWS_AT_ONCE)
@@ -90,17 +92,19 @@ def find_rewordings(
     found: list[dict[tuple[int, ...], list[EncodedPrompt]]] = [{} for _ in prompts]
     for begin in range(0, len(heads), _ROWS_AT_ONCE // SAMPLES):
         some = heads[begin : begin + _ROWS_AT_ONCE // SAMPLES]
-        rows = [start.ids[: start.lookup + 1] for _, start in some for _ in range(SAMPLES)]
+        rows = [list(head) for _, head in some for _ in range(SAMPLES)]
         seeds = [zlib.crc32(repr((row, i % SAMPLES)).encode()) for i, row in enumerate(rows)]
         sample = _Sample(seeds, [answers[number] for number, _ in some for _ in range(SAMPLES)])
-        texts = _continue(model, rows, LENGTH, ends, pad_id, sample)
+        continued = _continue(model, rows, LENGTH, ends, pad_id, sample)
         chances = torch.stack(sample.chances, 1).tolist()
-        for row, (text, chance) in enumerate(zip(texts, chances, strict=True)):
-            number, start = some[row // SAMPLES]
+        for row, (text, chance) in enumerate(zip(continued, chances, strict=True)):
+            number, _ = some[row // SAMPLES]
             length = _length(text, chance, {answers[number], *ends})
             if length:
-                reworded = EncodedPrompt(rows[row] + text[:length], start.first, start.lookup)
-                found[number].setdefault(tuple(text[:length]), []).append(reworded)
+                found[number].setdefault(tuple(text[:length]), []).extend(
+                    EncodedPrompt(rows[row] + text[:length], start.first, start.lookup)
+                    for start in alike[some[row // SAMPLES]]
+                )
     own = [tuple(prompt.ids[prompt.lookup + 1 :]) for prompt in prompts]
     return [
         [said[0] for said in sorted(others, key=len, reverse=True)][:most]

@@ -8,7 +8,7 @@ that a change can reach (:mod:`coachhook.editing.live`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +34,24 @@ def first_tensor(output: Any) -> Tensor:
 
 
 @contextmanager
-def _hooks(handles: list[Any]) -> Iterator[None]:
+def _skipped(blocks: Sequence[nn.Module], rest: tuple[Any, ...] | None) -> Iterator[None]:
+    """Blocks hand on the hidden state they are given, alone or (``rest``) first in a tuple."""
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden_states if rest is None else (hidden_states, *rest)
+
+    # A device map, for one, has put another forward there already.
+    before = [vars(block).get("forward") for block in blocks]
     try:
+        for block in blocks:
+            vars(block)["forward"] = forward
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del vars(block)["forward"]
+            else:
+                vars(block)["forward"] = own
 
 
 def _select(value: Any, rows: Tensor, batch: int) -> Any:
@@ -55,6 +67,28 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
             selected["alibi"] = alibi.view(batch, -1, *alibi.shape[1:])[rows].flatten(0, 1)
         return selected
     return value
+
+
+@dataclass
+class _Below:
+    """Output of the block below the suffix, run beforehand.
+
+    Attributes:
+        hidden: ``[B, T, d]``.
+        rest: what the block gives besides; None where it gives a tensor alone.
+    """
+
+    hidden: Tensor
+    rest: tuple[Any, ...] | None
+
+    def as_given(self, output: Any) -> Any:
+        """The hidden state in the form in which the block gave another."""
+        return self.hidden if isinstance(output, Tensor) else (self.hidden, *output[1:])
+
+    @property
+    def only_hidden(self) -> bool:
+        """Whether nothing that depends on the batch is given besides."""
+        return not any(isinstance(value, Tensor) for value in self.rest or ())
 
 
 @dataclass
@@ -83,7 +117,9 @@ class Suffix:
 
     def __init__(self, model: nn.Module, description: ModelDescription, layer: int) -> None:
         self._base = get_submodule(model, description.base_model_path)
-        self._block = get_submodule(model, description.layers[layer].block_path)
+        self._below = [
+            get_submodule(model, entry.block_path) for entry in description.layers[: layer + 1]
+        ]
         self._first = layer + 1
         self._above: list[nn.Module] = [
             get_submodule(model, entry.block_path) for entry in description.layers[layer + 1 :]
@@ -92,12 +128,14 @@ class Suffix:
         self._head = get_submodule(model, description.lm_head_path)
         self._max_positions = description.max_positions
         self._keeps = True
+        self._weights = [
+            p for module in (*self._above, self._norm, self._head) for p in module.parameters()
+        ]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """No weight of the suffix asks for a gradient, so that no input is kept for one."""
-        modules = [*self._above, self._norm, self._head]
-        weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+        weights = [weight for weight in self._weights if weight.requires_grad]
         try:
             for weight in weights:
                 weight.requires_grad_(False)
@@ -136,12 +174,12 @@ class Suffix:
                 KV cache in a known way, or the two runs differ, there will be whole runs only.
             loss_layer: block whose output such runs will be asked for, besides the last.
         """
-        below = None if apart is None else self._below(ids, mask, apart)
+        below = None if apart is None else self._run_below(ids, mask, apart)
         if keep and self._above and self._keeps:
             loss_index = self._index(loss_layer)
-            recorders = [Recorder() for _ in self._above]
+            recorders = [Recorder(ends=block is self._above[-1]) for block in self._above]
             try:
-                captured = self._capture(ids, mask, below, recorders, loss_index)
+                captured = self._capture(ids, mask, below, recorders)
                 difference = self._difference(captured, loss_index)
                 if difference <= _AGREE[captured.hidden.dtype]:
                     return captured
@@ -152,35 +190,38 @@ class Suffix:
                 reason = f"{type(error).__name__}: {error}"
             _log.info("all tokens of the prompts are run at every step (%s)", reason)
             self._keeps = False
-        return self._capture(ids, mask, below, [], None)
+        return self._capture(ids, mask, below, [])
 
-    def _below(self, ids: Tensor, mask: Tensor, apart: int) -> Tensor:
-        """Output of the block below ``[B, T, d]``, some rows at a time; zero beyond their width."""
-        parts = []
+    def _run_below(self, ids: Tensor, mask: Tensor, apart: int) -> _Below:
+        """Output of the block below, some rows at a time; zero beyond their width."""
+        parts: list[Tensor] = []
+        rest: tuple[Any, ...] | None = None
 
         def take(_module: nn.Module, _args: Any, output: Any) -> None:
+            nonlocal rest
             parts.append(first_tensor(output).detach())
+            rest = None if isinstance(output, Tensor) else tuple(output[1:])
             raise ForwardEnded
 
         for rows, here in zip(ids.split(apart), mask.split(apart), strict=True):
             width = int(here.sum(1).max())
-            with partial_forward(self._block.register_forward_hook(take)):
+            with partial_forward(self._below[-1].register_forward_hook(take)):
                 self._base(
                     input_ids=rows[:, :width], attention_mask=here[:, :width], use_cache=False
                 )
         width = ids.shape[1]
-        return torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
+        hidden = torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
+        return _Below(hidden, rest)
 
     def _capture(
         self,
         ids: Tensor,
         mask: Tensor,
-        below: Tensor | None,
+        below: _Below | None,
         recorders: list[Recorder],
-        loss_index: int | None,
     ) -> Captured:
         found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        outputs: dict[int, Tensor] = {}
+        entering: list[Tensor] = []
 
         def see(index: int) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -193,40 +234,37 @@ class Suffix:
 
             return hook
 
-        def take(index: int) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-                if index < 0 and below is not None:
-                    output = below if isinstance(output, Tensor) else (below, *output[1:])
-                outputs[index] = first_tensor(output).detach()
-                return output
-
-            return hook
+        def take(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if below is not None:
+                output = below.as_given(output)
+            entering.append(first_tensor(output).detach())
+            return output
 
         handles: list[Any] = [
             block.register_forward_pre_hook(see(i), with_kwargs=True)
             for i, block in enumerate(self._above)
         ]
-        last = len(self._above) - 1
-        wanted = {-1} | ({loss_index, last} if loss_index is not None else set())
-        for index in wanted:
-            block = self._block if index < 0 else self._above[index]
-            handles.append(block.register_forward_hook(take(index)))
-        with _hooks(handles):
+        handles.append(self._below[-1].register_forward_hook(take))
+        skipped = self._below if below is not None and below.only_hidden else []
+        with partial_forward(*handles), _skipped(skipped, below.rest if below else None):
             self._base(input_ids=ids, attention_mask=mask, use_cache=False)
-        captured = Captured(outputs[-1], [found[i] for i in range(len(self._above))])
+        hidden = entering[0]
+        captured = Captured(hidden, [found[i] for i in range(len(self._above))])
         if recorders:
             captured.kept = Kept(
-                outputs[-1],
+                hidden,
                 mask.sum(1),
                 [named(b, call) for b, call in zip(self._above, captured.calls, strict=True)],
                 [recorder.states() for recorder in recorders],
-                outputs,
                 self._max_positions,
             )
         return captured
 
     def _difference(self, captured: Captured, loss_index: int) -> float:
-        """Largest relative difference of whole and live runs for a few rows that are changed."""
+        """Largest relative difference of whole and live runs for a few rows that are changed.
+
+        From the changed token on, as the rest is not run.
+        """
         assert captured.kept is not None
         lengths = captured.kept.lengths
         rows = torch.unique(torch.linspace(0, len(lengths) - 1, 3).long()).to(lengths.device)
@@ -235,7 +273,7 @@ class Suffix:
         each = torch.arange(len(rows), device=rows.device)
         hidden[each, first] *= -1
         positions = torch.arange(hidden.shape[1], device=rows.device)
-        real = positions < lengths[rows, None]
+        real = (positions >= first[:, None]) & (positions < lengths[rows, None])
         whole = self._run(captured.select(rows), hidden, loss_index)
         live = Live(captured.kept, self._above, rows, first).run(hidden, loss_index)
         return max(

@@ -9,7 +9,7 @@ import torch
 
 from coachhook import EditConfig, Editor, EditRequest, attach
 from coachhook.editing import EditMemory
-from coachhook.editing.cues import cue_distances, cue_limit, find_cue
+from coachhook.editing.cues import cue_distances, cue_limit, find_cues
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import PLACES, EncodedPrompt
 from coachhook.editing.records import BatchRecord
@@ -51,7 +51,7 @@ def some_memory(n, seed=0):
 def test_a_cue_answers_its_keys_with_one_and_the_prior_least():
     memory, prior, generator = some_memory(12)
     keys = torch.randn(3, 12, dtype=torch.float64, generator=generator)
-    found = find_cue(memory, [keys], None)
+    found = find_cues(memory, [[keys]], None)[0]
     assert keys @ found == pytest.approx([1, 1, 1], abs=1e-5)
     least = found @ prior @ found
     for _ in range(20):
@@ -66,19 +66,44 @@ def test_a_cue_answers_its_keys_with_one_and_the_prior_least():
 def test_a_cue_does_not_depend_on_other_edits():
     memory, _, generator = some_memory(12)
     keys = torch.randn(2, 12, dtype=torch.float64, generator=generator)
-    alone = find_cue(memory, [keys], None)
+    alone = find_cues(memory, [[keys]], None)[0]
     memory.append(torch.randn(12, 5, dtype=torch.float64, generator=generator), torch.ones(2, 5))
-    assert torch.equal(find_cue(memory, [keys], None), alone)
+    assert torch.equal(find_cues(memory, [[keys]], None)[0], alone)
 
 
 def test_the_token_that_other_text_shows_least_is_the_cue():
     memory, _, generator = some_memory(12)
     near, far = torch.randn(2, 2, 12, dtype=torch.float64, generator=generator)
-    alone = [find_cue(memory, [keys], None) for keys in (near, far)]
+    alone = [find_cues(memory, [[keys]], None)[0] for keys in (near, far)]
     nothing = torch.zeros(4, 12)
     for sample in (None, nothing[:0], nothing, far):
-        assert torch.equal(find_cue(memory, [near, far], sample), alone[0])
-    assert torch.equal(find_cue(memory, [near, far], near.float()), alone[1])
+        assert torch.equal(find_cues(memory, [[near, far]], sample)[0], alone[0])
+    assert torch.equal(find_cues(memory, [[near, far]], near.float())[0], alone[1])
+
+
+def test_cues_together_are_those_of_one_at_a_time(monkeypatch):
+    memory, _, generator = some_memory(12)
+    counts = [[3, 5], [], [2], [4, 1, 6], [2, 2]]
+    slots = [
+        [torch.randn(v, 12, dtype=torch.float64, generator=generator) for v in some]
+        for some in counts
+    ]
+    sample = torch.randn(50, 12, generator=generator).bfloat16()
+    together = find_cues(memory, slots, sample)
+    assert not together[1].any()
+    chosen = set()
+    for slot, found in zip(slots, together, strict=True):
+        if slot:
+            own = find_cues(memory, [slot], sample)[0]
+            torch.testing.assert_close(found, own, rtol=1e-12, atol=0)
+            answers = [(keys @ own - 1).abs().max() < 1e-3 for keys in slot]
+            assert sum(answers) == 1
+            chosen.add(answers.index(True))
+    assert len(chosen) > 1
+    monkeypatch.setattr("coachhook.editing.cues._KEYS_AT_ONCE", 5)
+    monkeypatch.setattr("coachhook.editing.cues._SAMPLES_AT_ONCE", 7)
+    torch.testing.assert_close(find_cues(memory, slots, sample), together, rtol=1e-12, atol=0)
+    assert find_cues(memory, [[], []], sample).shape == (2, 12)
 
 
 def test_settings_that_have_cues(bundled):

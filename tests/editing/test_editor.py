@@ -135,7 +135,11 @@ def test_ten_batches_equal_one(make_editor, requests):
     description = describe(model)
     encoded = encode_requests(tokenizer, requests, ["{}"], description.max_positions)
     prompts = [e.contexts[0] for e in encoded]
-    keys = read_states(model, description, prompts, layer, layer, pad_id=0).keys.T
+    read = read_states(model, description, prompts, layer, layer, pad_id=0)
+    alone = read_states(model, description, prompts, layer, None, pad_id=0)
+    assert torch.equal(alone.keys, read.keys)
+    assert alone.outputs.shape == (len(prompts), 0) != read.outputs.shape
+    keys = read.keys.T
     targets = torch.randn(description.hidden_size, keys.shape[1], dtype=torch.float64)
     prior = _prior_of(editor._state.layers[layer].memory)
     joint, consecutive = EditMemory(prior, len(targets)), EditMemory(prior, len(targets))

@@ -59,6 +59,22 @@ def test_rewordings_do_not_depend_on_the_batch(bundled, found):
     assert fewer == [others[:1] for others in reworded]
 
 
+def test_a_start_given_twice_counts_twice(bundled, requests):
+    """What is said there most often is taken first, though it is read once."""
+    model, tokenizer, _ = bundled
+    (request,) = encode_requests(tokenizer, requests[:1], ("{}", "Some say that {}"), None)
+    prompt, other = request.contexts
+    options = {"most": 9, "ends": end_tokens(model, tokenizer), "pad_id": 0}
+
+    def of(*starts):
+        return find_rewordings(model, [prompt], [list(starts)], **options)[0]
+
+    once, rest = of(prompt), of(other)
+    assert of(prompt, prompt) == once
+    together = of(other, *[prompt] * 7)
+    assert together[: len(once)] == once and len(together) <= len(once) + len(rest)
+
+
 def test_none_where_there_is_no_room_or_no_answer(bundled, found):
     encoded, _ = found
     assert rewordings(bundled, encoded, max_positions=LENGTH) == [[]] * len(encoded)

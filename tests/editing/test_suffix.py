@@ -44,7 +44,8 @@ def test_live_tokens_give_what_the_whole_run_gives(family, lengths):
             delta.requires_grad_()
             hidden = run.hidden.index_put((torch.arange(len(rows)), first), delta, accumulate=True)
             outputs = suffix.run(run, hidden, loss_layer)
-            real = mask[rows].bool()
+            # Of what comes before, a run of live tokens says nothing.
+            real = mask[rows].bool() & (torch.arange(WIDTH) >= first[:, None])
             total = sum(torch.tanh(x[real]).sum() for x in outputs)
             results.append([x[real] for x in outputs] + list(torch.autograd.grad(total, delta)))
         for found, wanted in zip(*results, strict=True):

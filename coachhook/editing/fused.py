@@ -1,0 +1,47 @@
+"""Activations in one kernel while targets are found: less to run, and less to keep for a gradient.
+
+GPT-2 and GPT-J write their GELU out in eight operations, which on a CPU cost as much as the product
+before them. torch has the same function whole. The two differ by rounding: in 16 bits, where every
+operation rounds, by enough to show in keys, so only wider models are changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import NewGELUActivation
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def _gelu(input: Tensor) -> Tensor:
+    return F.gelu(input, approximate="tanh")
+
+
+@contextmanager
+def fused_activations(model: nn.Module) -> Iterator[None]:
+    """Run the activations of a model that are known to be written out in one kernel each.
+
+    Args:
+        model: any; left as it was afterwards.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    changed = [
+        module
+        for module in model.modules()
+        # A device map, for one, may have put another forward there.
+        if type(module) is NewGELUActivation and "forward" not in vars(module)
+    ]
+    if not dtypes.issubset(_WIDE):
+        changed = []
+    try:
+        for module in changed:
+            vars(module)["forward"] = _gelu
+        yield
+    finally:
+        for module in changed:
+            del vars(module)["forward"]

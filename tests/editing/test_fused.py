@@ -1,0 +1,54 @@
+"""Activations in one kernel while a batch is edited."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers.activations import NewGELUActivation
+
+from coachhook.editing.fused import fused_activations
+from tests.models.families import tiny
+
+IDS = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def activations(model):
+    return [module for module in model.modules() if type(module) is NewGELUActivation]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_the_model_says_the_same_to_rounding(family):
+    model = tiny(family).double()
+    assert activations(model)
+    plain = model(IDS).logits
+    with fused_activations(model):
+        assert all("forward" in vars(module) for module in activations(model))
+        torch.testing.assert_close(model(IDS).logits, plain, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(IDS).logits, plain)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_models_of_16_bits_and_other_forwards_stay_as_they_are():
+    model = tiny("gpt2")
+    first, *others = activations(model)
+
+    def own(x):
+        return x
+
+    first.forward = own
+    with fused_activations(model):
+        assert first.forward is own and all("forward" in vars(module) for module in others)
+    assert first.forward is own
+    half = copy.deepcopy(tiny("gpt2")).bfloat16()
+    with fused_activations(half):
+        assert not any("forward" in vars(module) for module in half.modules())
+
+
+def test_an_edit_leaves_the_activations_as_they_were(make_editor, requests):
+    editor, model, _ = make_editor()
+    assert activations(model)
+    editor.edit(requests[:2])
+    assert not any("forward" in vars(module) for module in activations(model))
