@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, answered, read_inputs, read_states
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.requests import EditRequest, check_requests
+from coachhook.editing.result import EditResult, lost, replaced, shut, unwritten
 from coachhook.editing.rewordings import find_rewordings
 from coachhook.editing.state import EditState, LayerEdits
 from coachhook.editing.targets import Earlier, Targets, optimise_targets
@@ -48,30 +49,6 @@ from coachhook.store import fingerprint
 _MOST_ELSEWHERE = 32
 # Requests whose prompts are read together for their cues; bounds the memory.
 _REQUESTS_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class EditResult:
-    """What one batch did.
-
-    Attributes:
-        batch: its number, as :meth:`Editor.revert` takes it.
-        alphas: layer index -> threshold after the batch.
-        targets: the optimised v* ``[d, k]``, one column per request, in order.
-        converged: per request, whether the target is the model's answer once v* is put in; where it
-            is not, no edit at this position can make it so with these settings.
-        losses: last loss of each request's target.
-        steps: Adam steps of each request's target.
-        warnings: what a user should know, in words.
-    """
-
-    batch: int
-    alphas: dict[int, float]
-    targets: Tensor
-    converged: list[bool]
-    losses: list[float]
-    steps: list[int]
-    warnings: list[str]
 
 
 class Editor:
@@ -361,14 +338,10 @@ class Editor:
             targets.losses,
             targets.steps,
             [
-                *self._warnings(record, ties),
-                *self._replaced(number, requests),
-                *(
-                    f"{r.text!r} -> {r.target_new!r} of an earlier batch is about a subject of "
-                    "this one, and no correction was found that gives both: it is lost"
-                    for r, holds in zip(ties.reminders, held, strict=True)
-                    if not holds
-                ),
+                *unwritten(record, ties),
+                *shut(record, self.alphas),
+                *replaced(number, self._state.batches),
+                *lost(ties, held),
             ],
         )
 
@@ -522,45 +495,6 @@ class Editor:
             defined = largest[largest > -float("inf")]
             bounds[layer] = float(defined.min()) if len(defined) else float("nan")
         return bounds
-
-    def _replaced(self, number: int, requests: list[EditRequest]) -> list[str]:
-        """Words about facts of earlier batches whose prompt is asked for something else now."""
-        earlier = {
-            r.text: (r.target_new, before)
-            for before, batch in self._state.batches.items()
-            if before != number
-            for r in batch.requests
-        }
-        return [
-            f"{r.text!r} -> {r.target_new!r} comes after {earlier[r.text][0]!r} of batch "
-            f"{earlier[r.text][1]}, which holds again when this batch is taken back"
-            for r in requests
-            if r.text in earlier and earlier[r.text][0] != r.target_new
-        ]
-
-    def _warnings(self, record: BatchRecord, ties: Ties) -> list[str]:
-        found = [
-            f"{record.requests[i].text!r} -> {record.requests[i].target_new!r} is not written: the "
-            f"batch asks the same for {record.requests[later].target_new!r} after it"
-            for i, later in ties.replaced.items()
-        ]
-        for i, (request, converged, loss) in enumerate(
-            zip(record.requests, record.converged, record.losses, strict=True)
-        ):
-            if not converged and i not in ties.replaced:
-                found.append(
-                    f"the target of {request.text!r} -> {request.target_new!r} did not converge "
-                    f"(loss {loss:.2f})"
-                )
-        for layer, bound in record.bounds.items():
-            if bound != bound:
-                found.append(f"layer {layer}: no prompt of the batch is long enough for a z-score")
-            elif bound < self.hooks[layer].alpha:
-                found.append(
-                    f"layer {layer}: the gate stays shut for at least one prompt of the batch "
-                    f"(score {bound:.2f}, threshold {self.hooks[layer].alpha:.2f})"
-                )
-        return found
 
 
 def _scores(hook: HookedLinear, x: Tensor, mask: Tensor | None) -> Tensor:
