@@ -186,6 +186,25 @@ __device__ __forceinline__ void judge_prefix(const DecodeParams& p, const Decode
   }
 }
 
+// y = P, with `added` on it where the token takes its correction.
+template <typename TY>
+__device__ __forceinline__ void write_output(const DecodeParams& p, const DecodePlan& plan,
+                                             int64_t token, int64_t out, bool takes, float added) {
+  TY* y = static_cast<TY*>(p.y) + token * p.y_row_stride + out;
+  if (p.base != nullptr) {
+    const TY* base = static_cast<const TY*>(p.base) + token * p.base_row_stride + out;
+    if (takes) {
+      *y = from_float<TY>(to_float(*base) + added);
+    } else if (y != base) {
+      *y = *base;
+    }
+  } else {
+    float frozen = sum_of_splits(plan.frozen, p.gate.rows, token, out);
+    if (p.bias != nullptr) frozen += to_float(static_cast<const TY*>(p.bias)[out]);
+    *y = from_float<TY>(takes ? frozen + added : frozen);
+  }
+}
+
 template <typename TY, typename R, bool kSummed>
 __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
     decode_finish_kernel(const DecodeParams p, const DecodePlan plan) {
@@ -296,19 +315,7 @@ __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
       }
       if (!writes) continue;
       if (takes && p.lift == nullptr) added = f[out];
-      TY* y = static_cast<TY*>(p.y) + token * p.y_row_stride + out;
-      if (p.base != nullptr) {
-        const TY* base = static_cast<const TY*>(p.base) + token * p.base_row_stride + out;
-        if (takes) {
-          *y = from_float<TY>(to_float(*base) + added);
-        } else if (y != base) {
-          *y = *base;
-        }
-      } else {
-        float frozen = sum_of_splits(plan.frozen, gate.rows, token, out);
-        if (p.bias != nullptr) frozen += to_float(static_cast<const TY*>(p.bias)[out]);
-        *y = from_float<TY>(takes ? frozen + added : frozen);
-      }
+      write_output<TY>(p, plan, token, out, takes, added);
     }
   }
 }

@@ -100,19 +100,7 @@ __global__ void __launch_bounds__(OwnTraits::kThreads)
                                               : to_float(static_cast<const TY*>(p.lift)[at]);
       added *= best.value == 0.0f ? 0.0f : best.value / best.value;
     }
-    TY* y = static_cast<TY*>(p.y) + token * p.y_row_stride + out;
-    if (p.base != nullptr) {
-      const TY* base = static_cast<const TY*>(p.base) + token * p.base_row_stride + out;
-      if (takes) {
-        *y = from_float<TY>(to_float(*base) + added);
-      } else if (y != base) {
-        *y = *base;
-      }
-    } else {
-      float frozen = sum_of_splits(plan.frozen, gate.rows, token, out);
-      if (p.bias != nullptr) frozen += to_float(static_cast<const TY*>(p.bias)[out]);
-      *y = from_float<TY>(takes ? frozen + added : frozen);
-    }
+    write_output<TY>(p, plan, token, out, takes, added);
   }
   if (p.seen != nullptr && blockIdx.x == 0 && token == 0) {
     for (int64_t i = threadIdx.x; i < gate.sequences; i += OwnTraits::kThreads) {
