@@ -15,6 +15,8 @@ namespace coachhook {
 struct OwnTraits {
   static constexpr int kThreads = 256;  // edits, then outputs, of a block
   static constexpr int kWarps = kThreads / kWarpSize;
+  // Blocks per multiprocessor: left alone, the compiler aims at six and spills.
+  static constexpr int kBlocks = 4;
 };
 
 constexpr int32_t kNever = 0x7fffffff;
@@ -31,7 +33,7 @@ __device__ __forceinline__ Best block_best(Best best, Best* scratch) {
   return best;
 }
 
-__global__ void __launch_bounds__(OwnTraits::kThreads)
+__global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
     decode_select_kernel(const DecodeParams p, const DecodePlan plan) {
   __shared__ Best scratch[OwnTraits::kWarps];
   const GateParams& gate = p.gate;
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(OwnTraits::kThreads)
 }
 
 template <typename TY>
-__global__ void __launch_bounds__(OwnTraits::kThreads)
+__global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
     decode_take_kernel(const DecodeParams p, const DecodePlan plan) {
   __shared__ Best scratch[OwnTraits::kWarps];
   const GateParams& gate = p.gate;
