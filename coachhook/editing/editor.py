@@ -225,6 +225,7 @@ class Editor:
         requests: list[EditRequest],
         encoded: list[EncodedRequest],
         ties: Ties,
+        reminders: list[EncodedRequest],
         pad_id: int,
         progress: str | None,
     ) -> tuple[Targets, dict[int, dict[Place, Earlier]]]:
@@ -233,7 +234,6 @@ class Editor:
         Those of a replaced request are its replacement's, unused.
         """
         part = [i for i in range(len(encoded)) if i not in ties.replaced]
-        reminders = self._encoded(ties.reminders)
         every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
         asked = [requests[i] for i in part] + ties.reminders
         earlier = self._earlier(asked, every, pad_id)
@@ -317,7 +317,8 @@ class Editor:
         was_training = self._model.training
         self._model.eval()
         try:
-            targets, earlier = self._targets(requests, encoded, ties, pad_id, progress)
+            reminders = self._encoded(ties.reminders)
+            targets, earlier = self._targets(requests, encoded, ties, reminders, pad_id, progress)
             record = BatchRecord(
                 requests, targets.values.cpu(), targets.converged, targets.losses, [], {}, {}
             )
@@ -326,7 +327,7 @@ class Editor:
             self._refresh()
             held = answered(
                 self._model,
-                [(p.contexts[0].ids, p.target) for p in self._encoded(ties.reminders)],
+                [(p.contexts[0].ids, p.target) for p in reminders],
             )
         finally:
             self._model.train(was_training)
