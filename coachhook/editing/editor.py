@@ -19,6 +19,7 @@ from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.fused import fused_activations
 from coachhook.editing.memory import EditMemory, regularized_prior
+from coachhook.editing.problem import Earlier
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, answered, read_inputs, read_states
@@ -27,7 +28,7 @@ from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.editing.result import EditResult, lost, replaced, shut, unwritten
 from coachhook.editing.rewordings import find_rewordings
 from coachhook.editing.state import EditState, LayerEdits
-from coachhook.editing.targets import Earlier, Targets, optimise_targets
+from coachhook.editing.targets import Targets, optimise_targets
 from coachhook.editing.ties import Ties, find_ties
 from coachhook.editing.unrelated import Ending, SampleTokens, endings
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks

@@ -7,6 +7,9 @@ cache does, as left padding of the live tokens' own:
 
     keys of a block   [ padding | cached, first_r tokens | live, length_r - first_r | padding ]
 
+Of the last block only some tokens' outputs are asked for. It is run up to its KV cache for the keys
+and values of all live tokens, then whole for those few.
+
 Rows differ in their first changed token, so masks and positions of the full run are gathered, not
 made anew: windows, biases and whatever else a family puts into its mask stay what they were.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +35,11 @@ _GROUP_COST = {"cpu": 16, "cuda": 256}
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def first_tensor(output: Any) -> Tensor:
+    """A block's hidden state: blocks return it alone or first in a tuple, depending on version."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 class Recorder:
     """Stands in for a block's KV cache to see its keys and values, each ``[B, H, T, e]``.
 
@@ -45,7 +54,7 @@ class Recorder:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Hands back what it is given."""
-        self._found = keys.detach(), values.detach()
+        self._found = keys, values
         if self._ends:
             raise ForwardEnded
         return keys, values
@@ -55,7 +64,7 @@ class Recorder:
         return 0
 
     def states(self) -> tuple[Tensor, Tensor]:
-        """Keys and values.
+        """Keys and values, part of the graph where there is one.
 
         Raises:
             TypeError: the block has not shown any.
@@ -76,6 +85,17 @@ class _Past:
 
     def get_seq_length(self, *_: Any) -> int:
         return self._keys.shape[2]
+
+    def grown(self, keys: Tensor, values: Tensor) -> _Complete:
+        """The cache with the live tokens in."""
+        return _Complete(*self.update(keys, values))
+
+
+class _Complete(_Past):
+    """A KV cache that holds the tokens asked about, too."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self._keys, self._values
 
 
 def named(block: nn.Module, call: Call) -> dict[str, Any]:
@@ -140,12 +160,32 @@ class _Group:
         columns: token ``[b, L]`` of each position.
         inside: index into ``[b, L]`` of the positions that hold a token.
         calls: arguments of each block, KV cache included.
+        past: KV cache of the last block.
+        ask: how the last block is asked about the wanted tokens alone; None where that saves
+            little.
     """
 
     rows: Tensor
     columns: Tensor
     inside: tuple[Tensor, Tensor]
     calls: list[dict[str, Any]]
+    past: _Past
+    ask: _Ask | None
+
+
+@dataclass
+class _Ask:
+    """The wanted tokens of a group's rows.
+
+    Attributes:
+        positions: among the row's live tokens ``[b, W]``.
+        inside: index into ``[b, W]`` of those that are wanted.
+        call: arguments of the last block for them, KV cache excluded.
+    """
+
+    positions: Tensor
+    inside: tuple[Tensor, Tensor]
+    call: dict[str, Any]
 
 
 @dataclass
@@ -175,24 +215,36 @@ class Live:
         blocks: the blocks above.
         rows: index of the rows in question, ``[r]``.
         first: for each the first token that may change, ``[r]``.
+        wanted: the tokens whose state at the end is asked for, bool ``[r, T]``; None is all.
+        least: so many tokens must be left out of the last block for it to be asked about those
+            alone; None is as many as one more group of rows costs.
 
     Attributes:
         hidden: output of the block below, ``[r, T, d]``.
     """
 
     def __init__(
-        self, kept: Kept, blocks: Sequence[nn.Module], rows: Tensor, first: Tensor
+        self,
+        kept: Kept,
+        blocks: Sequence[nn.Module],
+        rows: Tensor,
+        first: Tensor,
+        wanted: Tensor | None = None,
+        least: int | None = None,
     ) -> None:
-        self._kept, self._blocks, self._rows = kept, blocks, rows
+        self._kept, self._blocks, self._rows, self._wanted = kept, blocks, rows, wanted
         self.hidden: Tensor = kept.hidden[rows]
         lengths = kept.lengths[rows]
         self._first = torch.minimum(first.to(lengths), lengths - 1)
         self._counts = lengths - self._first
         cost = _GROUP_COST.get(self.hidden.device.type, _GROUP_COST["cuda"])
+        self._least = cost if least is None else least
+        # A row of which nothing is asked is not run.
+        asked = torch.arange(len(rows)) if wanted is None else wanted.any(1).nonzero()[:, 0].cpu()
         self._groups = [
             self._group(torch.tensor(fitting, device=rows.device))
-            for group in pack(self._counts.tolist(), cost)
-            for fitting in self._split(group)
+            for group in pack(self._counts[asked.to(rows.device)].tolist(), cost)
+            for fitting in self._split(asked[group].tolist())
         ]
 
     @property
@@ -200,33 +252,46 @@ class Live:
         """Positions run for these rows, padding included."""
         return sum(group.columns.numel() for group in self._groups)
 
-    def select(self, rows: Tensor, first: Tensor) -> Live:
-        """Some of the rows, with what may change in them."""
-        return Live(self._kept, self._blocks, self._rows[rows], first)
+    def select(self, rows: Tensor, first: Tensor, wanted: Tensor | None = None) -> Live:
+        """Some of the rows, with what may change in them and what is asked for."""
+        return Live(self._kept, self._blocks, self._rows[rows], first, wanted)
 
     def run(self, hidden: Tensor, loss_index: int) -> tuple[Tensor, Tensor]:
         """As the whole suffix on ``hidden [r, T, d]``, changed from the first tokens on only.
 
-        Before those, and in padding, what it gives is zero.
+        Before those, in padding, and at the end where a token is not wanted, what it gives is zero
+        or as the whole suffix gives it.
         """
         last = len(self._blocks) - 1
-        seen: dict[int, list[Tensor]] = {loss_index: [], last: []}
+        seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {loss_index: [], last: []}
         for group in self._groups:
             states = hidden[group.rows[:, None], group.columns]
+            rows, columns = group.rows[group.inside[0]], group.columns[group.inside]
             if -1 in seen:
-                seen[-1].append(states[group.inside])
+                seen[-1].append((rows, columns, states[group.inside]))
             for index, (block, call) in enumerate(zip(self._blocks, group.calls, strict=True)):
-                output = block(states, **call)
-                states = output if isinstance(output, Tensor) else output[0]
+                if index == last and group.ask is not None:
+                    seen[last].append(self._asked(group, group.ask, states))
+                    break
+                states = first_tensor(block(states, **call))
                 if index in seen:
-                    seen[index].append(states[group.inside])
-        rows = torch.cat([g.rows[g.inside[0]] for g in self._groups])
-        columns = torch.cat([g.columns[g.inside] for g in self._groups])
-        whole = {
-            index: torch.zeros_like(hidden).index_put((rows, columns), torch.cat(parts))
-            for index, parts in seen.items()
-        }
+                    seen[index].append((rows, columns, states[group.inside]))
+        whole = {}
+        for index, parts in seen.items():
+            rows, columns, states = (torch.cat(part) for part in zip(*parts, strict=True))
+            whole[index] = torch.zeros_like(hidden).index_put((rows, columns), states)
         return whole[loss_index], whole[last]
+
+    def _asked(self, group: _Group, ask: _Ask, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, token and state at the end of the wanted tokens."""
+        block, recorder = self._blocks[-1], Recorder(ends=True)
+        with suppress(ForwardEnded):
+            block(states, **with_cache(block, group.calls[-1], recorder))
+        call = with_cache(block, ask.call, group.past.grown(*recorder.states()))
+        each = torch.arange(len(states), device=states.device)[:, None]
+        given = first_tensor(block(states[each, ask.positions], **call))
+        rows, columns = group.rows[:, None], group.columns.gather(1, ask.positions)
+        return rows[ask.inside[0], 0], columns[ask.inside], given[ask.inside]
 
     def _split(self, group: list[int]) -> list[list[int]]:
         """The group in parts that do not have more keys than a block takes."""
@@ -247,11 +312,25 @@ class Live:
         columns = (number + first).clamp_max(width - 1)
         inside = (number < counts).nonzero(as_tuple=True)
         gather = _Gather(kept.hidden.shape[:2], self._rows[rows], columns, keys, before)
+        past = [_Past(gather.cached(k), gather.cached(v)) for k, v in kept.past]
         calls = [
-            with_cache(block, gather.call(call), _Past(gather.cached(k), gather.cached(v)))
-            for block, call, (k, v) in zip(self._blocks, kept.calls, kept.past, strict=True)
+            with_cache(block, gather.call(call), cache)
+            for block, call, cache in zip(self._blocks, kept.calls, past, strict=True)
         ]
-        return _Group(rows, columns, (inside[0], inside[1]), calls)
+        ask = None
+        if self._wanted is not None:
+            wanted = self._wanted[rows[:, None], columns] & (number < counts)
+            most = max(1, int(wanted.sum(1).max()))
+            if len(rows) * (live - most) >= self._least:
+                # Where a row has fewer wanted ones, any others make up the number. In order, as
+                # GPT-Neo takes the queries for the last tokens, which is no harm then.
+                chosen = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+                positions = chosen[:, :most].sort(dim=1).values
+                real = wanted.gather(1, positions).nonzero(as_tuple=True)
+                asked = columns.gather(1, positions)
+                narrow = _Gather(kept.hidden.shape[:2], self._rows[rows], asked, keys, before)
+                ask = _Ask(positions, (real[0], real[1]), narrow.call(kept.calls[-1]))
+        return _Group(rows, columns, (inside[0], inside[1]), calls, past[-1], ask)
 
 
 class _Gather:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook.editing.live import first_tensor
 from coachhook.editing.prompts import EncodedPrompt, pad_right
-from coachhook.editing.suffix import first_tensor
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 

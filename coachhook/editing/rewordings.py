@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from coachhook.editing.prompts import EncodedPrompt
 
 # Texts sampled from each start, and their length in tokens.
-SAMPLES = 6
-LENGTH = 10
+SAMPLES = 4
+LENGTH = 8
 # A text is a rewording where the answer's first token is at least as likely as this.
 LEAST_PROBABILITY = 0.5
 _ROWS_AT_ONCE = 256

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from coachhook.editing.live import Kept, Live, Recorder, named, with_cache
+from coachhook.editing.live import Kept, Live, Recorder, first_tensor, named, with_cache
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 _log = logging.getLogger(__name__)
@@ -26,11 +26,6 @@ _REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Largest relative difference between the whole suffix and its live part that rounding explains. A
 # wrong mask or position gives one of order 1; some families compute attention in float32 always.
 _AGREE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-
-
-def first_tensor(output: Any) -> Tensor:
-    """A block's hidden state: blocks return it alone or first in a tuple, depending on version."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager
@@ -67,6 +62,10 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
             selected["alibi"] = alibi.view(batch, -1, *alibi.shape[1:])[rows].flatten(0, 1)
         return selected
     return value
+
+
+def _relative(expected: Tensor, got: Tensor) -> float:
+    return float((expected - got).detach().double().norm() / expected.detach().double().norm())
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Suffix:
         self._norm = get_submodule(model, description.final_norm_path)
         self._head = get_submodule(model, description.lm_head_path)
         self._max_positions = description.max_positions
-        self._keeps = True
+        self._keeps = self._narrows = True
         self._weights = [
             p for module in (*self._above, self._norm, self._head) for p in module.parameters()
         ]
@@ -276,27 +275,46 @@ class Suffix:
         real = (positions >= first[:, None]) & (positions < lengths[rows, None])
         whole = self._run(captured.select(rows), hidden, loss_index)
         live = Live(captured.kept, self._above, rows, first).run(hidden, loss_index)
-        return max(
-            float((a[real] - b[real]).double().norm() / a[real].double().norm())
-            for a, b in zip(whole, live, strict=True)
-        )
+        if self._narrows:
+            wanted = (positions == first[:, None]) | (positions == lengths[rows, None] - 1)
+            try:
+                asked = Live(captured.kept, self._above, rows, first, wanted, least=0)
+                _, end = asked.run(hidden, loss_index)
+                difference = _relative(whole[1][wanted], end[wanted])
+                self._narrows = difference <= _AGREE[hidden.dtype]
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except _REFUSALS:
+                self._narrows = False
+            if not self._narrows:
+                _log.info("the last block is run for all tokens that change")
+        return max(_relative(a[real], b[real]) for a, b in zip(whole, live, strict=True))
 
     def _index(self, loss_layer: int | None) -> int:
         """Which of the blocks above; -1 is the one below them."""
         return len(self._above) - 1 if loss_layer is None else loss_layer - self._first
 
-    def select(self, captured: Captured | Live, rows: Tensor, first: Tensor) -> Captured | Live:
+    def select(
+        self,
+        captured: Captured | Live,
+        rows: Tensor,
+        first: Tensor,
+        wanted: Tensor | None = None,
+    ) -> Captured | Live:
         """Some rows, of which nothing changes before a token.
 
         Args:
             captured: a batch, or some rows of it.
             rows: index ``[R]`` of those wanted.
             first: for each the first token that may change ``[R]``.
+            wanted: the tokens that will be asked for, bool ``[R, T]``; None is all.
         """
+        if not self._narrows:
+            wanted = None
         if isinstance(captured, Live):
-            return captured.select(rows, first)
+            return captured.select(rows, first, wanted)
         if captured.kept is not None:
-            return Live(captured.kept, self._above, rows, first)
+            return Live(captured.kept, self._above, rows, first, wanted)
         return captured.select(rows)
 
     def run(

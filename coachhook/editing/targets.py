@@ -33,35 +33,18 @@ from tqdm import tqdm
 
 from coachhook.editing.config import EditConfig
 from coachhook.editing.encoding import EncodedRequest
-from coachhook.editing.live import Live
+from coachhook.editing.problem import Earlier, Problem, find_losses, make_problem
 from coachhook.editing.prompts import (
     SUBJECT_PLACES,
-    EncodedPrompt,
     Place,
     expand_places,
-    pad_right,
 )
 from coachhook.editing.room import free_memory
-from coachhook.editing.suffix import Captured, Suffix
+from coachhook.editing.suffix import Suffix
 from coachhook.models import ModelDescription
 
 # Where the system does not say how much memory there is.
 _TOKENS_AT_ONCE = 16384
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What an earlier batch wrote at one place of a request.
-
-    Attributes:
-        value: its correction ``[d]``, where the new one starts.
-        added: how much of it is in the state of the last edited block now, in each of the contexts,
-            the rewordings and the essence prompt ``[p, d]``: all of it, or none where the edit does
-            not fire.
-    """
-
-    value: Tensor
-    added: Tensor
 
 
 @dataclass(frozen=True)
@@ -106,164 +89,6 @@ class Targets:
 
 
 @dataclass
-class _Problem:
-    """A chunk of k requests, ``group`` rows each.
-
-    A request's rows are its contexts, its rewordings, without targets where it has fewer than
-    another request of the chunk, and its essence prompt if wanted.
-    """
-
-    captured: Captured | Live
-    places: Tensor  # [R, P], index of each place's token, -1 where there is none
-    added: Tensor | None  # [R, P, d], what is taken off the state there
-    target: Tensor  # [R, T], the id that follows each position or -100
-    group: int
-    contexts: int
-    asked: int  # contexts and rewordings
-
-    def select(self, suffix: Suffix, requests: Tensor, places: int) -> _Problem:
-        """Some requests at their first ``places`` places."""
-        offsets = torch.arange(self.group, device=requests.device)
-        rows = (requests[:, None] * self.group + offsets).flatten()
-        here = self.places[rows, :places]
-        first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
-        return _Problem(
-            suffix.select(self.captured, rows, first),
-            here,
-            None if self.added is None else self.added[rows, :places],
-            self.target[rows],
-            self.group,
-            self.contexts,
-            self.asked,
-        )
-
-    @property
-    def prompts(self) -> Tensor:
-        """Prompts of each request that have a target ``[k]``."""
-        return (self.target >= 0).any(1).view(-1, self.group).sum(1)
-
-    @property
-    def bare(self) -> Tensor:
-        """Row of each request's bare prompt."""
-        return torch.arange(0, len(self.places), self.group, device=self.places.device)
-
-
-def _problem(
-    suffix: Suffix,
-    requests: Sequence[EncodedRequest],
-    places: Sequence[Place],
-    earlier: Sequence[Mapping[Place, Earlier]],
-    with_kl: bool,
-    loss_layer: int | None,
-    apart: bool,
-    pad_id: int,
-    device: torch.device,
-) -> _Problem:
-    asked = max(len(request.prompts) for request in requests)
-    rows: list[list[int]] = []
-    positions: list[list[int]] = []
-    spans: list[tuple[int, list[int]]] = []
-
-    def add(prompt: EncodedPrompt, target: list[int], at: Sequence[Place]) -> None:
-        found = [prompt.position(p, target) if p in at else None for p in places]
-        rows.append(prompt.ids + target[:-1])
-        positions.append([-1 if p is None else p for p in found])
-        spans.append((len(prompt.ids) - 1, target))
-
-    for request in requests:
-        # How a subject is cut into tokens may differ between contexts: a place must be in all.
-        common = [
-            p
-            for p in places
-            if all(c.position(p, request.target) is not None for c in request.contexts)
-        ]
-        # The last token of another wording has another key: nothing will be written there.
-        others = [p for p in common if p[0] != "prompt_last"]
-        for prompt in request.contexts:
-            add(prompt, request.target, common)
-        for prompt in request.rewordings:
-            add(prompt, request.target, others)
-        for _ in range(asked - len(request.prompts)):
-            add(request.essence, [], [])
-        if with_kl:
-            add(request.essence, [], [p for p in places if p[0] in SUBJECT_PLACES])
-    ids, mask = pad_right(rows, pad_id, device)
-    target = torch.full_like(ids, -100)
-    for row, (start, tokens) in enumerate(spans):
-        target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
-    contexts = len(requests[0].contexts)
-    group = asked + int(with_kl)
-    # With padding in the gate's statistics a state depends on what it is padded with; the published
-    # code takes one request at a time.
-    captured = suffix.capture(
-        ids, mask, apart=group if apart else None, keep=True, loss_layer=loss_layer
-    )
-    added = None
-    if any(earlier):
-        added = captured.hidden.new_zeros(len(rows), len(places), captured.hidden.shape[2])
-        for first, request, known in zip(
-            range(0, len(rows), group), requests, earlier, strict=True
-        ):
-            mine = [*range(len(request.prompts)), *([asked] if with_kl else [])]
-            for place, there in known.items():
-                at = torch.tensor(mine, device=device) + first
-                added[at, places.index(place)] = there.added[: len(mine)].to(added)
-    return _Problem(
-        captured,
-        torch.tensor(positions, device=device),
-        added,
-        target,
-        group,
-        contexts,
-        asked,
-    )
-
-
-@dataclass
-class _Losses:
-    total: Tensor  # [k], differentiable
-    correct: Tensor  # [k, asked] bool: the target is the answer, or none is asked for
-    essence: Tensor | None  # [k, V] log-probabilities
-
-
-def _losses(
-    suffix: Suffix,
-    problem: _Problem,
-    delta: Tensor,
-    start_norm: Tensor,
-    essence_start: Tensor | None,
-    config: EditConfig,
-) -> _Losses:
-    base = problem.captured.hidden
-    row, place = (problem.places >= 0).nonzero(as_tuple=True)
-    column = problem.places[row, place]
-    moved = base[row, column].to(delta.dtype) + delta[row // problem.group, place]
-    if problem.added is not None:
-        moved = moved - problem.added[row, place]
-    hidden = base.index_put((row, column), moved.to(base.dtype))
-    at_loss, final = suffix.run(problem.captured, hidden, config.target_loss_layer)
-
-    row, column = (problem.target >= 0).nonzero(as_tuple=True)
-    wanted = problem.target[row, column]
-    log_probs = suffix.log_probs(at_loss[row, column])
-    chosen = log_probs.gather(1, wanted[:, None])[:, 0]
-    count = (problem.target >= 0).sum(1).clamp_min(1)
-    nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
-    wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
-    correct = wrong.view(-1, problem.group)[:, : problem.asked] == 0
-
-    penalty = config.target_weight_decay * delta.flatten(1).norm(dim=1) / start_norm**2
-    essence = None
-    if problem.group > problem.asked:
-        last = problem.bare + problem.asked
-        essence = suffix.log_probs(final[last, problem.places[last, 0]])
-        reference = essence.detach() if essence_start is None else essence_start
-        penalty = penalty + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
-    total = nll.view(-1, problem.group).sum(1) / problem.prompts + penalty
-    return _Losses(total, correct, essence)
-
-
-@dataclass
 class _Solution:
     """The targets of the requests of a chunk so far."""
 
@@ -278,7 +103,7 @@ class _Solution:
 
 def _optimise(
     suffix: Suffix,
-    problem: _Problem,
+    problem: Problem,
     config: EditConfig,
     solution: _Solution,
     requests: Tensor,
@@ -290,48 +115,84 @@ def _optimise(
     Tied requests must be given together. The parameters of the first of them serve for all.
     """
     places = len(names)
-    rows = problem.select(suffix, requests, places)
     lead = _first_of_each(solution.ties[requests])
     shared = torch.tensor([p[0] in SUBJECT_PLACES for p in names])
     shared = shared.to(requests.device)[:, None]
     start_norm = solution.start[requests].norm(dim=1)
     radius = config.target_clamp * start_norm[:, None]
-    delta = solution.delta[requests, :places].requires_grad_(True)
-    optimiser = torch.optim.Adam([delta], lr=config.target_lr)
+    steps = _Adam(solution.delta[requests, :places], config.target_lr, radius)
     solution.used[requests, :places] = problem.places[problem.bare[requests], :places] >= 0
-    active = torch.arange(len(requests), device=requests.device)
+    forwards = torch.zeros(len(requests), dtype=torch.int64, device=requests.device)
     essence_start: Tensor | None = None
 
-    for step in range(config.target_steps):
-        reference = None if essence_start is None else essence_start[active]
-        with torch.enable_grad(), suffix.frozen():
-            moved = torch.where(shared, delta[lead[active]], delta[active])
-            now = _losses(suffix, rows, moved, start_norm[active], reference, config)
-            gradient = torch.autograd.grad(now.total.sum(), delta)[0]
-        if essence_start is None and now.essence is not None:
-            essence_start = now.essence.detach()
-        chosen = requests[active]
-        solution.delta[chosen, :places] = moved.detach()
-        solution.correct[chosen] = now.correct
-        losses = now.total.detach()
-        solution.losses[chosen] = losses.to(solution.losses)
-        above = (losses >= config.target_stop).to(requests)
-        stopped = torch.zeros_like(lead).index_add(0, lead[active], above)[lead[active]] == 0
-        if stopped.any():
-            bar.update(int(solution.correct[chosen[stopped]].all(1).sum()))
-            active = active[~stopped]
-            if not len(active):
+    # Most rewordings hold once the contexts do, so they are run with what is left only.
+    for asked in sorted({problem.contexts, problem.asked}):
+        active = torch.arange(len(requests), device=requests.device)
+        rows = problem.select(suffix, requests, places, asked)
+        while True:
+            reference = None if essence_start is None else essence_start[active]
+            delta = steps.deltas().requires_grad_(True)
+            with torch.enable_grad(), suffix.frozen():
+                moved = torch.where(shared, delta[lead[active]], delta[active])
+                now = find_losses(suffix, rows, moved, start_norm[active], reference, config)
+                total = now.total.sum()
+            if essence_start is None and now.essence is not None:
+                essence_start = now.essence.detach()
+            chosen = requests[active]
+            solution.delta[chosen, :places] = moved.detach()
+            solution.correct[chosen, :asked] = now.correct
+            losses = now.total.detach()
+            solution.losses[chosen] = losses.to(solution.losses)
+            forwards[active] += 1
+            going = (losses >= config.target_stop) & (forwards[active] < config.target_steps)
+            going = torch.zeros_like(lead).index_add(0, lead[active], going.to(lead)) > 0
+            going = going[lead[active]]
+            bar.update(int(solution.correct[chosen[~going]].all(1).sum()))
+            if not going.any():
                 break
-            rows = rows.select(suffix, (~stopped).nonzero().flatten(), places)
-        if step == config.target_steps - 1:
-            break
-        solution.steps[requests[active]] += 1
-        delta.grad = gradient
-        optimiser.step()
-        with torch.no_grad():
-            norm = delta.norm(dim=-1)
-            outside = norm > radius
-            delta[outside] *= (radius / norm)[outside, None]
+            left = active[going]
+            solution.steps[requests[left]] += 1
+            # Before the rows are chosen anew, as that gives the old ones' graph back.
+            gradient = torch.autograd.grad(total, delta)[0]
+            steps.take(gradient, torch.unique(torch.cat([left, lead[left]])))
+            if len(left) < len(active):
+                active = left
+                rows = rows.select(suffix, going.nonzero().flatten(), places, asked)
+
+
+class _Adam:
+    """Adam on the deltas of some requests, clamped.
+
+    A request is a parameter of its own: one that has left keeps its moments for when it is back.
+
+    Args:
+        deltas: where they start ``[k, P, d]``.
+        lr: the learning rate.
+        radius: largest norm of each delta ``[k, 1]``.
+    """
+
+    def __init__(self, deltas: Tensor, lr: float, radius: Tensor) -> None:
+        self._deltas = [delta.clone() for delta in deltas]
+        self._adam = torch.optim.Adam(self._deltas, lr=lr)
+        self._radius = radius
+
+    def deltas(self) -> Tensor:
+        """The present ones ``[k, P, d]``, a copy."""
+        return torch.stack(self._deltas)
+
+    @torch.no_grad()
+    def take(self, gradient: Tensor, which: Tensor) -> None:
+        """One step of some requests, given the gradient ``[k, P, d]`` of all."""
+        self._adam.zero_grad()
+        for i in which.tolist():
+            self._deltas[i].grad = gradient[i]
+        self._adam.step()
+        deltas = self.deltas()
+        norm = deltas.norm(dim=-1)
+        outside = norm > self._radius
+        deltas[outside] *= (self._radius / norm)[outside, None]
+        for delta, inside in zip(self._deltas, deltas, strict=True):
+            delta.copy_(inside)
 
 
 def _first_of_each(ties: Tensor) -> Tensor:
@@ -341,7 +202,7 @@ def _first_of_each(ties: Tensor) -> Tensor:
 
 def _optimise_chunk(
     suffix: Suffix,
-    problem: _Problem,
+    problem: Problem,
     config: EditConfig,
     names: Sequence[Place],
     earlier: Sequence[Mapping[Place, Earlier]],
@@ -468,14 +329,12 @@ def optimise_targets(
             return admit([(chunk[i], place) for i, place in pairs])
 
         try:
-            problem = _problem(
+            problem = make_problem(
                 suffix,
                 [encoded[i] for i in chunk],
                 places,
                 [earlier[i] for i in chunk],
-                config.target_kl > 0,
-                config.target_loss_layer,
-                config.include_padding,
+                config,
                 pad_id,
                 parameter.device,
             )
@@ -503,6 +362,7 @@ def optimise_targets(
             solutions.append((chunk, solution))
             done = sum(len(requests) for requests, _ in solutions)
             bar.update(done - bar.n)
+            bar.refresh()
     bar.close()
     return _collect(solutions, places)
 

@@ -1,0 +1,227 @@
+"""The prompts of a batch as one optimisation problem: what is changed, asked for, and lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coachhook.editing.config import EditConfig
+from coachhook.editing.encoding import EncodedRequest
+from coachhook.editing.live import Live
+from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place, pad_right
+from coachhook.editing.suffix import Captured, Suffix
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier batch wrote at one place of a request.
+
+    Attributes:
+        value: its correction ``[d]``, where the new one starts.
+        added: how much of it is in the state of the last edited block now, in each of the contexts,
+            the rewordings and the essence prompt ``[p, d]``: all of it, or none where the edit does
+            not fire.
+    """
+
+    value: Tensor
+    added: Tensor
+
+
+@dataclass
+class Problem:
+    """A chunk of k requests, ``group`` rows each.
+
+    A request's rows are its contexts, its rewordings, without targets where it has fewer than
+    another request of the chunk, and its essence prompt if wanted.
+    """
+
+    captured: Captured | Live
+    places: Tensor  # [R, P], index of each place's token, -1 where there is none
+    added: Tensor | None  # [R, P, d], what is taken off the state there
+    target: Tensor  # [R, T], the id that follows each position or -100
+    group: int
+    contexts: int
+    asked: int  # contexts and rewordings
+
+    def select(self, suffix: Suffix, requests: Tensor, places: int, asked: int) -> Problem:
+        """Some requests with their first ``asked`` prompts, at their first ``places`` places."""
+        offsets = torch.arange(self.group, device=requests.device)
+        offsets = torch.cat([offsets[:asked], offsets[self.asked :]])
+        rows = (requests[:, None] * self.group + offsets).flatten()
+        here = self.places[rows, :places]
+        first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
+        target = self.target[rows]
+        wanted = target >= 0
+        if self.group > self.asked:
+            last = torch.arange(len(offsets) - 1, len(rows), len(offsets), device=rows.device)
+            wanted[last, here[last, 0]] = True
+        return Problem(
+            suffix.select(self.captured, rows, first, wanted),
+            here,
+            None if self.added is None else self.added[rows, :places],
+            target,
+            len(offsets),
+            self.contexts,
+            asked,
+        )
+
+    @property
+    def prompts(self) -> Tensor:
+        """Prompts of each request that have a target ``[k]``."""
+        return (self.target >= 0).any(1).view(-1, self.group).sum(1)
+
+    @property
+    def bare(self) -> Tensor:
+        """Row of each request's bare prompt."""
+        return torch.arange(0, len(self.places), self.group, device=self.places.device)
+
+
+def make_problem(
+    suffix: Suffix,
+    requests: Sequence[EncodedRequest],
+    places: Sequence[Place],
+    earlier: Sequence[Mapping[Place, Earlier]],
+    config: EditConfig,
+    pad_id: int,
+    device: torch.device,
+) -> Problem:
+    """Runs the network once on the prompts of k requests.
+
+    Args:
+        suffix: the network above the last edited block.
+        requests: the k requests.
+        places: the P places that may be written at.
+        earlier: for each request what earlier batches wrote.
+        config: contexts and penalties.
+        pad_id: id used for padding.
+        device: of the model.
+    """
+    with_kl = config.target_kl > 0
+    asked = max(len(request.prompts) for request in requests)
+    rows: list[list[int]] = []
+    positions: list[list[int]] = []
+    spans: list[tuple[int, list[int]]] = []
+
+    def add(prompt: EncodedPrompt, target: list[int], at: Sequence[Place]) -> None:
+        found = [prompt.position(p, target) if p in at else None for p in places]
+        rows.append(prompt.ids + target[:-1])
+        positions.append([-1 if p is None else p for p in found])
+        spans.append((len(prompt.ids) - 1, target))
+
+    for request in requests:
+        # How a subject is cut into tokens may differ between contexts: a place must be in all.
+        common = [
+            p
+            for p in places
+            if all(c.position(p, request.target) is not None for c in request.contexts)
+        ]
+        # The last token of another wording has another key: nothing will be written there.
+        others = [p for p in common if p[0] != "prompt_last"]
+        for prompt in request.contexts:
+            add(prompt, request.target, common)
+        for prompt in request.rewordings:
+            add(prompt, request.target, others)
+        for _ in range(asked - len(request.prompts)):
+            add(request.essence, [], [])
+        if with_kl:
+            add(request.essence, [], [p for p in places if p[0] in SUBJECT_PLACES])
+    ids, mask = pad_right(rows, pad_id, device)
+    target = torch.full_like(ids, -100)
+    for row, (start, tokens) in enumerate(spans):
+        target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
+    contexts = len(requests[0].contexts)
+    group = asked + int(with_kl)
+    # With padding in the gate's statistics a state depends on what it is padded with; the published
+    # code takes one request at a time.
+    captured = suffix.capture(
+        ids,
+        mask,
+        apart=group if config.include_padding else None,
+        keep=True,
+        loss_layer=config.target_loss_layer,
+    )
+    added = None
+    if any(earlier):
+        added = captured.hidden.new_zeros(len(rows), len(places), captured.hidden.shape[2])
+        for first, request, known in zip(
+            range(0, len(rows), group), requests, earlier, strict=True
+        ):
+            mine = [*range(len(request.prompts)), *([asked] if with_kl else [])]
+            for place, there in known.items():
+                at = torch.tensor(mine, device=device) + first
+                added[at, places.index(place)] = there.added[: len(mine)].to(added)
+    return Problem(
+        captured,
+        torch.tensor(positions, device=device),
+        added,
+        target,
+        group,
+        contexts,
+        asked,
+    )
+
+
+@dataclass
+class Losses:
+    """What one forward says of k requests.
+
+    Attributes:
+        total: the loss ``[k]``, differentiable.
+        correct: whether the target is a prompt's answer, or none is asked for, bool ``[k, asked]``.
+        essence: log-probabilities of the essence prompt ``[k, V]``, where it is asked.
+    """
+
+    total: Tensor
+    correct: Tensor
+    essence: Tensor | None
+
+
+def find_losses(
+    suffix: Suffix,
+    problem: Problem,
+    delta: Tensor,
+    start_norm: Tensor,
+    essence_start: Tensor | None,
+    config: EditConfig,
+) -> Losses:
+    """Runs the suffix with ``delta`` ``[k, P, d]`` in, and judges the answers.
+
+    Args:
+        suffix: the network above the last edited block.
+        problem: the requests and what is asked of them.
+        delta: what is added at each place, compute dtype.
+        start_norm: norm of the state at the first place ``[k]``.
+        essence_start: the essence prompt's log-probabilities before ``[k, V]``; None: the present
+            ones.
+        config: penalties.
+    """
+    base = problem.captured.hidden
+    row, place = (problem.places >= 0).nonzero(as_tuple=True)
+    column = problem.places[row, place]
+    moved = base[row, column].to(delta.dtype) + delta[row // problem.group, place]
+    if problem.added is not None:
+        moved = moved - problem.added[row, place]
+    hidden = base.index_put((row, column), moved.to(base.dtype))
+    at_loss, final = suffix.run(problem.captured, hidden, config.target_loss_layer)
+
+    row, column = (problem.target >= 0).nonzero(as_tuple=True)
+    wanted = problem.target[row, column]
+    log_probs = suffix.log_probs(at_loss[row, column])
+    chosen = log_probs.gather(1, wanted[:, None])[:, 0]
+    count = (problem.target >= 0).sum(1).clamp_min(1)
+    nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
+    wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
+    correct = wrong.view(-1, problem.group)[:, : problem.asked] == 0
+
+    penalty = config.target_weight_decay * delta.flatten(1).norm(dim=1) / start_norm**2
+    essence = None
+    if problem.group > problem.asked:
+        last = problem.bare + problem.asked
+        essence = suffix.log_probs(final[last, problem.places[last, 0]])
+        reference = essence.detach() if essence_start is None else essence_start
+        penalty = penalty + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
+    total = nll.view(-1, problem.group).sum(1) / problem.prompts + penalty
+    return Losses(total, correct, essence)
