@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from coachhook.editing.config import EditConfig
 from coachhook.editing.encoding import EncodedRequest, encode_requests
+from coachhook.editing.live import first_tensor
 from coachhook.editing.prompts import pad_right
 from coachhook.editing.requests import EditRequest
-from coachhook.editing.live import first_tensor
 from coachhook.models import describe, get_submodule, prepare_tokenizer, weight_of
 from coachhook.statistics import Statistics
 

@@ -147,12 +147,12 @@ def _optimise(
             going = (losses >= config.target_stop) & (forwards[active] < config.target_steps)
             going = torch.zeros_like(lead).index_add(0, lead[active], going.to(lead)) > 0
             going = going[lead[active]]
-            bar.update(int(solution.correct[chosen[~going]].all(1).sum()))
+            if asked == problem.asked:
+                bar.update(int(now.correct[~going].all(1).sum()))
             if not going.any():
                 break
             left = active[going]
             solution.steps[requests[left]] += 1
-            # Before the rows are chosen anew, as that gives the old ones' graph back.
             gradient = torch.autograd.grad(total, delta)[0]
             steps.take(gradient, torch.unique(torch.cat([left, lead[left]])))
             if len(left) < len(active):
