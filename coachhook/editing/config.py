@@ -117,8 +117,8 @@ class EditConfig:
     sharing: str = "first"
     correction: str = "own"
     places: Sequence[str] = PLACES
-    target_steps: int = 18
-    target_lr: float = 0.7
+    target_steps: int = 20
+    target_lr: float = 0.5
     target_loss_layer: int | None = None
     target_weight_decay: float = 0.5
     target_clamp: float = 20.0
