@@ -77,7 +77,7 @@ class EditConfig:
             context (at the subject's tokens: in every rewording too) goes on with the next as well.
             See :data:`~coachhook.editing.prompts.PLACES`.
         target_steps: most forwards of the optimisation of one target (for
-            each place added); one Adam step fewer.
+            each place added); one Adam step fewer. A forward that asks the rewordings may follow.
         target_lr: Adam's learning rate.
         target_loss_layer: block whose output the likelihood is read from; None is the last.
         target_weight_decay: weight of ``||delta|| / ||h||^2``.

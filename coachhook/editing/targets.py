@@ -9,8 +9,9 @@ block at the last token of ``s`` is replaced by ``v* = h + delta`` with
 (MEMIT, Meng et al. 2023, equation 16, with the divergence, the decay and the clamp of its
 published code). Requests do not share parameters, so all of a batch are optimised in one Adam run:
 their losses are summed, the gradient of each reaches its own ``delta`` only, and a request that has
-converged leaves the batch. One whose target does not come out in every context may go on with a
-further place (``EditConfig.places``), its deltas so far kept as the start. A target of several
+converged leaves the batch. Its rewordings join once its contexts have converged or its steps are
+spent, for the steps that are left. One whose target does not come out in every context may go on
+with a further place (``EditConfig.places``), its deltas so far kept as the start. A target of several
 tokens has a delta at each of its tokens but the last, too, which says the next one: one vector at
 the subject would have to name them all.
 
