@@ -11,9 +11,9 @@ published code). Requests do not share parameters, so all of a batch are optimis
 their losses are summed, the gradient of each reaches its own ``delta`` only, and a request that has
 converged leaves the batch. Its rewordings join once its contexts have converged or its steps are
 spent, for the steps that are left. One whose target does not come out in every context may go on
-with a further place (``EditConfig.places``), its deltas so far kept as the start. A target of several
-tokens has a delta at each of its tokens but the last, too, which says the next one: one vector at
-the subject would have to name them all.
+with a further place (``EditConfig.places``), its deltas so far kept as the start. A target of
+several tokens has a delta at each of its tokens but the last, too, which says the next one: one
+vector at the subject would have to name them all.
 
 Requests about one subject are another matter: they have one key, and one correction must do for all
 of them. Such requests are *tied*: they have one ``delta`` at the subject's tokens, under the sum of
