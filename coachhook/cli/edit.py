@@ -53,6 +53,7 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "target_clamp": (float, "largest change of a target, as a share of its norm"),
     "target_kl": (float, "weight of the KL term of a target"),
     "target_stop": (float, "a target is done when its loss is below this"),
+    "target_progress": (float, "and leaves a place where two steps lower it by a smaller share"),
     "rewordings": (int, "most of the model's own rewordings that a target must hold in; 0: none"),
     "places": (
         lambda text: text.split(","),
@@ -67,6 +68,7 @@ _CHOICES = {
     "key_pooling": ("mean", "each"),
     "correction": ("own", "sum"),
     "sharing": ("even", "first"),
+    "target_scaling": ("coordinate", "vector"),
     "state_dtype": ("float64", "float32"),
 }
 _SAMPLES = 3

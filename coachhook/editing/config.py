@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 SCOPES = ("sequence", "prefix", "population", "membership")
 STORAGES = ("auto", "dense", "factored")
 KEY_POOLINGS = ("mean", "each")
+SCALINGS = ("coordinate", "vector")
 
 # Texts of several lengths that shift the subject away from the start, as MEMIT's sampled prefixes
 # do (Meng et al. 2023, section 4.3), but the same in every run.
@@ -79,11 +80,16 @@ class EditConfig:
         target_steps: most forwards of the optimisation of one target (for
             each place added); one Adam step fewer. A forward that asks the rewordings may follow.
         target_lr: Adam's learning rate.
+        target_scaling: what Adam scales a step by: "coordinate", each coordinate's own mean square
+            gradient (Kingma and Ba 2015), or "vector", that of a place's whole correction, which
+            leaves the gradient its direction (as Adam-mini does by blocks, Zhang et al. 2024).
         target_loss_layer: block whose output the likelihood is read from; None is the last.
         target_weight_decay: weight of ``||delta|| / ||h||^2``.
         target_clamp: largest ``||delta|| / ||h||``.
         target_kl: weight of the drift ``KL(p || p_0)`` on "{subject} is a".
         target_stop: a request stops when its loss is below this.
+        target_progress: it leaves a place, too, where after the first five steps two have lowered
+            its loss by less than this share. 0: it never does.
         rewordings: at most so many other wordings of each request, which the model says by itself,
             are optimised with it; see :mod:`coachhook.editing.rewordings`. 0 is none.
         state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
@@ -119,11 +125,13 @@ class EditConfig:
     places: Sequence[str] = PLACES
     target_steps: int = 20
     target_lr: float = 0.5
+    target_scaling: str = "vector"
     target_loss_layer: int | None = None
     target_weight_decay: float = 0.5
     target_clamp: float = 20.0
     target_kl: float = 0.0
     target_stop: float = 0.05
+    target_progress: float = 0.05
     rewordings: int = 3
     state_dtype: str = "float64"
     storage: str = "auto"
@@ -153,6 +161,7 @@ class EditConfig:
             ("key_pooling", KEY_POOLINGS),
             ("correction", ("own", "sum")),
             ("sharing", ("even", "first")),
+            ("target_scaling", SCALINGS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -169,7 +178,14 @@ class EditConfig:
                 raise ValueError(
                     f"EditConfig: {name} must be positive, got {getattr(self, name)!r}"
                 )
-        for name in ("ridge", "target_weight_decay", "target_kl", "target_stop", "rewordings"):
+        for name in (
+            "ridge",
+            "target_weight_decay",
+            "target_kl",
+            "target_stop",
+            "target_progress",
+            "rewordings",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"EditConfig: {name} must not be negative, got {getattr(self, name)!r}"
@@ -238,10 +254,12 @@ class EditConfig:
             "places": PLACES[:1],
             "target_steps": steps,
             "target_lr": 0.5,
+            "target_scaling": "coordinate",
             "target_weight_decay": 0.5,
             "target_clamp": 0.75,
             "target_kl": 0.0625,
             "target_stop": 0.05,
+            "target_progress": 0.0,
             "rewordings": 0,
             "cues": False,
             "state_dtype": "float32",

@@ -46,26 +46,26 @@ class Problem:
     contexts: int
     asked: int  # contexts and rewordings
 
-    def select(self, suffix: Suffix, requests: Tensor, places: int, asked: int) -> Problem:
-        """Some requests with their first ``asked`` prompts, at their first ``places`` places."""
+    def select(self, suffix: Suffix, requests: Tensor, places: int, reworded: Tensor) -> Problem:
+        """Some requests at their first ``places`` places, rewordings of those ``reworded`` only."""
         offsets = torch.arange(self.group, device=requests.device)
-        offsets = torch.cat([offsets[:asked], offsets[self.asked :]])
         rows = (requests[:, None] * self.group + offsets).flatten()
         here = self.places[rows, :places]
         first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
-        target = self.target[rows]
+        asked = reworded[:, None] | (offsets < self.contexts)
+        target = self.target[rows].masked_fill(~asked.flatten()[:, None], -100)
         wanted = target >= 0
         if self.group > self.asked:
-            last = torch.arange(len(offsets) - 1, len(rows), len(offsets), device=rows.device)
+            last = torch.arange(self.asked, len(rows), self.group, device=rows.device)
             wanted[last, here[last, 0]] = True
         return Problem(
             suffix.select(self.captured, rows, first, wanted),
             here,
             None if self.added is None else self.added[rows, :places],
             target,
-            len(offsets),
+            self.group,
             self.contexts,
-            asked,
+            self.asked,
         )
 
     @property

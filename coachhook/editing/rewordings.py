@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from coachhook.editing.prompts import EncodedPrompt
+from coachhook.hooks.cache_state import cache_argument, returned_cache
 
 # Texts sampled from each start, and their length in tokens.
 SAMPLES = 4
@@ -24,28 +27,6 @@ LENGTH = 8
 # A text is a rewording where the answer's first token is at least as likely as this.
 LEAST_PROBABILITY = 0.5
 _ROWS_AT_ONCE = 256
-
-
-class _Sample:
-    """Samples by the Gumbel maximum with noise of each row's own, and watches one token of a row.
-
-    Sampling in generate() draws one stream for the whole batch; here a row's text does not depend
-    on the rows beside it.
-    """
-
-    def __init__(self, seeds: Sequence[int], watched: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._watched = torch.tensor(watched)[:, None]
-        self.chances: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.chances.append(
-            scores.float().softmax(-1).gather(1, self._watched.to(scores.device))[:, 0]
-        )
-        noise = torch.stack(
-            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self._generators]
-        )
-        return scores.float() - noise.to(scores.device).log()
 
 
 @torch.no_grad()
@@ -82,28 +63,21 @@ def find_rewordings(
                 head = tuple(start.ids[: start.lookup + 1])
                 alike.setdefault((number, head), []).append(start)
     heads = list(alike)
-    answers = [
-        text[0]
-        for begin in range(0, len(prompts), _ROWS_AT_ONCE)
-        for text in _continue(
-            model, [p.ids for p in prompts[begin : begin + _ROWS_AT_ONCE]], 1, ends, pad_id
-        )
-    ]
+    answers: list[int] = []
+    for begin in range(0, len(prompts), _ROWS_AT_ONCE):
+        some = [prompt.ids for prompt in prompts[begin : begin + _ROWS_AT_ONCE]]
+        answers += Reader(model, some, pad_id).logits.argmax(1).tolist()
     found: list[dict[tuple[int, ...], list[EncodedPrompt]]] = [{} for _ in prompts]
     for begin in range(0, len(heads), _ROWS_AT_ONCE // SAMPLES):
-        some = heads[begin : begin + _ROWS_AT_ONCE // SAMPLES]
-        rows = [list(head) for _, head in some for _ in range(SAMPLES)]
-        seeds = [zlib.crc32(repr((row, i % SAMPLES)).encode()) for i, row in enumerate(rows)]
-        sample = _Sample(seeds, [answers[number] for number, _ in some for _ in range(SAMPLES)])
-        continued = _continue(model, rows, LENGTH, ends, pad_id, sample)
-        chances = torch.stack(sample.chances, 1).tolist()
-        for row, (text, chance) in enumerate(zip(continued, chances, strict=True)):
-            number, _ = some[row // SAMPLES]
-            length = _length(text, chance, {answers[number], *ends})
-            if length:
-                found[number].setdefault(tuple(text[:length]), []).extend(
-                    EncodedPrompt(rows[row] + text[:length], start.first, start.lookup)
-                    for start in alike[some[row // SAMPLES]]
+        asked = heads[begin : begin + _ROWS_AT_ONCE // SAMPLES]
+        rows = [list(head) for _, head in asked]
+        wanted = [answers[number] for number, _ in asked]
+        sampled = _sample(model, rows, wanted, ends, pad_id)
+        for (number, head), row, tails in zip(asked, rows, sampled, strict=True):
+            for text in tails:
+                found[number].setdefault(tuple(text), []).extend(
+                    EncodedPrompt(row + text, start.first, start.lookup)
+                    for start in alike[number, head]
                 )
     own = [tuple(prompt.ids[prompt.lookup + 1 :]) for prompt in prompts]
     return [
@@ -115,47 +89,93 @@ def find_rewordings(
     ]
 
 
-def _length(text: Sequence[int], chances: Sequence[float], stops: Collection[int]) -> int:
-    """Tokens of a text before the answer is likely; 0 where it never is."""
-    for step, (token, chance) in enumerate(zip(text, chances, strict=True)):
-        # Right after the subject the answer would be read off the very token that is edited.
-        if step and chance >= LEAST_PROBABILITY:
-            return step
-        if token in stops:
-            return 0
-    return 0
-
-
-def _padded_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids.to(device), mask.to(device)
-
-
-def _continue(
+def _sample(
     model: nn.Module,
-    rows: Sequence[Sequence[int]],
-    length: int,
+    starts: Sequence[Sequence[int]],
+    answers: Sequence[int],
     ends: Collection[int],
     pad_id: int,
-    sample: _Sample | None = None,
-) -> list[list[int]]:
-    """What follows each row: up to ``length`` tokens, the most likely ones or sampled ones."""
-    ids, mask = _padded_left(rows, pad_id, next(model.parameters()).device)
-    generate: Any = model.generate
-    out = generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=length,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        pad_token_id=pad_id,
-        eos_token_id=list(ends) or None,
-        logits_processor=[] if sample is None else [sample],
-    )
-    return out[:, ids.shape[1] :].tolist()
+) -> list[list[list[int]]]:
+    """Of SAMPLES texts after each start those that lead up to its answer, without it.
+
+    The Gumbel maximum with noise of each text's own, so that it does not depend on the rows beside
+    it. A text that has led to its answer, or past it, is not run further, which generate() would.
+    """
+    reader = Reader(model, starts, pad_id)
+    reader.repeat(SAMPLES)
+    each = [(number, i) for number in range(len(starts)) for i in range(SAMPLES)]
+    seeds = [zlib.crc32(repr((list(starts[number]), i)).encode()) for number, i in each]
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts: list[list[int]] = [[] for _ in each]
+    leading: set[int] = set()
+    alive = list(range(len(each)))
+    for step in range(LENGTH):
+        logits = reader.logits.float()
+        wanted = torch.tensor([answers[each[row][0]] for row in alive], device=logits.device)
+        chances = logits.softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+        drawn = [torch.empty(logits.shape[1]).exponential_(generator=noise[row]) for row in alive]
+        tokens = (logits - torch.stack(drawn).to(logits.device).log()).argmax(1).tolist()
+        left = []
+        for place, (row, chance, token) in enumerate(zip(alive, chances, tokens, strict=True)):
+            number, _ = each[row]
+            # Right after the subject the answer would be read off the very token that is edited.
+            if step and chance >= LEAST_PROBABILITY:
+                leading.add(row)
+            elif token != answers[number] and token not in ends:
+                texts[row].append(token)
+                left.append(place)
+        alive = [alive[place] for place in left]
+        if not alive or step + 1 == LENGTH:
+            break
+        reader.read(left, [texts[row][-1] for row in alive])
+    return [
+        [texts[row] for row in range(first, first + SAMPLES) if row in leading]
+        for first in range(0, len(each), SAMPLES)
+    ]
+
+
+class Reader:
+    """Reads rows of tokens, padded at the left, on and on.
+
+    Attributes:
+        logits: of the token after each row ``[R, V]``.
+    """
+
+    def __init__(self, model: nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> None:
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        self._model: Any = model
+        self._names = signature(model.forward).parameters
+        self._device = next(model.parameters()).device
+        self._mask = mask.to(self._device)
+        self._cache: Any = None
+        self.logits: Tensor
+        self._forward(ids.to(self._device))
+
+    def repeat(self, times: int) -> None:
+        """Every row so many times, beside each other."""
+        self._mask, self.logits = (
+            x.repeat_interleave(times, dim=0) for x in (self._mask, self.logits)
+        )
+        self._cache.batch_repeat_interleave(times)
+
+    def read(self, places: Sequence[int], tokens: Sequence[int]) -> None:
+        """One more token of the rows at ``places``; the others are dropped."""
+        if len(places) < len(self._mask):
+            index = torch.tensor(places, device=self._device)
+            self._mask = self._mask[index]
+            self._cache.batch_select_indices(index)
+        self._mask = pad(self._mask, (0, 1), value=1)
+        self._forward(torch.tensor(tokens, device=self._device)[:, None])
+
+    def _forward(self, ids: Tensor) -> None:
+        given: dict[str, Any] = {}
+        if self._cache is not None:
+            given = cache_argument(self._model, self._cache)
+        if "position_ids" in self._names:
+            given["position_ids"] = (self._mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._names:
+            given["logits_to_keep"] = 1
+        output = self._model(input_ids=ids, attention_mask=self._mask, use_cache=True, **given)
+        self.logits, self._cache = output.logits[:, -1], returned_cache(output)

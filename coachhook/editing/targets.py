@@ -9,9 +9,9 @@ block at the last token of ``s`` is replaced by ``v* = h + delta`` with
 (MEMIT, Meng et al. 2023, equation 16, with the divergence, the decay and the clamp of its
 published code). Requests do not share parameters, so all of a batch are optimised in one Adam run:
 their losses are summed, the gradient of each reaches its own ``delta`` only, and a request that has
-converged leaves the batch. Its rewordings join once its contexts have converged or its steps are
-spent, for the steps that are left. One whose target does not come out in every context may go on
-with a further place (``EditConfig.places``), its deltas so far kept as the start. A target of
+converged, or whose loss no longer falls, leaves the batch. Its rewordings join once its contexts
+have converged, for the steps that are left. One whose target does not come out in every context may
+go on with a further place (``EditConfig.places``), its deltas so far kept as the start. A target of
 several tokens has a delta at each of its tokens but the last, too, which says the next one: one
 vector at the subject would have to name them all.
 
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from coachhook.editing.adam import ClampedAdam
 from coachhook.editing.config import EditConfig
 from coachhook.editing.encoding import EncodedRequest
 from coachhook.editing.problem import Earlier, Problem, find_losses, make_problem
@@ -46,6 +47,8 @@ from coachhook.models import ModelDescription
 
 # Where the system does not say how much memory there is.
 _TOKENS_AT_ONCE = 16384
+# Steps over which a loss has to fall, from which on: Adam's first may raise it.
+_SPAN, _FROM = 2, 5
 
 
 @dataclass(frozen=True)
@@ -121,79 +124,57 @@ def _optimise(
     shared = shared.to(requests.device)[:, None]
     start_norm = solution.start[requests].norm(dim=1)
     radius = config.target_clamp * start_norm[:, None]
-    steps = _Adam(solution.delta[requests, :places], config.target_lr, radius)
+    steps = ClampedAdam(
+        solution.delta[requests, :places], config.target_lr, radius, config.target_scaling
+    )
     solution.used[requests, :places] = problem.places[problem.bare[requests], :places] >= 0
     forwards = torch.zeros(len(requests), dtype=torch.int64, device=requests.device)
     essence_start: Tensor | None = None
+    past = solution.losses.new_full((_SPAN, len(requests)), float("nan"))
 
     # Most rewordings hold once the contexts do, so they are run with what is left only.
-    for asked in sorted({problem.contexts, problem.asked}):
-        active = torch.arange(len(requests), device=requests.device)
-        rows = problem.select(suffix, requests, places, asked)
-        while True:
-            reference = None if essence_start is None else essence_start[active]
-            delta = steps.deltas().requires_grad_(True)
-            with torch.enable_grad(), suffix.frozen():
-                moved = torch.where(shared, delta[lead[active]], delta[active])
-                now = find_losses(suffix, rows, moved, start_norm[active], reference, config)
-                total = now.total.sum()
-            if essence_start is None and now.essence is not None:
-                essence_start = now.essence.detach()
-            chosen = requests[active]
-            solution.delta[chosen, :places] = moved.detach()
-            solution.correct[chosen, :asked] = now.correct
-            losses = now.total.detach()
-            solution.losses[chosen] = losses.to(solution.losses)
-            forwards[active] += 1
-            going = (losses >= config.target_stop) & (forwards[active] < config.target_steps)
-            going = torch.zeros_like(lead).index_add(0, lead[active], going.to(lead)) > 0
-            going = going[lead[active]]
-            if asked == problem.asked:
-                bar.update(int(now.correct[~going].all(1).sum()))
-            if not going.any():
-                break
-            left = active[going]
+    reworded = (problem.prompts > problem.contexts)[requests]
+    asking = ~_any_tied(reworded, solution.ties[requests])
+    active = torch.arange(len(requests), device=requests.device)
+    rows = problem.select(suffix, requests, places, asking)
+    while True:
+        reference = None if essence_start is None else essence_start[active]
+        delta = steps.deltas().requires_grad_(True)
+        with torch.enable_grad(), suffix.frozen():
+            moved = torch.where(shared, delta[lead[active]], delta[active])
+            now = find_losses(suffix, rows, moved, start_norm[active], reference, config)
+            total = now.total.sum()
+        if essence_start is None and now.essence is not None:
+            essence_start = now.essence.detach()
+        chosen = requests[active]
+        solution.delta[chosen, :places] = moved.detach()
+        solution.correct[chosen] = now.correct
+        losses = now.total.detach().to(past)
+        solution.losses[chosen] = losses
+        forwards[active] += 1
+        high = losses >= config.target_stop
+        if config.target_progress:
+            # What does not move the contexts will not move the rewordings.
+            stuck = high & (losses > (1 - config.target_progress) * past[0, active])
+            stuck &= forwards[active] > _FROM
+            forwards[active[stuck]] = config.target_steps
+        past = past.roll(-1, dims=0)
+        past[-1, active] = losses
+        going = high & (forwards[active] < config.target_steps)
+        going = _any_tied(going, solution.ties[chosen])
+        left, done = active[going], ~going & asking[active]
+        bar.update(int(now.correct[done].all(1).sum()))
+        if done.all():
+            break
+        if len(left):
             solution.steps[requests[left]] += 1
             gradient = torch.autograd.grad(total, delta)[0]
             steps.take(gradient, torch.unique(torch.cat([left, lead[left]])))
-            if len(left) < len(active):
-                active = left
-                rows = rows.select(suffix, going.nonzero().flatten(), places, asked)
-
-
-class _Adam:
-    """Adam on the deltas of some requests, clamped.
-
-    A request is a parameter of its own: one that has left keeps its moments for when it is back.
-
-    Args:
-        deltas: where they start ``[k, P, d]``.
-        lr: the learning rate.
-        radius: largest norm of each delta ``[k, 1]``.
-    """
-
-    def __init__(self, deltas: Tensor, lr: float, radius: Tensor) -> None:
-        self._deltas = [delta.clone() for delta in deltas]
-        self._adam = torch.optim.Adam(self._deltas, lr=lr)
-        self._radius = radius
-
-    def deltas(self) -> Tensor:
-        """The present ones ``[k, P, d]``, a copy."""
-        return torch.stack(self._deltas)
-
-    @torch.no_grad()
-    def take(self, gradient: Tensor, which: Tensor) -> None:
-        """One step of some requests, given the gradient ``[k, P, d]`` of all."""
-        self._adam.zero_grad()
-        for i in which.tolist():
-            self._deltas[i].grad = gradient[i]
-        self._adam.step()
-        deltas = self.deltas()
-        norm = deltas.norm(dim=-1)
-        outside = norm > self._radius
-        deltas[outside] *= (self._radius / norm)[outside, None]
-        for delta, inside in zip(self._deltas, deltas, strict=True):
-            delta.copy_(inside)
+        joining = active[~going & ~done]
+        asking[joining], past[:, joining] = True, float("nan")
+        if len(left) < len(active):
+            active = active[~done]
+            rows = problem.select(suffix, requests[active], places, asking[active])
 
 
 def _first_of_each(ties: Tensor) -> Tensor:

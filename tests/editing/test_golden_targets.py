@@ -33,6 +33,8 @@ def _config(case, templates):
         contexts=["{}"] if bare_only else templates,
         target_steps=case["v_num_grad_steps"],
         target_lr=case["v_lr"],
+        target_scaling="coordinate",
+        target_progress=0,
         target_clamp=case["clamp_norm_factor"],
         target_kl=case["kl_factor"],
         target_weight_decay=case["v_weight_decay"],

@@ -9,10 +9,13 @@ import torch
 
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import EncodedPrompt, encode_in_context
-from coachhook.editing.rewordings import LEAST_PROBABILITY, LENGTH, find_rewordings
+from coachhook.editing.rewordings import LEAST_PROBABILITY, LENGTH, Reader, find_rewordings
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe, end_tokens
-from tests.models.families import tiny
+from tests.models.families import DISCOVERED, SUPPORTED, tiny
+
+# Logits of order 1 in float32, rounded otherwise beside other rows.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,30 @@ def test_a_start_given_twice_counts_twice(bundled, requests):
     assert of(prompt, prompt) == once
     together = of(other, *[prompt] * 7)
     assert together[: len(once)] == once and len(together) <= len(once) + len(rest)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", SUPPORTED | DISCOVERED)
+def test_rows_of_any_length_are_read_on_as_the_whole_of_each(family):
+    """Repeated, and some of them dropped on the way."""
+    model = tiny(family).eval()
+    rows = [[3, 9, 20, 31, 8, 6, 17], [5, 11], [7, 30, 22, 4]]
+
+    def whole(row):
+        return model(torch.tensor([row])).logits[0, -1]
+
+    reader = Reader(model, rows, pad_id=1)
+    torch.testing.assert_close(reader.logits, torch.stack([whole(r) for r in rows]), **CLOSE)
+    reader.repeat(2)
+    rows = [row for row in rows for _ in range(2)]
+    for places, tokens in (
+        ([0, 1, 2, 4, 5], [9, 8, 7, 6, 5]),
+        ([0, 1, 2, 3, 4], [4] * 5),
+        ([1, 2], [12, 3]),
+    ):
+        rows = [rows[place] + [token] for place, token in zip(places, tokens, strict=True)]
+        reader.read(places, tokens)
+        torch.testing.assert_close(reader.logits, torch.stack([whole(r) for r in rows]), **CLOSE)
 
 
 def test_none_where_there_is_no_room_or_no_answer(bundled, found):

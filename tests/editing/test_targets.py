@@ -1,0 +1,75 @@
+"""How targets are optimised: the steps, and when a request leaves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from coachhook import EditConfig
+from coachhook.editing.adam import ClampedAdam
+from coachhook.editing.encoding import encode_requests
+from coachhook.editing.targets import optimise_targets
+from coachhook.models import describe
+
+
+def test_steps_by_coordinate_are_torchs_adam():
+    """Also of a request that is left out of some steps."""
+    starts = torch.randn(3, 2, 5, dtype=torch.float64)
+    ours = ClampedAdam(starts, 0.3, torch.full((3, 1), math.inf), "coordinate")
+    theirs = [torch.nn.Parameter(start.clone()) for start in starts]
+    adam = torch.optim.Adam(theirs, lr=0.3)
+    for step in range(12):
+        which = [i for i in range(3) if i == 0 or step % (i + 1) == 0]
+        gradient = torch.randn_like(starts)
+        ours.take(gradient, torch.tensor(which))
+        adam.zero_grad()
+        for i in which:
+            theirs[i].grad = gradient[i]
+        adam.step()
+        torch.testing.assert_close(ours.deltas(), torch.stack(list(theirs)), rtol=1e-12, atol=1e-12)
+
+
+def test_steps_by_vector_follow_the_gradient_at_each_place():
+    start = torch.randn(2, 2, 7, dtype=torch.float64)
+    gradient = torch.randn_like(start) * torch.tensor([1e-3, 50.0])[:, None]
+    adam = ClampedAdam(start, 0.3, torch.full((2, 1), math.inf), "vector")
+    adam.take(gradient, torch.tensor([0, 1]))
+    step = adam.deltas() - start
+    wanted = -0.3 * math.sqrt(7) * gradient / gradient.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(step, wanted, rtol=1e-4, atol=0)
+
+
+def test_each_correction_stays_in_its_ball():
+    radius = torch.tensor([[0.5], [100.0]])
+    adam = ClampedAdam(torch.zeros(2, 3, 4), 1.0, radius, "coordinate")
+    for _ in range(5):
+        adam.take(torch.ones(2, 3, 4), torch.tensor([0, 1]))
+    norm = adam.deltas().norm(dim=-1)
+    torch.testing.assert_close(norm[0], torch.full((3,), 0.5), rtol=1e-6, atol=0)
+    # lr for each coordinate and step; Adam adds 1e-8 to what it divides by.
+    torch.testing.assert_close(norm[1], torch.full((3,), 5.0 * 2), rtol=1e-4, atol=0)
+
+
+def test_a_request_leaves_where_its_loss_no_longer_falls(make_editor, requests):
+    """One that has no room to move; beside it one that converges as it does alone."""
+    editor, model, tokenizer = make_editor(places=("subject_last",), rewordings=0)
+    batch = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
+
+    def found(batch, **changes):
+        config = editor.config.with_(target_stop=0.3, target_weight_decay=0.0, **changes)
+        return optimise_targets(model, describe(model), batch, config, pad_id=0)
+
+    patient, steps = found(batch, target_progress=0.0), editor.config.target_steps
+    assert all(step < steps - 1 for step in patient.steps) and max(patient.losses) < 0.3
+    assert torch.equal(found(batch).deltas, patient.deltas)
+    assert found(batch, target_clamp=1e-3).steps == [5] * 3
+    assert found(batch, target_clamp=1e-3, target_progress=0.0).steps == [steps - 1] * 3
+
+
+def test_settings_of_the_steps_are_checked():
+    with pytest.raises(ValueError, match="target_scaling must be one of coordinate, vector, got"):
+        EditConfig(layers=[0], target_scaling="matrix")
+    with pytest.raises(ValueError, match="target_progress must not be negative, got -1"):
+        EditConfig(layers=[0], target_progress=-1)
