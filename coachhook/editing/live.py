@@ -25,13 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook.editing.packing import Kept, group_cost, pack
 from coachhook.models import ForwardEnded
 
 # What the blocks of a family, and of a version of transformers, call their KV cache.
 _CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
-# Tokens whose cost is that of starting one more group of rows: kernel launches and Python.
-_GROUP_COST = {"cpu": 16, "cuda": 256}
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -118,39 +116,6 @@ def with_cache(block: nn.Module, call: dict[str, Any], cache: Any) -> dict[str, 
     raise TypeError(f"live: {type(block).__name__} must take a KV cache, got none of its names")
 
 
-def pack(lengths: Sequence[int], group_cost: int) -> list[list[int]]:
-    """Groups of indices of about the same length: least padding, each group at a cost in tokens.
-
-    Of the groups that are runs of the lengths in order, those with the smallest
-    ``sum (group_cost + size * longest)``.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    # Only between different lengths is there anything to gain.
-    ends = [
-        j
-        for j in range(len(order))
-        if j + 1 == len(order) or lengths[order[j]] < lengths[order[j + 1]]
-    ]
-    best: list[tuple[int, int]] = []  # for each end: cost of all up to it, start of the last group
-    for at, end in enumerate(ends):
-        starts = [0, *(e + 1 for e in ends[:at])]
-        before = [0, *(cost for cost, _ in best)]
-        width = lengths[order[end]]
-        best.append(
-            min(
-                (cost + group_cost + (end + 1 - start) * width, start)
-                for cost, start in zip(before, starts, strict=True)
-            )
-        )
-    groups: list[list[int]] = []
-    stop = len(order)
-    while stop:
-        start = best[ends.index(stop - 1)][1]
-        groups.append(order[start:stop])
-        stop = start
-    return groups[::-1]
-
-
 @dataclass
 class _Group:
     """Rows that run together.
@@ -188,25 +153,6 @@ class _Ask:
     call: dict[str, Any]
 
 
-@dataclass
-class Kept:
-    """What one full run leaves of R rows of T tokens.
-
-    Attributes:
-        hidden: output of the block below, ``[R, T, d]``.
-        lengths: tokens of each row ``[R]``, padding at the right.
-        calls: arguments of each block above, by name.
-        past: keys and values of each block above, ``[R, H, T, e]``.
-        limit: most keys that a block takes; None is any number.
-    """
-
-    hidden: Tensor
-    lengths: Tensor
-    calls: list[dict[str, Any]]
-    past: list[tuple[Tensor, Tensor]]
-    limit: int | None
-
-
 class Live:
     """Some of the kept rows, changing from some token on.
 
@@ -237,7 +183,7 @@ class Live:
         lengths = kept.lengths[rows]
         self._first = torch.minimum(first.to(lengths), lengths - 1)
         self._counts = lengths - self._first
-        cost = _GROUP_COST.get(self.hidden.device.type, _GROUP_COST["cuda"])
+        cost = group_cost(self.hidden.device)
         self._least = cost if least is None else least
         # A row of which nothing is asked is not run.
         asked = torch.arange(len(rows)) if wanted is None else wanted.any(1).nonzero()[:, 0].cpu()

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from coachhook.editing.live import Kept, Live, Recorder, first_tensor, named, with_cache
+from coachhook.editing.live import Live, Recorder, first_tensor, named, with_cache
+from coachhook.editing.packing import Kept, group_cost, merge, pack
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 _log = logging.getLogger(__name__)
+# What one more run of the whole network costs, in runs of one block.
+_MODEL_COST = 4
 # What a block may make of a KV cache that it does not expect.
 _REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Largest relative difference between the whole suffix and its live part that rounding explains. A
@@ -126,7 +129,7 @@ class Suffix:
         self._norm = get_submodule(model, description.final_norm_path)
         self._head = get_submodule(model, description.lm_head_path)
         self._max_positions = description.max_positions
-        self._keeps = self._narrows = True
+        self._keeps = self._narrows = self._packs = True
         self._weights = [
             p for module in (*self._above, self._norm, self._head) for p in module.parameters()
         ]
@@ -176,9 +179,8 @@ class Suffix:
         below = None if apart is None else self._run_below(ids, mask, apart)
         if keep and self._above and self._keeps:
             loss_index = self._index(loss_layer)
-            recorders = [Recorder(ends=block is self._above[-1]) for block in self._above]
             try:
-                captured = self._capture(ids, mask, below, recorders)
+                captured = self._captured(ids, mask, below)
                 difference = self._difference(captured, loss_index)
                 if difference <= _AGREE[captured.hidden.dtype]:
                     return captured
@@ -190,6 +192,32 @@ class Suffix:
             _log.info("all tokens of the prompts are run at every step (%s)", reason)
             self._keeps = False
         return self._capture(ids, mask, below, [])
+
+    def _captured(self, ids: Tensor, mask: Tensor, below: _Below | None) -> Captured:
+        """A capture with what runs of the live tokens need, rows of about one length at a time."""
+
+        def recorders() -> list[Recorder]:
+            return [Recorder(ends=block is self._above[-1]) for block in self._above]
+
+        lengths = mask.sum(1)
+        groups: list[list[int]] = []
+        if below is None and self._packs:
+            groups = pack(lengths.tolist(), _MODEL_COST * group_cost(ids.device))
+        if len(groups) > 1:
+            parts = []
+            for group in groups:
+                width = int(lengths[group].max())
+                part = self._capture(ids[group, :width], mask[group, :width], None, recorders())
+                assert part.kept is not None
+                parts.append(part.kept)
+            try:
+                kept = merge(parts, groups, lengths)
+            except TypeError as error:
+                _log.info("prompts of all lengths are padded together (%s)", error)
+                self._packs = False
+            else:
+                return Captured(kept.hidden, [((), call) for call in kept.calls], kept)
+        return self._capture(ids, mask, below, recorders())
 
     def _run_below(self, ids: Tensor, mask: Tensor, apart: int) -> _Below:
         """Output of the block below, some rows at a time; zero beyond their width."""

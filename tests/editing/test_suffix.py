@@ -9,7 +9,8 @@ import torch
 
 from coachhook import EditRequest
 from coachhook.editing.encoding import encode_requests
-from coachhook.editing.live import Live, pack
+from coachhook.editing.live import Live
+from coachhook.editing.packing import pack
 from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Suffix
 from coachhook.editing.targets import optimise_targets
@@ -77,6 +78,64 @@ def test_live_tokens_give_what_the_whole_run_gives(family, lengths, every):
             results.append(found + list(torch.autograd.grad(total, delta)))
         for found, wanted in zip(*results, strict=True):
             assert (found - wanted).norm() <= rtol * wanted.norm()
+
+
+@pytest.mark.parametrize("family", SUPPORTED | DISCOVERED)
+def test_rows_of_other_lengths_are_captured_apart_to_the_same_end(family, monkeypatch):
+    model = tiny(family).double()
+    lengths = torch.tensor(PADDED)
+    ids = torch.randint(3, 64, (len(lengths), WIDTH))
+    mask = (torch.arange(WIDTH) < lengths[:, None]).long()
+    found = []
+    for cost, tokens in ((0, [1, 7, 24, 15, 19]), (0.5, [1, 36, 38]), (100, [6 * WIDTH])):
+        monkeypatch.setattr("coachhook.editing.suffix._MODEL_COST", cost)
+        suffix = Suffix(model, describe(model), 0)
+        with _tokens_seen(suffix._below[0]) as seen:
+            found.append(suffix.capture(ids, mask, keep=True))
+        assert suffix._packs and suffix._keeps and found[-1].kept is not None
+        assert seen == tokens
+    *others, padded = (captured.kept for captured in found)
+    real, rtol = mask.bool(), 1e-6 if family in ("mpt", "bloom", "gpt_neo") else 1e-10
+
+    def same(x, y):
+        assert (x - y).norm() <= rtol * y.norm()
+
+    for packed in others:
+        same(packed.hidden[real], padded.hidden[real])
+        for ours, theirs in zip(packed.past, padded.past, strict=True):
+            for x, y in zip(ours, theirs, strict=True):
+                same(x.transpose(1, 2)[real], y.transpose(1, 2)[real])
+    rows = torch.arange(len(lengths))
+    hidden = torch.where(real[..., None], padded.hidden, 0)
+    for run in (lambda c: c.select(rows), lambda c: suffix.select(c, rows, lengths // 2)):
+        *outputs, wanted = (suffix.run(run(captured), hidden, None)[1] for captured in found)
+        live = real & (torch.arange(WIDTH) >= lengths[:, None] // 2)
+        for output in outputs:
+            same(output[live], wanted[live])
+
+
+def test_an_argument_of_unknown_layout_is_not_merged(caplog):
+    """The prompts are padded together instead."""
+    model = tiny("llama").double()
+    suffix = Suffix(model, describe(model), 0)
+    block = suffix._above[0]
+    inner = block.forward
+
+    def forward(hidden_states, *args, **kwargs):
+        return inner(hidden_states, *args, **kwargs)
+
+    lengths = torch.tensor(PADDED * 10)
+    ids = torch.randint(3, 64, (len(lengths), WIDTH))
+    mask = (torch.arange(WIDTH) < lengths[:, None]).long()
+    block.forward = forward
+    handle = block.register_forward_pre_hook(
+        lambda _m, args, kwargs: (args, kwargs | {"odd": args[0].sum((1, 2))}), with_kwargs=True
+    )
+    caplog.set_level("INFO")
+    captured = suffix.capture(ids, mask, keep=True)
+    handle.remove()
+    assert not suffix._packs and "odd must be laid out in a known way" in caplog.text
+    assert captured.hidden.shape[:2] == ids.shape
 
 
 def test_blocks_that_fill_no_cache_are_run_whole():
