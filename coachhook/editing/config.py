@@ -114,7 +114,7 @@ class EditConfig:
     alpha: float = 0.7
     alpha_ceiling: float = 0.95
     cues: bool = True
-    alpha_cued: float = 0.65
+    alpha_cued: float = 0.7
     alpha_answer: float = 0.5
     scope: str = "membership"
     include_padding: bool = False

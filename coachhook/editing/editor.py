@@ -25,7 +25,14 @@ from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, answered, read_inputs, read_states
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.requests import EditRequest, check_requests
-from coachhook.editing.result import EditResult, lost, replaced, shut, unwritten
+from coachhook.editing.result import (
+    EditResult,
+    contradictory,
+    lost,
+    replaced,
+    shut,
+    unwritten,
+)
 from coachhook.editing.rewordings import find_rewordings
 from coachhook.editing.state import EditState, LayerEdits
 from coachhook.editing.targets import Targets, optimise_targets
@@ -341,6 +348,7 @@ class Editor:
             targets.steps,
             [
                 *unwritten(record, ties),
+                *contradictory(record, ties),
                 *shut(record, self.alphas),
                 *replaced(number, self._state.batches),
                 *lost(ties, held),

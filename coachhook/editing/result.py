@@ -50,6 +50,20 @@ def unwritten(record: BatchRecord, ties: Ties) -> list[str]:
     return found
 
 
+def contradictory(record: BatchRecord, ties: Ties) -> list[str]:
+    """Words about facts of the batch that ask the same for different targets, each with a key.
+
+    Their keys are equal, and least squares puts the correction between their targets.
+    """
+    latest = {request.text: request.target_new for request in record.requests}
+    return [
+        f"{r.text!r} -> {r.target_new!r}: the batch asks the same for {latest[r.text]!r} after it, "
+        "and the correction lies between the two; leave one of them out"
+        for i, r in enumerate(record.requests)
+        if latest[r.text] != r.target_new and i not in ties.replaced
+    ]
+
+
 def shut(record: BatchRecord, alphas: Mapping[int, float]) -> list[str]:
     """Words about layers whose gate stays shut for a prompt of the batch.
 

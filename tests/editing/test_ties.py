@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -213,3 +215,17 @@ def test_a_fact_that_a_later_batch_cannot_keep_is_named(make_editor, about_one):
     assert len(lost) == 1
     assert about_one[0].text in lost[0] and about_one[0].target_new in lost[0]
     assert not answers(model, tokenizer, about_one[:1])[0]
+
+
+def test_contradictions_with_keys_of_their_own_are_named(make_editor, requests):
+    """The published algorithm solves for both at once: the later one is not preferred."""
+    other = replace(requests[0], target_new=requests[1].target_new)
+    editor, _, _ = make_editor("paper", covariance_weight=15.0)
+    warnings = editor.edit([requests[0], other, requests[2]]).warnings
+    (named,) = [text for text in warnings if "lies between the two" in text]
+    assert requests[0].target_new in named and other.target_new in named
+    editor.revert(1)
+    assert not any("between" in text for text in editor.edit(requests[:3]).warnings)
+    ours, _, _ = make_editor()
+    (named,) = ours.edit([requests[0], other]).warnings
+    assert "is not written" in named
