@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,20 @@ def test_a_request_leaves_where_its_loss_no_longer_falls(make_editor, requests):
     assert torch.equal(found(batch).deltas, patient.deltas)
     assert found(batch, target_clamp=1e-3).steps == [5] * 3
     assert found(batch, target_clamp=1e-3, target_progress=0.0).steps == [steps - 1] * 3
+
+
+def test_a_loss_may_rise_when_rewordings_join(make_editor, requests):
+    """They are optimised although the loss was lower without them."""
+    editor, model, tokenizer = make_editor(places=("subject_last",), rewordings=0)
+    encoded = encode_requests(tokenizer, requests[:4], editor.config.contexts, None)
+    others = [request.contexts[0] for request in encoded[1:]]
+    config = editor.config.with_(target_lr=0.1, target_stop=0.3, target_weight_decay=0.0)
+    found = [
+        optimise_targets(model, describe(model), [one], config, pad_id=0)
+        for one in (encoded[0], replace(encoded[0], rewordings=others))
+    ]
+    assert 5 < found[0].steps[0] < config.target_steps - 3
+    assert found[1].steps[0] >= found[0].steps[0] + 2
 
 
 def test_settings_of_the_steps_are_checked():
