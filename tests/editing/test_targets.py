@@ -54,7 +54,7 @@ def test_each_correction_stays_in_its_ball():
 
 
 def test_a_request_leaves_where_its_loss_no_longer_falls(make_editor, requests):
-    """One that has no room to move; beside it one that converges as it does alone."""
+    """With no room to move; those that converge are as they are without the rule."""
     editor, model, tokenizer = make_editor(places=("subject_last",), rewordings=0)
     batch = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
 
