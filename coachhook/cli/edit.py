@@ -71,6 +71,11 @@ _CHOICES = {
     "target_scaling": ("coordinate", "vector"),
     "state_dtype": ("float64", "float32"),
 }
+_SWITCHES = {
+    "include_padding": "count padded positions in the gate's statistics",
+    "cues": "an edit fires only after its subject's earlier tokens, or its subject, were read",
+    "target_ends_word": "a target's last word must end with it: Lyon must not go on to Lyons",
+}
 _SAMPLES = 3
 
 
@@ -98,18 +103,13 @@ def register(commands: Any) -> None:
     group = parser.add_argument_group("settings (default: those of the preset)")
     for name, choices in _CHOICES.items():
         group.add_argument(f"--{name.replace('_', '-')}", choices=choices)
-    group.add_argument(
-        "--include-padding",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="count padded positions in the gate's statistics",
-    )
-    group.add_argument(
-        "--cues",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="an edit fires only after its subject's earlier tokens, or its subject, were read",
-    )
+    for name, help in _SWITCHES.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help=help,
+        )
     for name, (kind, help) in _OVERRIDES.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=help)
     group.add_argument(
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    names = [*_OVERRIDES, *_CHOICES, "layers", "include_padding", "cues"]
+    names = [*_OVERRIDES, *_CHOICES, *_SWITCHES, "layers"]
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):

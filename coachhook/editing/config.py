@@ -90,6 +90,8 @@ class EditConfig:
         target_stop: a request stops when its loss is below this.
         target_progress: it leaves a place, too, where after the first five steps two have lowered
             its loss by less than this share. 0: it never does.
+        target_ends_word: whether the target's last word must end with it, too: the loss of the bare
+            prompt has the log-probability of what does not go on with the word after the target.
         rewordings: at most so many other wordings of each request, which the model says by itself,
             are optimised with it; see :mod:`coachhook.editing.rewordings`. 0 is none.
         state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
@@ -132,6 +134,7 @@ class EditConfig:
     target_kl: float = 0.0
     target_stop: float = 0.05
     target_progress: float = 0.05
+    target_ends_word: bool = True
     rewordings: int = 3
     state_dtype: str = "float64"
     storage: str = "auto"
@@ -260,6 +263,7 @@ class EditConfig:
             "target_kl": 0.0625,
             "target_stop": 0.05,
             "target_progress": 0.0,
+            "target_ends_word": False,
             "rewordings": 0,
             "cues": False,
             "state_dtype": "float32",

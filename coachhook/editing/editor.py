@@ -38,6 +38,7 @@ from coachhook.editing.state import EditState, LayerEdits
 from coachhook.editing.targets import Targets, optimise_targets
 from coachhook.editing.ties import Ties, find_ties
 from coachhook.editing.unrelated import Ending, SampleTokens, endings
+from coachhook.editing.word_ends import word_continuing_tokens
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 from coachhook.models import (
     EditableLayer,
@@ -45,6 +46,7 @@ from coachhook.models import (
     describe,
     end_tokens,
     get_submodule,
+    linear_shape,
     prepare_tokenizer,
     weight_of,
 )
@@ -111,6 +113,7 @@ class Editor:
         self._model = model
         self._tokenizer = prepare_tokenizer(tokenizer)
         self._description = describe(model)
+        self._in_words: Tensor | None = None
         self._state = state
         self.hooks: HookSet = attach_hooks(model, list(state.config.layers))
         try:
@@ -261,6 +264,7 @@ class Editor:
             ties=[ties.numbers[i] for i in part] + ties.numbers[len(encoded) :],
             earlier=earlier,
             admit=admit,
+            continuing=self._continuing(),
             progress=progress,
         )
         positions = {i: position for position, i in enumerate(part)}
@@ -297,6 +301,16 @@ class Editor:
         return encode_requests(
             self._tokenizer, requests, self.config.contexts, self._description.max_positions
         )
+
+    def _continuing(self) -> Tensor | None:
+        """Ids that go on with a word, where targets must end theirs."""
+        if not self.config.target_ends_word:
+            return None
+        if self._in_words is None:
+            _, size = linear_shape(get_submodule(self._model, self._description.lm_head_path))
+            device = next(self._model.parameters()).device
+            self._in_words = word_continuing_tokens(self._tokenizer, size).to(device)
+        return self._in_words
 
     def _reworded(self, encoded: list[EncodedRequest], pad_id: int) -> list[EncodedRequest]:
         """The same requests with the model's own wordings of them."""

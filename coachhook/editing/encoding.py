@@ -13,6 +13,7 @@ from coachhook.editing.prompts import (
     encode_target,
 )
 from coachhook.editing.requests import EditRequest
+from coachhook.editing.word_ends import ends_word
 
 KL_PROMPT = "{} is a"
 # In prompts and contexts a subject often stands at the start of a sentence; its first token has
@@ -30,6 +31,7 @@ class EncodedRequest:
         essence: "{subject} is a", whose next-token distribution should not drift.
         rewordings: other prompts that should give the target.
         mentions: the subject after other words, for its cue.
+        ends_word: whether the target ends a word, and there is room to ask what comes after it.
     """
 
     contexts: list[EncodedPrompt]
@@ -37,6 +39,7 @@ class EncodedRequest:
     essence: EncodedPrompt
     rewordings: list[EncodedPrompt] = field(default_factory=list)
     mentions: list[EncodedPrompt] = field(default_factory=list)
+    ends_word: bool = False
 
     @property
     def prompts(self) -> list[EncodedPrompt]:
@@ -61,6 +64,11 @@ def encode_requests(
         try:
             target = encode_target(tokenizer, request.target_new)
             room = None if max_positions is None else max_positions - len(target) + 1
+            ends = ends_word(request.target_new.strip())
+            if room is not None and ends:
+                # What comes after the target is asked where its last token has room, too.
+                ends = len(tokenizer(request.text)["input_ids"]) < room
+                room -= int(ends)
             essence, *mentions = (
                 encode(
                     tokenizer,
@@ -70,14 +78,8 @@ def encode_requests(
                 )
                 for text in (KL_PROMPT, *_MENTIONS)
             )
-            encoded.append(
-                EncodedRequest(
-                    [encode_in_context(tokenizer, request, c, room) for c in contexts],
-                    target,
-                    essence,
-                    mentions=mentions,
-                )
-            )
+            prompts = [encode_in_context(tokenizer, request, c, room) for c in contexts]
+            encoded.append(EncodedRequest(prompts, target, essence, [], mentions, ends))
         except ValueError as error:
             raise ValueError(f"{error} (request {number}: {request.text!r})") from error
     return encoded

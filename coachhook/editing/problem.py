@@ -42,6 +42,8 @@ class Problem:
     places: Tensor  # [R, P], index of each place's token, -1 where there is none
     added: Tensor | None  # [R, P, d], what is taken off the state there
     target: Tensor  # [R, T], the id that follows each position or -100
+    ends: Tensor  # [R, T] bool, where the target's word must end
+    continuing: Tensor | None  # [V] bool, ids that go on with a word
     group: int
     contexts: int
     asked: int  # contexts and rewordings
@@ -54,7 +56,8 @@ class Problem:
         first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
         asked = reworded[:, None] | (offsets < self.contexts)
         target = self.target[rows].masked_fill(~asked.flatten()[:, None], -100)
-        wanted = target >= 0
+        ends = self.ends[rows] & asked.flatten()[:, None]
+        wanted = (target >= 0) | ends
         if self.group > self.asked:
             last = torch.arange(self.asked, len(rows), self.group, device=rows.device)
             wanted[last, here[last, 0]] = True
@@ -63,6 +66,8 @@ class Problem:
             here,
             None if self.added is None else self.added[rows, :places],
             target,
+            ends,
+            self.continuing,
             self.group,
             self.contexts,
             self.asked,
@@ -87,6 +92,7 @@ def make_problem(
     config: EditConfig,
     pad_id: int,
     device: torch.device,
+    continuing: Tensor | None = None,
 ) -> Problem:
     """Runs the network once on the prompts of k requests.
 
@@ -98,18 +104,25 @@ def make_problem(
         config: contexts and penalties.
         pad_id: id used for padding.
         device: of the model.
+        continuing: ids that go on with a word, bool ``[V]``; None asks for no word's end.
     """
     with_kl = config.target_kl > 0
     asked = max(len(request.prompts) for request in requests)
     rows: list[list[int]] = []
     positions: list[list[int]] = []
     spans: list[tuple[int, list[int]]] = []
+    ending: list[tuple[int, int]] = []
 
-    def add(prompt: EncodedPrompt, target: list[int], at: Sequence[Place]) -> None:
+    def add(
+        prompt: EncodedPrompt, target: list[int], at: Sequence[Place], ends: bool = False
+    ) -> None:
+        if ends:
+            ending.append((len(rows), len(prompt.ids) + len(target) - 1))
+        ids = prompt.ids + (target if ends else target[:-1])
         found = [prompt.position(p, target) if p in at else None for p in places]
-        rows.append(prompt.ids + target[:-1])
-        positions.append([-1 if p is None else p for p in found])
+        positions.append([-1 if p is None or p >= len(ids) else p for p in found])
         spans.append((len(prompt.ids) - 1, target))
+        rows.append(ids)
 
     for request in requests:
         # How a subject is cut into tokens may differ between contexts: a place must be in all.
@@ -120,8 +133,10 @@ def make_problem(
         ]
         # The last token of another wording has another key: nothing will be written there.
         others = [p for p in common if p[0] != "prompt_last"]
-        for prompt in request.contexts:
-            add(prompt, request.target, common)
+        for number, prompt in enumerate(request.contexts):
+            # In the bare prompt alone: more prompts have more tokens and give no more.
+            ends = continuing is not None and request.ends_word and number == 0
+            add(prompt, request.target, common, ends)
         for prompt in request.rewordings:
             add(prompt, request.target, others)
         for _ in range(asked - len(request.prompts)):
@@ -132,6 +147,9 @@ def make_problem(
     target = torch.full_like(ids, -100)
     for row, (start, tokens) in enumerate(spans):
         target[row, start : start + len(tokens)] = torch.tensor(tokens, device=device)
+    ends_at = torch.zeros_like(ids, dtype=torch.bool)
+    for row, column in ending:
+        ends_at[row, column] = True
     contexts = len(requests[0].contexts)
     group = asked + int(with_kl)
     # With padding in the gate's statistics a state depends on what it is padded with; the published
@@ -158,6 +176,8 @@ def make_problem(
         torch.tensor(positions, device=device),
         added,
         target,
+        ends_at,
+        continuing,
         group,
         contexts,
         asked,
@@ -171,11 +191,13 @@ class Losses:
     Attributes:
         total: the loss ``[k]``, differentiable.
         correct: whether the target is a prompt's answer, or none is asked for, bool ``[k, asked]``.
+        ended: whether its word ends with it in the bare prompt, or need not, bool ``[k]``.
         essence: log-probabilities of the essence prompt ``[k, V]``, where it is asked.
     """
 
     total: Tensor
     correct: Tensor
+    ended: Tensor
     essence: Tensor | None
 
 
@@ -207,13 +229,20 @@ def find_losses(
     hidden = base.index_put((row, column), moved.to(base.dtype))
     at_loss, final = suffix.run(problem.captured, hidden, config.target_loss_layer)
 
-    row, column = (problem.target >= 0).nonzero(as_tuple=True)
+    row, column = ((problem.target >= 0) | problem.ends).nonzero(as_tuple=True)
     wanted = problem.target[row, column]
     log_probs = suffix.log_probs(at_loss[row, column])
-    chosen = log_probs.gather(1, wanted[:, None])[:, 0]
+    chosen = log_probs.gather(1, wanted.clamp_min(0)[:, None])[:, 0]
+    good = (log_probs.argmax(1) == wanted) | (wanted < 0)
+    ended = torch.ones_like(start_norm, dtype=torch.bool)
+    if problem.continuing is not None:
+        end = (wanted < 0).nonzero()[:, 0]
+        stop = log_probs[end].masked_fill(problem.continuing, float("-inf"))
+        chosen = chosen.index_put((end,), stop.logsumexp(1))
+        ended[row[end] // problem.group] = ~problem.continuing[log_probs[end].argmax(1)]
     count = (problem.target >= 0).sum(1).clamp_min(1)
     nll = -torch.zeros_like(count, dtype=chosen.dtype).index_add(0, row, chosen) / count
-    wrong = torch.zeros_like(count).index_add(0, row, (log_probs.argmax(1) != wanted).to(count))
+    wrong = torch.zeros_like(count).index_add(0, row, (~good).to(count))
     correct = wrong.view(-1, problem.group)[:, : problem.asked] == 0
 
     penalty = config.target_weight_decay * delta.flatten(1).norm(dim=1) / start_norm**2
@@ -224,4 +253,4 @@ def find_losses(
         reference = essence.detach() if essence_start is None else essence_start
         penalty = penalty + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
     total = nll.view(-1, problem.group).sum(1) / problem.prompts + penalty
-    return Losses(total, correct, essence)
+    return Losses(total, correct, ended, essence)

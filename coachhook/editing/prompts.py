@@ -18,9 +18,9 @@ from torch import Tensor
 from coachhook.editing.requests import EditRequest
 
 # Where a fact can be written: the last subject token, the target's own tokens but the last (each
-# says the next), the subject's token before its last, and the last token of the prompt where the
-# subject does not end there.
-PLACES = ("subject_last", "target", "subject_previous", "prompt_last")
+# says the next), its last (which says that its word ends), the subject's token before its last,
+# and the last token of the prompt where the subject does not end there.
+PLACES = ("subject_last", "target", "target_last", "subject_previous", "prompt_last")
 # At these the requests about one subject have one key.
 SUBJECT_PLACES = ("subject_last", "subject_previous")
 # One token: a name of PLACES, and which token of the target it is (0 for the other names).
@@ -73,6 +73,8 @@ class EncodedPrompt:
             return self.lookup - 1 if self.lookup > self.first else None
         if name == "target":
             return len(self.ids) + number if number < len(target) - 1 else None
+        if name == "target_last":
+            return len(self.ids) + len(target) - 1 if target else None
         return len(self.ids) - 1 if len(self.ids) - 1 > self.lookup else None
 
 

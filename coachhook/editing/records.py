@@ -70,6 +70,8 @@ class BatchRecord:
             elif place == "target":
                 found.append((place, request.text, request.target_new, seen[r]))
                 seen[r] += 1
+            elif place == "target_last":
+                found.append((place, request.text, request.target_new))
             else:
                 found.append((place, request.text))
         return found

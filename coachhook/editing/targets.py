@@ -13,7 +13,8 @@ converged, or whose loss no longer falls, leaves the batch. Its rewordings join 
 have converged, for the steps that are left. One whose target does not come out in every context may
 go on with a further place (``EditConfig.places``), its deltas so far kept as the start. A target of
 several tokens has a delta at each of its tokens but the last, too, which says the next one: one
-vector at the subject would have to name them all.
+vector at the subject would have to name them all. In the bare prompt the target's word must end,
+too (:mod:`coachhook.editing.word_ends`): its loss has ``-log P(no letter or digit | p o)`` as well.
 
 Requests about one subject are another matter: they have one key, and one correction must do for all
 of them. Such requests are *tied*: they have one ``delta`` at the subject's tokens, under the sum of
@@ -62,7 +63,8 @@ class Targets:
         used: whether a request needs a place, bool ``[k, P]``.
         places: the P places.
         losses: last loss of each request.
-        converged: whether the target is the model's answer to the bare prompt with the deltas in.
+        converged: whether the target is the model's answer to the bare prompt with the deltas in,
+            and ends there where that is asked.
         steps: Adam steps taken for each request.
     """
 
@@ -101,6 +103,7 @@ class _Solution:
     used: Tensor  # [k, P] bool
     losses: Tensor  # [k]
     correct: Tensor  # [k, asked] bool
+    ended: Tensor  # [k] bool
     steps: Tensor  # [k]
     ties: Tensor  # [k], equal for tied requests
 
@@ -148,7 +151,7 @@ def _optimise(
             essence_start = now.essence.detach()
         chosen = requests[active]
         solution.delta[chosen, :places] = moved.detach()
-        solution.correct[chosen] = now.correct
+        solution.correct[chosen], solution.ended[chosen] = now.correct, now.ended
         losses = now.total.detach().to(past)
         solution.losses[chosen] = losses
         forwards[active] += 1
@@ -163,7 +166,7 @@ def _optimise(
         going = high & (forwards[active] < config.target_steps)
         going = _any_tied(going, solution.ties[chosen])
         left, done = active[going], ~going & asking[active]
-        bar.update(int(now.correct[done].all(1).sum()))
+        bar.update(int((now.correct[done].all(1) & now.ended[done]).sum()))
         if done.all():
             break
         if len(left):
@@ -208,6 +211,7 @@ def _optimise_chunk(
         torch.zeros(count, places.shape[1], dtype=torch.bool, device=device),
         start.new_zeros(count),
         torch.zeros(count, problem.asked, dtype=torch.bool, device=device),
+        torch.ones(count, dtype=torch.bool, device=device),
         torch.zeros(count, dtype=torch.int64, device=device),
         ties,
     )
@@ -216,8 +220,13 @@ def _optimise_chunk(
     for stage in _stages(config.places):
         columns = [i for i, place in enumerate(names) if place[0] in stage]
         # A tied request's key at a subject token is that of the others; the prompt's last token
-        # can only help the prompt's own words.
-        asking = wrong if "prompt_last" in stage else _any_tied(unsaid, ties)
+        # can only help the prompt's own words, the target's last what comes after it.
+        if "prompt_last" in stage:
+            asking = wrong
+        elif "target_last" in stage:
+            asking = ~solution.ended
+        else:
+            asking = _any_tied(unsaid, ties)
         # A request whose prompt has no token for the new place has nothing to gain from it.
         able = asking[:, None] & (places[problem.bare][:, columns] >= 0)
         pairs = [(i, names[columns[j]]) for i, j in able.nonzero().tolist() if columns[j]]
@@ -233,7 +242,7 @@ def _optimise_chunk(
             _optimise(suffix, problem, config, solution, chosen, names[: columns[-1] + 1], bar)
         unsaid = ~solution.correct.all(dim=1)
         wrong = ~solution.correct[:, : problem.contexts].all(dim=1)
-        if not unsaid.any():
+        if not unsaid.any() and solution.ended.all():
             break
     return solution
 
@@ -261,6 +270,7 @@ def optimise_targets(
     ties: Sequence[int] | None = None,
     earlier: Sequence[Mapping[Place, Earlier]] | None = None,
     admit: Callable[[list[tuple[int, Place]]], list[bool]] | None = None,
+    continuing: Tensor | None = None,
     max_tokens: int | None = None,
     progress: str | None = None,
 ) -> Targets:
@@ -278,6 +288,8 @@ def optimise_targets(
             tied ones. None: nothing.
         admit: asked, with numbers of requests and the further places they need, which of these
             may be taken; None admits all.
+        continuing: ids that go on with a word, bool ``[V]``: the bare prompt's answer must end with
+            the target. None: nothing is asked after it.
         max_tokens: most padded tokens differentiated at once; bounds the memory. None: as many as
             half of the memory that is free takes. Halved where the device runs out all the same.
         progress: label of a progress bar of requests on stderr, or None for no bar.
@@ -319,6 +331,7 @@ def optimise_targets(
                 config,
                 pad_id,
                 parameter.device,
+                continuing,
             )
             tied = torch.tensor([ties[i] for i in chunk], device=parameter.device)
             solution = _optimise_chunk(
@@ -375,7 +388,7 @@ def _collect(solutions: Sequence[tuple[list[int], _Solution]], places: list[Plac
         together("used"),
         places,
         losses.tolist(),
-        together("correct")[:, 0].tolist(),
+        (together("correct")[:, 0] & together("ended")).tolist(),
         together("steps").tolist(),
     )
 
