@@ -295,6 +295,7 @@ def test_text_that_is_no_text(world, refused, tmp_path):
         (["edit", "m", "f", "--out", "o", "--layers", "a"], "layer indices such as 0,1,2"),
         (["edit", "m", "f", "--out", "o", "--layers=-1"], "must not be negative"),
         (["edit", "m", "f", "--out", "o", "--preset", "best"], "invalid choice"),
+        (["edit", "m", "f", "--out", "o", "--target-betas", "a"], "numbers such as 0.9,0.999"),
         (["edit", "m", "f"], "--out"),
         (["stats", "m", "--text", "t"], "--out"),
         (["generate", "m", "--edits", "e"], "PROMPT"),
@@ -315,6 +316,7 @@ def test_settings_that_make_no_sense(world, refused):
         (["--alpha", "nan"], "--alpha must be finite"),
         (["--covariance-weight", "-1"], "covariance_weight must be positive"),
         (["--target-lr", "0"], "target_lr must be positive"),
+        (["--target-betas", "0.9"], "target_betas must be two numbers"),
         (["--context", "no slot"], "contexts must have exactly one '{}'"),
         (["--target-loss-layer", "9"], "from 0 to 2"),
     ):

@@ -80,6 +80,16 @@ def layer_list(text: str) -> list[int]:
     return sorted(set(layers))
 
 
+def number_list(text: str) -> list[float]:
+    """Argument type: numbers such as ``0.9,0.999``."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be numbers such as 0.9,0.999, got {text!r}"
+        ) from None
+
+
 def add_command(
     commands: Any, name: str, help: str, description: str | None = None, epilog: str | None = None
 ) -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from coachhook.cli.common import (
     emit,
     layer_list,
     log,
+    number_list,
     open_model,
     positive_int,
     read_requests,
@@ -48,6 +49,10 @@ _OVERRIDES: dict[str, tuple[Any, str]] = {
     "false_fire": (float, "population scope: share of unrelated tokens that may fire"),
     "target_steps": (positive_int, "most optimisation steps of a target"),
     "target_lr": (float, "learning rate of a target"),
+    "target_betas": (
+        number_list,
+        "what Adam's mean gradient and mean square gradient keep in a step, such as 0.4,0.95",
+    ),
     "target_loss_layer": (int, "layer whose output is judged while a target is optimised"),
     "target_weight_decay": (float, "weight decay of a target"),
     "target_clamp": (float, "largest change of a target, as a share of its norm"),

@@ -34,6 +34,13 @@ PAPER_CONTEXTS = (
 )
 # Fields of earlier folders that nothing depends on any more.
 _RETIRED = ("target_parts", "alpha_prompt")
+# Fields that came later, as edits before them were made.
+_BEFORE = {
+    "target_betas": (0.9, 0.999),
+    "target_scaling": "coordinate",
+    "target_progress": 0.0,
+    "target_ends_word": False,
+}
 # (model_type, blocks) -> (Adam forwards, prior weight) of the published experiments.
 _PAPER_SETTINGS = {("gpt2", 48): (20, 15000.0), ("gptj", 28): (25, 15000.0)}
 
@@ -80,6 +87,8 @@ class EditConfig:
         target_steps: most forwards of the optimisation of one target (for
             each place added); one Adam step fewer. A forward that asks the rewordings may follow.
         target_lr: Adam's learning rate.
+        target_betas: what Adam's mean gradient and mean square gradient keep in a step, each from 0
+            to below 1.
         target_scaling: what Adam scales a step by: "coordinate", each coordinate's own mean square
             gradient (Kingma and Ba 2015), or "vector", that of a place's whole correction, which
             leaves the gradient its direction (as Adam-mini does by blocks, Zhang et al. 2024).
@@ -125,15 +134,16 @@ class EditConfig:
     sharing: str = "first"
     correction: str = "own"
     places: Sequence[str] = PLACES
-    target_steps: int = 20
-    target_lr: float = 0.5
+    target_steps: int = 15
+    target_lr: float = 1.2
+    target_betas: Sequence[float] = (0.4, 0.95)
     target_scaling: str = "vector"
     target_loss_layer: int | None = None
     target_weight_decay: float = 0.5
     target_clamp: float = 20.0
     target_kl: float = 0.0
     target_stop: float = 0.05
-    target_progress: float = 0.05
+    target_progress: float = 0.2
     target_ends_word: bool = True
     rewordings: int = 3
     state_dtype: str = "float64"
@@ -171,6 +181,12 @@ class EditConfig:
                     f"EditConfig: {name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
+        betas = tuple(self.target_betas)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"EditConfig: target_betas must be two numbers from 0 to below 1, got {betas!r}"
+            )
+        object.__setattr__(self, "target_betas", betas)
         for name in (
             "covariance_weight",
             "target_lr",
@@ -257,6 +273,7 @@ class EditConfig:
             "places": PLACES[:1],
             "target_steps": steps,
             "target_lr": 0.5,
+            "target_betas": (0.9, 0.999),
             "target_scaling": "coordinate",
             "target_weight_decay": 0.5,
             "target_clamp": 0.75,
@@ -281,13 +298,13 @@ class EditConfig:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> EditConfig:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`, also of earlier versions.
 
         Raises:
             ValueError: a field is unknown or missing.
         """
         known = {f.name for f in fields(cls)}
-        record = {k: v for k, v in record.items() if k not in _RETIRED}
+        record = {k: v for k, v in {**_BEFORE, **record}.items() if k not in _RETIRED}
         unknown = sorted(set(record) - known)
         if unknown or "layers" not in record:
             what = f"unknown {', '.join(unknown)}" if unknown else "no layers"

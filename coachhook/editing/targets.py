@@ -128,7 +128,11 @@ def _optimise(
     start_norm = solution.start[requests].norm(dim=1)
     radius = config.target_clamp * start_norm[:, None]
     steps = ClampedAdam(
-        solution.delta[requests, :places], config.target_lr, radius, config.target_scaling
+        solution.delta[requests, :places],
+        config.target_lr,
+        (config.target_betas[0], config.target_betas[1]),
+        radius,
+        config.target_scaling,
     )
     solution.used[requests, :places] = problem.places[problem.bare[requests], :places] >= 0
     forwards = torch.zeros(len(requests), dtype=torch.int64, device=requests.device)

@@ -34,6 +34,7 @@ def _config(case, templates):
         target_steps=case["v_num_grad_steps"],
         target_lr=case["v_lr"],
         target_scaling="coordinate",
+        target_betas=(0.9, 0.999),
         target_progress=0,
         target_clamp=case["clamp_norm_factor"],
         target_kl=case["kl_factor"],

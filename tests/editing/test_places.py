@@ -148,3 +148,10 @@ def test_folders_written_with_a_setting_that_is_gone_are_read(bundled):
     record = EditConfig.for_model(bundled[0]).to_dict()
     gone = {"target_parts": 2, "alpha_prompt": 0.9}
     assert EditConfig.from_dict({**record, **gone}) == EditConfig.from_dict(record)
+
+
+def test_folders_written_before_a_setting_keep_their_steps(bundled):
+    record = EditConfig.paper(bundled[0]).to_dict()
+    later = ("target_betas", "target_scaling", "target_progress", "target_ends_word")
+    earlier = {name: value for name, value in record.items() if name not in later}
+    assert EditConfig.from_dict(earlier) == EditConfig.from_dict(record)

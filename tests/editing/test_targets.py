@@ -14,13 +14,15 @@ from coachhook.editing.encoding import encode_requests
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 
+BETAS = (0.9, 0.999)
+
 
 def test_steps_by_coordinate_are_torchs_adam():
     """Also of a request that is left out of some steps."""
     starts = torch.randn(3, 2, 5, dtype=torch.float64)
-    ours = ClampedAdam(starts, 0.3, torch.full((3, 1), math.inf), "coordinate")
+    ours = ClampedAdam(starts, 0.3, (0.8, 0.99), torch.full((3, 1), math.inf), "coordinate")
     theirs = [torch.nn.Parameter(start.clone()) for start in starts]
-    adam = torch.optim.Adam(theirs, lr=0.3)
+    adam = torch.optim.Adam(theirs, lr=0.3, betas=(0.8, 0.99))
     for step in range(12):
         which = [i for i in range(3) if i == 0 or step % (i + 1) == 0]
         gradient = torch.randn_like(starts)
@@ -35,7 +37,7 @@ def test_steps_by_coordinate_are_torchs_adam():
 def test_steps_by_vector_follow_the_gradient_at_each_place():
     start = torch.randn(2, 2, 7, dtype=torch.float64)
     gradient = torch.randn_like(start) * torch.tensor([1e-3, 50.0])[:, None]
-    adam = ClampedAdam(start, 0.3, torch.full((2, 1), math.inf), "vector")
+    adam = ClampedAdam(start, 0.3, BETAS, torch.full((2, 1), math.inf), "vector")
     adam.take(gradient, torch.tensor([0, 1]))
     step = adam.deltas() - start
     wanted = -0.3 * math.sqrt(7) * gradient / gradient.norm(dim=-1, keepdim=True)
@@ -44,7 +46,7 @@ def test_steps_by_vector_follow_the_gradient_at_each_place():
 
 def test_each_correction_stays_in_its_ball():
     radius = torch.tensor([[0.5], [100.0]])
-    adam = ClampedAdam(torch.zeros(2, 3, 4), 1.0, radius, "coordinate")
+    adam = ClampedAdam(torch.zeros(2, 3, 4), 1.0, BETAS, radius, "coordinate")
     for _ in range(5):
         adam.take(torch.ones(2, 3, 4), torch.tensor([0, 1]))
     norm = adam.deltas().norm(dim=-1)
@@ -88,3 +90,6 @@ def test_settings_of_the_steps_are_checked():
         EditConfig(layers=[0], target_scaling="matrix")
     with pytest.raises(ValueError, match="target_progress must not be negative, got -1"):
         EditConfig(layers=[0], target_progress=-1)
+    for betas in [(0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, 0.9, 0.9)]:
+        with pytest.raises(ValueError, match="target_betas must be two numbers from 0 to below 1"):
+            EditConfig(layers=[0], target_betas=betas)
