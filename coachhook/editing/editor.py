@@ -390,9 +390,11 @@ class Editor:
         ]
         bare = contexts[:: len(config.contexts)]
         goal = targets.values.T
+        read: States | None = None
         if each:
             # The same delta in every context, on top of what the model says there.
-            start = self._read(contexts, config.layers[-1], pad_id).outputs.to(goal.dtype)
+            read = self._read(contexts, config.layers[0], pad_id)
+            start = read.outputs.to(goal.dtype)
             wanted = targets.deltas[targets.used][:, None].repeat(1, len(config.contexts), 1)
             for i, (r, place) in enumerate(slots):
                 if place in earlier[r]:  # it takes the place of what is said there now
@@ -401,11 +403,13 @@ class Editor:
         if config.scope != "membership":
             # The published code lets every token take the hook while a batch is computed.
             self.hooks.set_state("temporary")
+            read = None
         number = -1
         for position, layer in enumerate(config.layers):
             if each:
-                states = self._read(contexts, layer, pad_id)
-                keys, outputs = states.keys, states.outputs
+                # What was read for the goals holds until something is written.
+                states = self._read(contexts, layer, pad_id) if read is None else read
+                keys, outputs, read = states.keys, states.outputs, None
             else:
                 keys = self._read_keys(contexts, layer, pad_id)
                 keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
@@ -492,12 +496,27 @@ class Editor:
     def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
         """Keys of a layer and outputs of the last edited block."""
         last = self.config.layers[-1]
-        return read_states(self._model, self._description, prompts, layer, last, pad_id=pad_id)
+        return read_states(
+            self._model,
+            self._description,
+            prompts,
+            layer,
+            last,
+            pad_id=pad_id,
+            together=self.config.include_padding,
+        )
 
     def _read_keys(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
         """Keys alone, for which nothing above them is run."""
-        read = read_states(self._model, self._description, prompts, layer, None, pad_id=pad_id)
-        return read.keys
+        return read_states(
+            self._model,
+            self._description,
+            prompts,
+            layer,
+            None,
+            pad_id=pad_id,
+            together=self.config.include_padding,
+        ).keys
 
     def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
         """Per layer the smallest over the prompts of the largest score.

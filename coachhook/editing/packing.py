@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Tokens whose cost is that of starting one more group of rows: kernel launches and Python.
 _GROUP_COST = {"cpu": 16, "cuda": 256}
+# What one more run of the whole network costs, in runs of one block.
+MODEL_COST = 4
 
 
 def group_cost(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.editing.live import first_tensor
+from coachhook.editing.packing import MODEL_COST, group_cost, pack
 from coachhook.editing.prompts import EncodedPrompt, pad_right
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
@@ -36,6 +37,7 @@ def read_states(
     last_layer: int | None,
     *,
     pad_id: int,
+    together: bool = False,
     rows_at_once: int = 512,
 ) -> States:
     """Runs ``prompts`` through the model, hooks as they are, up to the block ``last_layer``.
@@ -43,10 +45,12 @@ def read_states(
     Args:
         model: the model.
         description: its description.
-        prompts: R prompts; up to ``rows_at_once`` of them are padded together.
+        prompts: R prompts.
         layer: whose keys are wanted.
         last_layer: whose block outputs are wanted; not below ``layer``. None: only the keys are.
         pad_id: id used for padding.
+        together: pad up to ``rows_at_once`` prompts together, for gates that look at padding. If
+            not, only those of about one length.
         rows_at_once: bounds the memory.
     """
     base = get_submodule(model, description.base_model_path)
@@ -56,8 +60,16 @@ def read_states(
     device = next(model.parameters()).device
     keys: list[Tensor] = []
     outputs: list[Tensor] = []
-    for start in range(0, len(prompts), rows_at_once):
-        chunk = prompts[start : start + rows_at_once]
+    groups = [list(range(len(prompts)))]
+    if not together:
+        groups = pack([len(p.ids) for p in prompts], MODEL_COST * group_cost(device))
+    chunks = [
+        group[start : start + rows_at_once]
+        for group in groups
+        for start in range(0, len(group), rows_at_once)
+    ]
+    for numbers in chunks:
+        chunk = [prompts[number] for number in numbers]
         ids, mask = pad_right([p.ids for p in chunk], pad_id, device)
         rows = torch.arange(len(chunk), device=device)
         lookup = torch.tensor([p.lookup for p in chunk], device=device)
@@ -85,8 +97,13 @@ def read_states(
         ]
         with partial_forward(*handles):
             base(input_ids=ids, attention_mask=mask, use_cache=False)
+    order = torch.tensor([number for numbers in chunks for number in numbers]).argsort()
     found = torch.cat(keys)
-    return States(found, torch.cat(outputs) if outputs else found.new_empty(len(found), 0))
+    found = found[order.to(found.device)]
+    if not outputs:
+        return States(found, found.new_empty(len(found), 0))
+    given = torch.cat(outputs)
+    return States(found, given[order.to(given.device)])
 
 
 @torch.no_grad()

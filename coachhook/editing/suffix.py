@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from coachhook.editing.live import Live, Recorder, first_tensor, named, with_cache
-from coachhook.editing.packing import Kept, group_cost, merge, pack
+from coachhook.editing.packing import MODEL_COST, Kept, group_cost, merge, pack
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 _log = logging.getLogger(__name__)
-# What one more run of the whole network costs, in runs of one block.
-_MODEL_COST = 4
 # What a block may make of a KV cache that it does not expect.
 _REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Largest relative difference between the whole suffix and its live part that rounding explains. A
@@ -202,7 +200,7 @@ class Suffix:
         lengths = mask.sum(1)
         groups: list[list[int]] = []
         if below is None and self._packs:
-            groups = pack(lengths.tolist(), _MODEL_COST * group_cost(ids.device))
+            groups = pack(lengths.tolist(), MODEL_COST * group_cost(ids.device))
         if len(groups) > 1:
             parts = []
             for group in groups:

@@ -14,7 +14,7 @@ from coachhook.editing import EditMemory
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.reading import read_states
 from coachhook.errors import FingerprintMismatchError, FormatError
-from coachhook.models import describe
+from coachhook.models import describe, get_submodule
 
 
 @torch.no_grad()
@@ -126,6 +126,32 @@ def test_taking_a_batch_back_equals_never_adding_its_keys(make_editor, requests,
 def _prior_of(memory):
     factor = memory.state_dict()[0]["factor"].tril()
     return factor @ factor.T
+
+
+def test_prompts_of_all_lengths_are_read_in_their_order(make_editor, requests, monkeypatch):
+    editor, model, tokenizer = make_editor(dtype=torch.float64)
+    layer, description = editor.config.layers[0], describe(model)
+    encoded = encode_requests(tokenizer, requests[:4], editor.config.contexts, None)
+    prompts = [prompt for request in encoded for prompt in request.contexts]
+    assert max(len(p.ids) for p in prompts) > 2 * min(len(p.ids) for p in prompts)
+    padded = []
+    base = get_submodule(model, description.base_model_path)
+    own = base.forward
+
+    def forward(*args, **kwargs):
+        padded.append(kwargs["input_ids"].shape)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(base, "forward", forward)
+    together = read_states(model, description, prompts, layer, layer, pad_id=0, together=True)
+    assert [len(prompts)] == [rows for rows, _ in padded]
+    padded.clear()
+    monkeypatch.setattr("coachhook.editing.reading.MODEL_COST", 0)
+    apart = read_states(model, description, prompts, layer, layer, pad_id=0, rows_at_once=3)
+    assert len(padded) > 4 and sum(rows for rows, _ in padded) == len(prompts)
+    assert max(rows for rows, _ in padded) <= 3
+    torch.testing.assert_close(apart.keys, together.keys, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(apart.outputs, together.outputs, rtol=1e-10, atol=1e-12)
 
 
 def test_ten_batches_equal_one(make_editor, requests):

@@ -88,7 +88,7 @@ def test_rows_of_other_lengths_are_captured_apart_to_the_same_end(family, monkey
     mask = (torch.arange(WIDTH) < lengths[:, None]).long()
     found = []
     for cost, tokens in ((0, [1, 7, 24, 15, 19]), (0.5, [1, 36, 38]), (100, [6 * WIDTH])):
-        monkeypatch.setattr("coachhook.editing.suffix._MODEL_COST", cost)
+        monkeypatch.setattr("coachhook.editing.suffix.MODEL_COST", cost)
         suffix = Suffix(model, describe(model), 0)
         with _tokens_seen(suffix._below[0]) as seen:
             found.append(suffix.capture(ids, mask, keep=True))
