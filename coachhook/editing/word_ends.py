@@ -32,9 +32,11 @@ def word_continuing_tokens(tokenizer: Any, size: int) -> Tensor:
         size: tokens the model has logits of; those the tokenizer does not know go on with nothing.
     """
     before = list(tokenizer(_BEFORE, add_special_tokens=False)["input_ids"])
-    start = len(tokenizer.decode(before))
     known = min(len(tokenizer), size)
-    texts = tokenizer.batch_decode([[*before, token] for token in range(known)])
+    # As it stands: English tokenizers may draw "n't" to the word before it otherwise.
+    start, *texts = tokenizer.batch_decode(
+        [before, *([*before, token] for token in range(known))], clean_up_tokenization_spaces=False
+    )
     continues = torch.zeros(size, dtype=torch.bool)
-    continues[:known] = torch.tensor([text[start : start + 1].isalnum() for text in texts])
+    continues[:known] = torch.tensor([text[len(start) :][:1].isalnum() for text in texts])
     return continues
