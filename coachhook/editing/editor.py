@@ -19,6 +19,7 @@ from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.fused import fused_activations
 from coachhook.editing.memory import EditMemory, regularized_prior
+from coachhook.editing.packing import MODEL_COST, group_cost, pack
 from coachhook.editing.problem import Earlier
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
@@ -480,11 +481,16 @@ class Editor:
     def _inputs(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
         """What a layer reads up to the token looked up, ``[R, T, n]``, zeros at the left."""
         prompts = [EncodedPrompt(p.ids[: p.lookup + 1], p.first, p.lookup) for p in prompts]
-        x, _ = read_inputs(self._model, self._description, prompts, [layer], pad_id=pad_id)
-        found = torch.zeros_like(x[layer])
-        for row, prompt in enumerate(prompts):
-            length = prompt.lookup + 1
-            found[row, -length:] = x[layer][row, :length]
+        lengths = [prompt.lookup + 1 for prompt in prompts]
+        parts = []
+        for group in pack(lengths, MODEL_COST * group_cost(next(self._model.parameters()).device)):
+            some = [prompts[i] for i in group]
+            x, _ = read_inputs(self._model, self._description, some, [layer], pad_id=pad_id)
+            parts += list(zip(group, x[layer], strict=True))
+        first = parts[0][1]
+        found = first.new_zeros(len(prompts), max(lengths), first.shape[-1])
+        for i, states in parts:
+            found[i, -lengths[i] :] = states[: lengths[i]]
         return found
 
     def _endings(self, request: EncodedRequest, place: Place) -> list[Ending]:
