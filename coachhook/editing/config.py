@@ -181,12 +181,16 @@ class EditConfig:
                     f"EditConfig: {name} must be one of {', '.join(allowed)}, "
                     f"got {getattr(self, name)!r}"
                 )
-        betas = tuple(self.target_betas)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        betas = self.target_betas
+        if (
+            not isinstance(betas, tuple | list)
+            or len(betas) != 2
+            or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
+        ):
             raise ValueError(
                 f"EditConfig: target_betas must be two numbers from 0 to below 1, got {betas!r}"
             )
-        object.__setattr__(self, "target_betas", betas)
+        object.__setattr__(self, "target_betas", tuple(betas))
         for name in (
             "covariance_weight",
             "target_lr",

@@ -501,7 +501,15 @@ class Editor:
 
     def _read(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> States:
         """Keys of a layer and outputs of the last edited block."""
-        last = self.config.layers[-1]
+        return self._states(prompts, layer, self.config.layers[-1], pad_id)
+
+    def _read_keys(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
+        """Keys alone, for which nothing above them is run."""
+        return self._states(prompts, layer, None, pad_id).keys
+
+    def _states(
+        self, prompts: list[EncodedPrompt], layer: int, last: int | None, pad_id: int
+    ) -> States:
         return read_states(
             self._model,
             self._description,
@@ -511,18 +519,6 @@ class Editor:
             pad_id=pad_id,
             together=self.config.include_padding,
         )
-
-    def _read_keys(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
-        """Keys alone, for which nothing above them is run."""
-        return read_states(
-            self._model,
-            self._description,
-            prompts,
-            layer,
-            None,
-            pad_id=pad_id,
-            together=self.config.include_padding,
-        ).keys
 
     def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
         """Per layer the smallest over the prompts of the largest score.

@@ -64,6 +64,9 @@ def test_a_name_of_many_tokens_is_said_word_for_word(make_editor, requests):
     before = says(model, tokenizer, requests[1].text, 3)
     result = editor.edit([*wanted, requests[2]])
     assert result.converged == [True, True]
+    # That the name ends is said at its last token; nobody else needs that place.
+    said = [(r, editor.config.places[p]) for r, p in editor.batches[result.batch].slots]
+    assert [r for r, place in said if place == "target_last"] == [0]
     places = [editor.config.places[p] for r, p in editor.batches[1].slots if r == 0]
     assert places.count("target") >= length // 2
     assert says(model, tokenizer, wanted[0].text, length) == NAMES

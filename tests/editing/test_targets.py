@@ -90,6 +90,6 @@ def test_settings_of_the_steps_are_checked():
         EditConfig(layers=[0], target_scaling="matrix")
     with pytest.raises(ValueError, match="target_progress must not be negative, got -1"):
         EditConfig(layers=[0], target_progress=-1)
-    for betas in [(0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, 0.9, 0.9)]:
+    for betas in [0.9, "ab", (0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, 0.9, 0.9)]:
         with pytest.raises(ValueError, match="target_betas must be two numbers from 0 to below 1"):
             EditConfig(layers=[0], target_betas=betas)
