@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from coachhook.editing.prompts import PLACES, check_contexts
@@ -41,6 +43,11 @@ _BEFORE = {
     "target_progress": 0.0,
     "target_ends_word": False,
 }
+# Models of at most so many blocks hold facts in the first ones.
+_SMALL = 8
+# From the second block on a subject's keys differ more between texts. Where the MLP lies beside the
+# attention they still differ from those of other subjects.
+_ALPHA_CUED_BESIDE = 0.6
 # (model_type, blocks) -> (Adam forwards, prior weight) of the published experiments.
 _PAPER_SETTINGS = {("gpt2", 48): (20, 15000.0), ("gptj", 28): (25, 15000.0)}
 
@@ -50,7 +57,7 @@ class EditConfig:
     """How facts are written. Make one with :meth:`for_model` or :meth:`paper`.
 
     Args:
-        layers: indices of the blocks whose down-projection is edited, ascending.
+        layers: indices of the blocks whose down-projection is edited, ascending; kept as a list.
         covariance_weight: lambda, the weight of the mean key covariance in the prior
             ``C0 = lambda Cov`` (MEMIT, Meng et al. 2023, equation 15).
         ridge: share of the covariance's mean diagonal added to its diagonal, so that few tokens do
@@ -105,9 +112,10 @@ class EditConfig:
             are optimised with it; see :mod:`coachhook.editing.rewordings`. 0 is none.
         state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
             weight after every batch as the published code does (z-score scopes only).
-        storage: "dense", "factored", or "auto" (factored while it is cheaper).
+        storage: "dense", "factored", or "auto" (factored while it is cheaper). The membership scope
+            has a form of its own whatever is asked, one pair of vectors for each edit.
         max_rank: largest rank of a factored correction; above it storage is dense. None is the
-            break-even.
+            break-even. Not for the membership scope either.
         max_keys: keys kept beside the prior before the oldest are folded into it; None is the
             memory's own rule. Not for the membership scope, which needs all keys, nor for
             ``state_dtype="float32"``.
@@ -119,7 +127,7 @@ class EditConfig:
         ValueError: a field is out of range.
     """
 
-    layers: Sequence[int]
+    layers: Sequence[int] = field(hash=False)
     covariance_weight: float = 15.0
     ridge: float = 1e-6
     alpha: float = 0.7
@@ -153,12 +161,18 @@ class EditConfig:
     false_fire: float = 1e-3
 
     def __post_init__(self) -> None:
-        layers = tuple(self.layers)
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+        self._check_types()
+        layers: list[Any] = list(self.layers) if isinstance(self.layers, Iterable) else []
+        if (
+            not layers
+            or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in layers)
+            or layers != sorted(set(layers))
+            or layers[0] < 0
+        ):
             raise ValueError(
                 f"EditConfig: layers must be ascending indices without repeats, got {self.layers!r}"
             )
-        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "layers", [int(i) for i in layers])
         object.__setattr__(self, "contexts", check_contexts(self.contexts))
         places = tuple(self.places)
         if not places or places[0] != PLACES[0] or not set(places) <= set(PLACES):
@@ -230,6 +244,29 @@ class EditConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"EditConfig: {name} must be at least 1 or None, got {value!r}")
+
+    def _check_types(self) -> None:
+        """Numbers are numbers: a NaN would pass every comparison that refuses."""
+        for known in fields(self):
+            value, usual = getattr(self, known.name), known.default
+            if isinstance(usual, bool):
+                fits, what = isinstance(value, bool), "True or False"
+            elif isinstance(usual, int):
+                fits = isinstance(value, Integral) and not isinstance(value, bool)
+                what = "an int"
+            elif isinstance(usual, float):
+                fits = isinstance(value, Real) and not isinstance(value, bool)
+                fits = fits and math.isfinite(value)
+                what = "a finite number"
+            elif usual is None:
+                fits = value is None or (
+                    isinstance(value, Integral) and not isinstance(value, bool)
+                )
+                what = "an int or None"
+            else:
+                continue
+            if not fits:
+                raise ValueError(f"EditConfig: {known.name} must be {what}, got {value!r}")
 
     @classmethod
     def for_model(cls, model: nn.Module, **overrides: Any) -> EditConfig:
@@ -326,13 +363,20 @@ def _checked(
     from coachhook.models import describe
 
     description = describe(model)
+    small, beside = description.num_layers <= _SMALL, bool(description.parallel_residual)
     if values["layers"] is None:
         layers = description.default_layers()
-        # A correction that is looked up needs one layer only. Small models hold facts in the first,
-        # large ones in the middle of the published range (Meng et al. 2022, causal tracing).
-        middle = 0 if description.num_layers <= 8 else len(layers) // 2
-        values["layers"] = layers[middle : middle + 1] if single else layers
+        if single:
+            # A correction that is looked up needs one layer only. Small models hold facts in the
+            # first, large ones in the middle of the published range (Meng et al. 2022, causal
+            # tracing). Beside its block's attention the first MLP reads a token in no context.
+            first = int(beside and len(layers) > 1)
+            at = first if small else len(layers) // 2
+            layers = layers[at : at + 1]
+        values["layers"] = layers
     config = cls(**values)
+    if single and small and beside and config.layers[0] > 0 and "alpha_cued" not in values:
+        config = config.with_(alpha_cued=_ALPHA_CUED_BESIDE)
     for layer in config.layers:
         description.layer(layer)
     if config.target_loss_layer is not None:

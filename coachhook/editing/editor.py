@@ -354,6 +354,14 @@ class Editor:
             )
         finally:
             self._model.train(was_training)
+        # Two requests that replace one fact would say so twice.
+        warnings = [
+            *unwritten(record, ties),
+            *contradictory(record, ties),
+            *shut(record, self.alphas),
+            *replaced(number, self._state.batches),
+            *lost(ties, held),
+        ]
         return EditResult(
             number,
             self.alphas,
@@ -361,13 +369,7 @@ class Editor:
             targets.converged,
             targets.losses,
             targets.steps,
-            [
-                *unwritten(record, ties),
-                *contradictory(record, ties),
-                *shut(record, self.alphas),
-                *replaced(number, self._state.batches),
-                *lost(ties, held),
-            ],
+            list(dict.fromkeys(warnings)),
         )
 
     def _write(
@@ -390,16 +392,17 @@ class Editor:
             for prompt in encoded[request].contexts
         ]
         bare = contexts[:: len(config.contexts)]
+        asked, count = (contexts, len(config.contexts)) if each else (bare, 1)
         goal = targets.values.T
         read: States | None = None
-        if each:
+        if each or targets.used[:, 1:].any():
             # The same delta in every context, on top of what the model says there.
-            read = self._read(contexts, config.layers[0], pad_id)
+            read = self._read(asked, config.layers[0], pad_id)
             start = read.outputs.to(goal.dtype)
-            wanted = targets.deltas[targets.used][:, None].repeat(1, len(config.contexts), 1)
+            wanted = targets.deltas[targets.used][:, None].repeat(1, count, 1)
             for i, (r, place) in enumerate(slots):
                 if place in earlier[r]:  # it takes the place of what is said there now
-                    wanted[i] -= earlier[r][place].added[: len(config.contexts)].to(wanted)
+                    wanted[i] -= earlier[r][place].added[:count].to(wanted)
             goal = start + wanted.flatten(0, 1)
         if config.scope != "membership":
             # The published code lets every token take the hook while a batch is computed.
@@ -407,22 +410,19 @@ class Editor:
             read = None
         number = -1
         for position, layer in enumerate(config.layers):
-            if each:
-                # What was read for the goals holds until something is written.
-                states = self._read(contexts, layer, pad_id) if read is None else read
-                keys, outputs, read = states.keys, states.outputs, None
-            else:
+            # What was read for the goals holds until something is written.
+            states = self._read(asked, layer, pad_id) if read is None else read
+            keys, outputs, read = states.keys, states.outputs, None
+            if not each:
                 keys = self._read_keys(contexts, layer, pad_id)
                 keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
-                outputs = self._read(bare, layer, pad_id).outputs
             left = len(config.layers) - position if config.sharing == "even" else 1
             share = (goal - outputs.to(goal.dtype)) / left
             if config.uses_cues:
                 record.cues[layer] = self._cues([(encoded[r], p) for r, p in slots], layer, pad_id)
 
             def inputs(rows: list[int], layer: int = layer) -> Tensor:
-                read = contexts if each else bare
-                return self._inputs([read[row] for row in rows], layer, pad_id)
+                return self._inputs([asked[row] for row in rows], layer, pad_id)
 
             # Without cues what an edit adds depends on the key alone.
             before = inputs if config.uses_cues else None

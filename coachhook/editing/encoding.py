@@ -63,12 +63,18 @@ def encode_requests(
     for number, request in enumerate(requests):
         try:
             target = encode_target(tokenizer, request.target_new)
-            room = None if max_positions is None else max_positions - len(target) + 1
+            if max_positions is not None and len(target) > max_positions:
+                raise ValueError(
+                    f"edit: target_new must fit the context window of {max_positions} tokens, got "
+                    f"{len(target)} tokens in {request.target_new[:60]!r}..."
+                )
+            # The last token of a target is only predicted.
+            reserve = len(target) - 1
             ends = ends_word(request.target_new.strip())
-            if room is not None and ends:
+            if max_positions is not None and ends:
                 # What comes after the target is asked where its last token has room, too.
-                ends = len(tokenizer(request.text)["input_ids"]) < room
-                room -= int(ends)
+                ends = len(tokenizer(request.text)["input_ids"]) + len(target) <= max_positions
+                reserve += int(ends)
             essence, *mentions = (
                 encode(
                     tokenizer,
@@ -78,7 +84,9 @@ def encode_requests(
                 )
                 for text in (KL_PROMPT, *_MENTIONS)
             )
-            prompts = [encode_in_context(tokenizer, request, c, room) for c in contexts]
+            prompts = [
+                encode_in_context(tokenizer, request, c, max_positions, reserve) for c in contexts
+            ]
             encoded.append(EncodedRequest(prompts, target, essence, [], mentions, ends))
         except ValueError as error:
             raise ValueError(f"{error} (request {number}: {request.text!r})") from error

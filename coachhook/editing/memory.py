@@ -31,8 +31,15 @@ import torch
 from torch import Tensor
 
 from coachhook.editing.edit_space import EditSpace, relative_targets
-from coachhook.editing.prior import FactoredPrior, check_finite, factor_prior, regularized_prior
-from coachhook.ops import cholesky_downdate_, cholesky_update_solve_
+from coachhook.editing.prior import (
+    FactoredPrior,
+    check_finite,
+    columns_by_row,
+    factor_prior,
+    regularized_prior,
+    warn_of_error,
+)
+from coachhook.ops import _backends, cholesky_downdate_, cholesky_update_solve_
 from coachhook.ops._precision import float32_products
 
 __all__ = ["EditMemory", "MemorySnapshot", "regularized_prior"]
@@ -91,6 +98,7 @@ class EditMemory:
     Raises:
         TypeError, ValueError: an argument does not fit.
         NotPositiveDefiniteError: the prior is not positive definite, to rounding.
+        BackendUnavailableError: the backend cannot run here.
     """
 
     _prior: FactoredPrior  # of L [n, n]; prior = L L^T
@@ -99,6 +107,7 @@ class EditMemory:
     _live: tuple[tuple[int, int], ...]  # (batch, keys) beside the prior, oldest first
     _folded: tuple[_Folded, ...]
     _next: int
+    _spoilt: float  # relative error of Delta from folded keys that were taken back, about
     max_keys: int
     keep_folded: bool
 
@@ -107,7 +116,7 @@ class EditMemory:
 
     _STATE = (
         *("_prior", "_base", "_space", "_live", "_folded", "_next", "_known"),
-        *("max_keys", "keep_folded"),
+        *("_spoilt", "max_keys", "keep_folded"),
     )
 
     @torch.inference_mode(False)
@@ -133,11 +142,13 @@ class EditMemory:
             )
         factor = factor_prior(prior, dtype)
         n = len(factor)
+        if backend != "auto":  # a later fold must not be the first to find out
+            _backends.resolve("cholesky_update_solve_", backend, factor)
         self._prior, self._owns_factor, self._base = FactoredPrior(factor), True, None
         self._space = EditSpace.build(
             self._prior, factor.new_empty(0, n), factor.new_empty(0, out_features)
         )
-        self._live, self._folded, self._next = (), (), 1
+        self._live, self._folded, self._next, self._spoilt = (), (), 1, 0.0
         self.max_keys = max(n // 4, _LEAST_MAX_KEYS) if max_keys is None else max_keys
         self.keep_folded = keep_folded
         self._backend = backend
@@ -232,7 +243,8 @@ class EditMemory:
 
         For keys beside the prior this loses nothing. Folded keys are subtracted from a copy of the
         prior's factor, with a relative error of about ``eps / gap``, where
-        ``gap = lambda_min(I - K_b^T C^-1 K_b)``; see :func:`~coachhook.ops.cholesky_downdate_`.
+        ``gap = lambda_min(I - K_b^T C^-1 K_b)``; see :func:`~coachhook.ops.cholesky_downdate_`. A
+        warning is given where these add up to more than 1e-10 (1e-3 in float32).
 
         Raises:
             ValueError: there is no such batch, or it is folded and its keys were not kept.
@@ -252,6 +264,8 @@ class EditMemory:
                 self._live = tuple(run for run in self._live if run[0] != batch)
             if pieces:
                 self._rebuild(self._space.keys, self._space.targets)
+        if pieces:
+            warn_of_error(self._spoilt, self.dtype)
 
     def fold(self, keys: int) -> None:
         """Moves the oldest keys into the factored prior; Delta stays the same, to rounding.
@@ -456,6 +470,7 @@ class EditMemory:
             "live": [list(run) for run in self._live],
             "folded": [[piece.batch, piece.count] for piece in self._folded],
             "next": self._next,
+            "spoilt": self._spoilt,
             "max_keys": self.max_keys,
             "keep_folded": self.keep_folded,
         }
@@ -506,6 +521,7 @@ class EditMemory:
                 for i, run in enumerate(counts)
             ),
             "_next": int(values["next"]),
+            "_spoilt": float(values.get("spoilt", 0.0)),
             "max_keys": int(values["max_keys"]),
             "keep_folded": bool(values["keep_folded"]),
         }
@@ -531,8 +547,10 @@ class EditMemory:
         """Subtracts folded keys from prior and base; the edit space is stale afterwards."""
         keys, targets = self._rows_of("remove", pieces)
         self._owns_factor = False
+        gap = self._prior.share_left(keys.mT)
         factor = self._writable_factor()
         cholesky_downdate_(factor, keys.mT, backend=self._backend)
+        self._spoilt += torch.finfo(self.dtype).eps / max(gap, torch.finfo(self.dtype).eps)
         self._prior = FactoredPrior(factor)
         self._folded = tuple(piece for piece in self._folded if piece not in pieces)
         if self._folded and self._base is not None:
@@ -573,25 +591,5 @@ class EditMemory:
     def _by_row(
         self, op: str, name: str, value: Tensor, length: int, *, look: bool = True
     ) -> Tensor:
-        """The columns of a checked matrix [length, k] as rows in the memory's dtype.
-
-        With ``look`` the values are checked too, which waits for a GPU.
-        """
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
-        if value.dim() != 2 or value.shape[0] != length:
-            raise ValueError(
-                f"{op}: {name} must be [{length}, k], one column for each key, "
-                f"got {list(value.shape)}"
-            )
-        if value.device != self.device:
-            raise ValueError(
-                f"{op}: {name} must be on {self.device} like the prior, got {value.device}; "
-                f"move them with {name}.to(memory.device)"
-            )
-        rows = value.detach().mT.to(self.dtype).contiguous()
-        if look:
-            check_finite(op, name, rows)
-        return rows
+        """See :func:`columns_by_row`."""
+        return columns_by_row(op, name, value, length, like=self._factor, look=look)

@@ -15,6 +15,8 @@ from coachhook.ops.cholesky.triangular import solve_transposed
 _PIVOT_NOISE = 32
 _ROWS = 512
 _FLOAT32_CONDITION = 1e5
+# Relative errors of Delta from subtracted keys that a caller will want to know of.
+_SPOILT = {torch.float64: 1e-10, torch.float32: 1e-3}
 # On a GPU the inverses of about four diagonal blocks are kept, of at most 2,048 rows: an eighth of
 # the factor's memory at n = 16,384 and two launches for each block and solve.
 _STEPS = 4
@@ -51,6 +53,17 @@ class FactoredPrior:
     def solve_both(self, right: Tensor) -> Tensor:
         """``(L L^T)^-1 right`` for right [n, k]."""
         return self.solve_transposed(self.solve(right))
+
+    def share_left(self, keys: Tensor) -> float:
+        """What subtracting keys K [n, k] leaves of L L^T where it takes most, from 0 to 1.
+
+        The smallest eigenvalue of ``I - K^T (L L^T)^-1 K``. Rounding in L counts for about eps
+        divided by it in what is left.
+        """
+        solved = self.solve(keys)
+        gap = torch.eye(solved.shape[1], dtype=solved.dtype, device=solved.device)
+        gap -= solved.mT @ solved
+        return float(torch.linalg.eigvalsh(gap)[0])
 
     def _blocks(self) -> BlockedFactor:
         if self._blocked is None:
@@ -108,6 +121,32 @@ def check_finite(op: str, name: str, rows: Tensor) -> None:
         )
 
 
+def columns_by_row(
+    op: str, name: str, value: Tensor, length: int, *, like: Tensor, look: bool
+) -> Tensor:
+    """The columns of a checked matrix [length, k] as rows, in the dtype of a factor on its device.
+
+    With ``look`` the values are checked too, which waits for a GPU.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
+    if value.dim() != 2 or value.shape[0] != length:
+        raise ValueError(
+            f"{op}: {name} must be [{length}, k], one column for each key, got {list(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(
+            f"{op}: {name} must be on {like.device} like the prior, got {value.device}; "
+            f"move them with {name}.to(memory.device)"
+        )
+    rows = value.detach().mT.to(like.dtype).contiguous()
+    if look:
+        check_finite(op, name, rows)
+    return rows
+
+
 def _check_prior(prior: Tensor) -> None:
     _check_square("EditMemory", "prior", prior)
     # Sums in another order differ in the last bits; a matrix that is not symmetric is a mistake.
@@ -150,3 +189,14 @@ def factor_prior(prior: Tensor, dtype: torch.dtype) -> Tensor:
             stacklevel=3,
         )
     return factor.to(dtype)
+
+
+def warn_of_error(spoilt: float, dtype: torch.dtype) -> None:
+    """Says that folded keys taken back have cost Delta a relative error of about ``spoilt``."""
+    if spoilt > _SPOILT[dtype]:
+        warnings.warn(
+            "remove: folded keys that outweigh the rest of the prior were taken back, which leaves "
+            f"a relative error of the order of {spoilt:.0e} in Delta; where that is too much, "
+            "begin again without them, or set a larger max_keys so that batches are not folded",
+            stacklevel=4,
+        )

@@ -121,13 +121,24 @@ def subject_tokens(
 
 
 def encode(
-    tokenizer: Any, text: str, span: tuple[int, int], max_positions: int | None = None
+    tokenizer: Any,
+    text: str,
+    span: tuple[int, int],
+    max_positions: int | None = None,
+    reserve: int = 0,
 ) -> EncodedPrompt:
     """Tokenises ``text`` and finds the last token of the subject at ``span``.
 
+    Args:
+        tokenizer: a fast one.
+        text: the prompt.
+        span: character offsets of the subject.
+        max_positions: the context window.
+        reserve: how many tokens of a target must have room after the text.
+
     Raises:
         TypeError: the tokenizer gives no character offsets (it is not a fast one).
-        ValueError: the subject is not covered, or the text is longer than ``max_positions``.
+        ValueError: the subject is not covered, or there is no room for the text.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(
@@ -136,21 +147,28 @@ def encode(
         )
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
-    if max_positions is not None and len(ids) > max_positions:
+    if max_positions is not None and len(ids) + reserve > max_positions:
+        alone = len(ids) > max_positions
         raise ValueError(
-            f"edit: prompt must fit the context window of {max_positions} tokens, got {len(ids)}"
-            f" tokens in {text[:60]!r}..."
+            f"edit: {'prompt' if alone else 'prompt and target_new'} must fit the context window "
+            f"of {max_positions} tokens, got {len(ids)} tokens in {text[:60]!r}..."
+            + ("" if alone else f" and {reserve} of the target")
         )
     first, lookup = subject_tokens(tokenizer, text, span, ids, encoded["offset_mapping"])
     return EncodedPrompt(ids, first, lookup)
 
 
 def encode_in_context(
-    tokenizer: Any, request: EditRequest, context: str, max_positions: int | None = None
+    tokenizer: Any,
+    request: EditRequest,
+    context: str,
+    max_positions: int | None = None,
+    reserve: int = 0,
 ) -> EncodedPrompt:
     """The request's prompt set into ``context`` (a template with one ``{}``).
 
     Where there is no room for all of it, what stands before the prompt loses its first words.
+    For the other arguments see :func:`encode`.
     """
     head, tail = context.split("{}")
     words = head.split(" ")
@@ -159,9 +177,9 @@ def encode_in_context(
         head = " ".join(words[first:])
         text = f"{head}{request.text}{tail}"
         found = encode(tokenizer, text, (start + len(head), end + len(head)))
-        if max_positions is None or len(found.ids) <= max_positions:
+        if max_positions is None or len(found.ids) + reserve <= max_positions:
             return found
-    return encode(tokenizer, text, (start + len(head), end + len(head)), max_positions)
+    return encode(tokenizer, text, (start + len(head), end + len(head)), max_positions, reserve)
 
 
 def encode_target(tokenizer: Any, target: str) -> list[int]:

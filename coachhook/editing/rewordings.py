@@ -22,8 +22,10 @@ from coachhook.editing.prompts import EncodedPrompt
 from coachhook.hooks.cache_state import cache_argument, returned_cache
 
 # Texts sampled from each start, and their length in tokens.
-SAMPLES = 4
+SAMPLES = 3
 LENGTH = 8
+# A token is drawn among so many, the likeliest (top-k sampling, Fan et al. 2018).
+CHOICES = 40
 # A text is a rewording where the answer's first token is at least as likely as this.
 LEAST_PROBABILITY = 0.5
 _ROWS_AT_ONCE = 256
@@ -105,16 +107,20 @@ def _sample(
     reader.repeat(SAMPLES)
     each = [(number, i) for number in range(len(starts)) for i in range(SAMPLES)]
     seeds = [zlib.crc32(repr((list(starts[number]), i)).encode()) for number, i in each]
-    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+    device = reader.logits.device
+    noise = torch.stack([_gumbel(seed) for seed in seeds]).to(device)
     texts: list[list[int]] = [[] for _ in each]
     leading: set[int] = set()
     alive = list(range(len(each)))
     for step in range(LENGTH):
         logits = reader.logits.float()
-        wanted = torch.tensor([answers[each[row][0]] for row in alive], device=logits.device)
-        chances = logits.softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
-        drawn = [torch.empty(logits.shape[1]).exponential_(generator=noise[row]) for row in alive]
-        tokens = (logits - torch.stack(drawn).to(logits.device).log()).argmax(1).tolist()
+        wanted = torch.tensor([answers[each[row][0]] for row in alive], device=device)
+        log_chances = logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+        chances = log_chances.exp().tolist()
+        likeliest = logits.topk(min(CHOICES, logits.shape[1]), dim=1)
+        drawn = noise[torch.tensor(alive, device=device), step, : likeliest.values.shape[1]]
+        chosen = (likeliest.values + drawn).argmax(1, keepdim=True)
+        tokens = likeliest.indices.gather(1, chosen)[:, 0].tolist()
         left = []
         for place, (row, chance, token) in enumerate(zip(alive, chances, tokens, strict=True)):
             number, _ = each[row]
@@ -132,6 +138,12 @@ def _sample(
         [texts[row] for row in range(first, first + SAMPLES) if row in leading]
         for first in range(0, len(each), SAMPLES)
     ]
+
+
+def _gumbel(seed: int) -> Tensor:
+    """Gumbel noise of one text ``[LENGTH, CHOICES]``."""
+    generator = torch.Generator().manual_seed(seed)
+    return -torch.empty(LENGTH, CHOICES).exponential_(generator=generator).log()
 
 
 class Reader:

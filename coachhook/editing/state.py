@@ -203,7 +203,7 @@ class EditState:
         device = edits.memory.device
         keys = keys.detach().to(device, torch.float64)
         change = change.detach().to(device, torch.float64)
-        record.groups[layer] = self._groups(layer, record)
+        groups = self._groups(layer, record)
         targets = self.present(layer, keys, inputs) + change
         record.anchors[layer] = self._anchors(layer, keys, record)
         if record.anchors[layer]:
@@ -213,6 +213,8 @@ class EditState:
                 [targets, targets.new_zeros(len(keys) - len(targets), len(targets.T))]
             )
         number = edits.memory.append(keys.T, targets.T)
+        # Only now: a lower layer's batch is among the batches, and one with groups has its keys.
+        record.groups[layer] = groups
         self.batches[number] = record
         return number
 

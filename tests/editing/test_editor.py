@@ -250,12 +250,38 @@ def test_other_scopes_write_facts_too(make_editor, requests, scope):
     assert sum(right) >= len(longer) - 1
 
 
-def test_several_layers_share_the_residual(make_editor, requests):
-    editor, model, tokenizer = make_editor(layers=[0, 1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": [0, 1, 2]},
+        {"layers": [0, 2], "correction": "sum", "cues": False},
+        {"layers": [0, 1], "sharing": "even"},
+        {"key_pooling": "mean"},
+        {"layers": [0, 1], "key_pooling": "mean", "sharing": "even"},
+    ],
+)
+def test_batches_in_several_layers_and_with_mean_keys(make_editor, requests, changes):
+    editor, model, tokenizer = make_editor(**changes)
     editor.edit(requests[:3])
-    assert all(editor.hooks[layer].delta().norm() > 0 for layer in (0, 1, 2))
+    first = {layer: editor.hooks[layer].delta().clone() for layer in editor.config.layers}
+    targets = editor.edit(requests[3:6])
+    assert all(targets.converged) and all(delta.norm() > 0 for delta in first.values())
+    right = [answer(model, tokenizer, r.text).startswith(r.target_new) for r in requests[:6]]
+    assert sum(right) >= 5
+    editor.revert(2)
+    for layer, delta in first.items():
+        torch.testing.assert_close(editor.hooks[layer].delta(), delta)
     right = [answer(model, tokenizer, r.text).startswith(r.target_new) for r in requests[:3]]
     assert sum(right) >= 2
+
+
+def test_mean_keys_take_a_correction_at_every_place(make_editor, requests):
+    editor, model, tokenizer = make_editor(key_pooling="mean")
+    several = EditRequest(requests[0].prompt, requests[0].subject, "Marie Antoinette Fontaine")
+    editor.edit([several, *requests[1:3]])
+    record = editor.batches[1]
+    assert len(record.slots) > len(record.requests)
+    assert answer(model, tokenizer, several.text, 20).startswith(several.target_new)
 
 
 def test_editing_a_fact_again_replaces_it(make_editor, requests):

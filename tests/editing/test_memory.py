@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coachhook.editing import prior as priors
 from coachhook.editing.memory import EditMemory
+from coachhook.errors import BackendUnavailableError
 from coachhook.ops import cholesky_update_solve_
 from tests.ops.linalg_oracle import F64, batches, exact, joint, relative, spd
 
@@ -177,6 +179,41 @@ def test_forms_of_delta(max_keys, count):
         assert relative(other, delta) < 1e-11
     assert relative(memory.apply(probe), delta @ probe) < 1e-11
     assert memory.column_batches().tolist() == [b + 1 for b in range(count) for _ in range(5)]
+
+
+def test_what_taking_back_dominant_folded_keys_costs_is_said():
+    """A state that was saved and loaded in between goes on from what it had cost by then."""
+    prior, _ = spd(N, 1e8)
+    rng = torch.Generator().manual_seed(3)
+    made = [
+        tuple(torch.randn(size, 4, dtype=F64, generator=rng) for size in (N, M)) for _ in range(10)
+    ]
+    memory = filled(prior, made, max_keys=0)
+    with pytest.warns(UserWarning, match=r"of the order of \de-\d+ in Delta") as said:
+        for batch in (2, 9, 4):
+            memory.remove(batch)
+        memory = EditMemory.from_state_dict(*memory.state_dict())
+        for batch in (7, 5, 1):
+            memory.remove(batch)
+    left = [made[i - 1] for i in memory.batches]
+    told = float(str(said[-1].message).split("order of ")[1].split()[0])
+    error = relative(memory.delta(), filled(prior, left).delta())
+    assert 1e-10 < error < 100 * told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory = filled(prior, made, max_keys=10**6)
+        for batch in (2, 9, 4, 7, 5, 1):
+            memory.remove(batch)
+        assert relative(memory.delta(), filled(prior, left).delta()) < 1e-9
+        usual, root = spd(N, 1e4)
+        memory = filled(usual, batches(root, 10, 4, M), max_keys=0)
+        memory.remove(3)
+
+
+@pytest.mark.parametrize("backend", ["nope", "triton", "cuda"])
+def test_a_backend_that_cannot_run_is_refused_at_once(backend):
+    with pytest.raises((ValueError, BackendUnavailableError), match=backend):
+        EditMemory(spd(8)[0], 2, backend=backend)
 
 
 def test_empty_memory():
