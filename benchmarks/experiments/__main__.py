@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments import plan
+from benchmarks.experiments import checks, plan
 from benchmarks.experiments.systems import TITLES, known_systems
 
 
@@ -121,6 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse(args: argparse.Namespace, error: Exception) -> int:
+    """Says in one line what is wrong with the input; the exit status."""
+    print(f"{args.experiment}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs an experiment; exit status as of `coachhook`."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -134,24 +140,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.experiments.report import write_report
 
     if args.experiment == "report":
-        print(write_report(args.out))
+        try:
+            print(write_report(args.out))
+        except plan.ExperimentError as error:
+            return refuse(args, error)
         return 0
     args.settings = settings_of(args.changes)
-    unknown = sorted(set(args.systems) - set(known_systems()))
-    if unknown:
-        print(f"--systems must be of {', '.join(known_systems())}, got {unknown}", file=sys.stderr)
-        return 2
-    args.out.mkdir(parents=True, exist_ok=True)
     try:
+        checks.check_arguments(args)
+        inputs = plan.read_inputs(args)
+        args.out.mkdir(parents=True, exist_ok=True)
         with plan.locked(args.out):
-            shared = plan.prepare(args)
+            shared = plan.prepare(args, inputs)
+            del inputs  # the runs need the model's memory
             command = shlex.join(["python", "-m", "benchmarks.experiments", *words])
             (args.out / "command.txt").write_text(command + "\n", encoding="utf-8")
             results = plan.run_all(args.out, plan.specs(args, shared))
             print(write_report(args.out))
     except (plan.ExperimentError, ValueError, OSError) as error:
-        print(f"{args.experiment}: {error}", file=sys.stderr)
-        return 2
+        return refuse(args, error)
     failed = [run for run in results if "error" in run]
     for run in failed:
         print(f"{run['spec']['label']}: failed: {run['error']}", file=sys.stderr)

@@ -34,7 +34,7 @@ def gather(
         seed: of the order.
 
     Raises:
-        ValueError: fewer than `count` facts are left, or `known` does not know the model.
+        ValueError: no fact is left, or fewer than `count`, or `known` does not know the model.
     """
     only = None
     if known is not None:
@@ -43,6 +43,9 @@ def gather(
             raise ValueError(f"--known must have an entry {model!r}, got {sorted(listing)}")
         only = listing[model]
     mixed = _mixed([r for path in paths for r in _requests(path, only)], seed)
+    if not mixed:
+        least = "a good record" if only is None else "a good record that --known names"
+        raise ValueError(f"FACTS must hold {least}, got none in {', '.join(map(str, paths))}")
     if count is not None and len(mixed) < count:
         raise ValueError(f"--count must be at most the {len(mixed)} facts there are, got {count}")
     edited, spare = mixed[:count], mixed[len(mixed) if count is None else count :]

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import transformers
 
 import coachhook
+from benchmarks.experiments import checks
 from benchmarks.experiments import facts as facts_module
 from benchmarks.experiments.systems import TITLES
 from benchmarks.experiments.worker import open_model
@@ -71,8 +73,60 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def prepare(args: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Inputs:
+    """What a new experiment is made of, read and checked.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        edited: the facts to edit.
+        spare: others, for systems that need training.
+        text: passages that name no edited subject.
+    """
+
+    model: Any
+    tokenizer: Any
+    edited: list[EditRequest]
+    spare: list[EditRequest]
+    text: list[str]
+
+
+def read_inputs(args: Any) -> Inputs | None:
+    """Reads what an experiment is made of and writes nothing; None where the folder has it already.
+
+    Raises:
+        OSError: a file or the model cannot be read.
+        ValueError: something in it is not what it must be.
+    """
+    statistics = checks.open_statistics(args)
+    if (args.out / "plan.json").is_file():
+        return None
+    edited, spare = facts_module.gather(
+        args.facts,
+        known=args.known,
+        model=Path(args.model).name,
+        count=args.count,
+        seed=args.seed,
+    )
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = open_model(vars(args))
+    checks.check_model(args, model, statistics)
+    text = facts_module.unrelated(args.text, edited, tokenizer, args.text_tokens)
+    if not text:
+        raise ValueError(
+            f"--text must hold a passage that names no edited subject, got none in {args.text}"
+        )
+    return Inputs(model, tokenizer, edited, spare, text)
+
+
+def prepare(args: Any, inputs: Inputs | None) -> dict[str, Any]:
     """Facts, unrelated text and statistics of an experiment, made once; what all runs share.
+
+    Args:
+        args: of the command.
+        inputs: what :func:`read_inputs` read.
 
     Raises:
         ExperimentError: the folder holds another experiment.
@@ -103,33 +157,26 @@ def prepare(args: Any) -> dict[str, Any]:
             )
         shared: dict[str, Any] = found
         return shared
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    found_plan = _make(args, plan)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the runs need it
+    if inputs is None:
+        raise ExperimentError(f"{path} was taken away meanwhile; give the command again")
+    found_plan = _make(args, plan, inputs)
     fresh = path.with_suffix(".new")
     fresh.write_text(json.dumps(found_plan, indent=1))
     fresh.replace(path)
     return found_plan
 
 
-def _make(args: Any, plan: dict[str, Any]) -> dict[str, Any]:
+def _make(args: Any, plan: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     """Writes facts, text and statistics, and completes the plan."""
     out: Path = args.out
-    model, tokenizer = open_model(plan)
-    name = Path(args.model).name
-    edited, spare = facts_module.gather(
-        args.facts, known=args.known, model=name, count=args.count, seed=args.seed
-    )
+    model, edited, spare = inputs.model, inputs.edited, inputs.spare
     facts_module.write_facts(out / "facts.jsonl", edited)
     facts_module.write_facts(out / "training.jsonl", spare[:TRAINING_FACTS])
-    text = facts_module.unrelated(args.text, edited, tokenizer, args.text_tokens)
-    (out / "unrelated.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (out / "unrelated.txt").write_text("\n".join(inputs.text) + "\n", encoding="utf-8")
     plan["facts_edited"] = len(edited)
     plan["sources"] = _sources(edited)
     plan["training_facts"] = min(len(spare), TRAINING_FACTS)
-    plan |= _statistics(args, plan, model, tokenizer)
+    plan |= _statistics(args, model, inputs.tokenizer)
     plan |= {
         "fingerprint": fingerprint(model),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -145,7 +192,7 @@ def _sources(requests: Sequence[EditRequest]) -> dict[str, int]:
     return {"questions": questions, "sentences": len(requests) - questions}
 
 
-def _statistics(args: Any, plan: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
+def _statistics(args: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     if args.stats is not None:
         return {"statistics": str(args.stats), "statistics_seconds": None}
     layers = sorted({*describe(model).default_layers(), *EditConfig.for_model(model).layers})
@@ -225,6 +272,8 @@ def run_all(out: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ExperimentError: a run was begun with other settings.
     """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the runs need it
     results = []
     for spec in found:
         folder = run_folder(out, spec)
@@ -234,7 +283,8 @@ def run_all(out: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if path.is_file():
             old = {**json.loads(path.read_text()), "save_every": spec["save_every"]}
             other = sorted(k for k in spec if old.get(k) != spec[k])
-            if other:
+            # What failed before it had done anything has nothing of the other settings.
+            if other and any(log.stat().st_size for log in folder.glob("*.jsonl")):
                 raise ExperimentError(
                     f"{folder} was begun with another {', '.join(other)}; delete it, or take "
                     "another --out"

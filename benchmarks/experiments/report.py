@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.experiments import figures, tables
 from benchmarks.experiments.failures import failures_of
-from benchmarks.experiments.plan import read_all
+from benchmarks.experiments.plan import ExperimentError, read_all
 from benchmarks.experiments.systems import TITLES
 from benchmarks.experiments.tables import Row
 
@@ -134,9 +134,14 @@ def write_report(out: Path) -> Path:
         The page.
 
     Raises:
-        OSError: the folder holds no experiment.
+        ExperimentError: the folder holds no experiment.
     """
-    plan = json.loads((out / "plan.json").read_text())
+    file = out / "plan.json"
+    if not file.is_file():
+        raise ExperimentError(
+            f"DIR must hold an experiment, got {out} without plan.json; give the --out of one"
+        )
+    plan = json.loads(file.read_text())
     runs = read_all(out)
     results = [tables.result_row(run, plan) for run in runs]
     tables.write(out / "results.csv", results)

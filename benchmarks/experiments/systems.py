@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from coachhook.editing import EditConfig, Editor, EditRequest
 from coachhook.evaluation.baselines import BASELINES, make_baseline
+from coachhook.evaluation.baselines.closed_form import ClosedForm
 from coachhook.hooks import HookSet
 from coachhook.statistics import Statistics
 
@@ -54,6 +55,32 @@ TRAINED = ("mend", "serac")
 def known_systems() -> list[str]:
     """Names that :func:`make_system` takes."""
     return [*_PRESETS, *BASELINES]
+
+
+def setting_types(name: str) -> dict[str, Any]:
+    """Setting -> annotated type, for all that can be set by a system's ``options`` as JSON."""
+    if name in _PRESETS:
+        return get_type_hints(EditConfig)
+    found = get_type_hints(BASELINES[name].config_type)
+    if issubclass(BASELINES[name], ClosedForm):
+        del found["edit"]
+        return {**get_type_hints(EditConfig), **found, "preset": str}
+    # Facts and functions are no JSON.
+    return {k: v for k, v in found.items() if k not in ("train_requests", "retriever")}
+
+
+def configure(name: str, model: Any, options: dict[str, Any]) -> Any:
+    """The settings of a system for a model; nothing is put on it, and no weight is read.
+
+    Raises:
+        ValueError: a setting is out of range, or does not fit the model.
+    """
+    if name in _PRESETS:
+        preset, fixed = _PRESETS[name]
+        return preset(model, **{**fixed, **options})
+    # Settings ask for networks, or for facts to train them on; the worker has those.
+    there = {"networks": ""} if name in TRAINED else {}
+    return BASELINES[name].configure(model, **{**there, **options})
 
 
 @dataclass(frozen=True)
@@ -102,8 +129,7 @@ class Ours:
         options: dict[str, Any],
         state: Path | None,
     ) -> None:
-        preset, fixed = _PRESETS[name]
-        config = preset(model, **{**fixed, **options})
+        config = configure(name, model, options)
         if state is None:
             self.editor = Editor(model, tokenizer, statistics=statistics, config=config)
         else:

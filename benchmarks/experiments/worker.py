@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import transformers
 
 from benchmarks.experiments import facts as facts_module
 from benchmarks.experiments import measure
+from benchmarks.experiments.memory import process_peak
 from benchmarks.experiments.systems import TRAINED, Other, System, make_system, state_there
 from coachhook.editing import EditRequest
 from coachhook.models import load_model
@@ -101,8 +101,7 @@ def peak_memory(spec: dict[str, Any]) -> float:
     """Largest memory so far in MiB: of the GPU where one is used, else of the process."""
     if spec["device"].startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return process_peak()
 
 
 def say(message: str) -> None:
@@ -197,7 +196,7 @@ def cost(run: Run) -> dict[str, Any]:
         "converged": sum(e["converged"] for e in log) / sum(e["facts"] for e in log),
         "alphas": log[-1]["alphas"],
         "training_seconds": sum(t["seconds"] for t in run.lines("training.jsonl")),
-        "peak_mib": max(e["peak_mib"] for e in log),
+        "peak_mib": max([peak_memory(run.spec), *(e["peak_mib"] for e in log)]),
         "start_mib": run.start_memory,
     }
 

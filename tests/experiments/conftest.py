@@ -20,7 +20,7 @@ def world(tmp_path_factory):
     facts = [{**record, "id": i} for i, record in enumerate(bundled.facts()[::step][:12])]
     (root / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
     (root / "text.txt").write_text("\n".join(bundled.texts()[:900]), encoding="utf-8")
-    run(root, "consecutive", root / "stats-only", "--count", 1, "--systems", "", only_plan=True)
+    run(root, "consecutive", root / "stats-only", "--count", 1, only_plan=True)
     return root
 
 
@@ -42,8 +42,9 @@ def parse(argv):
 def run(world, experiment, out, *more, only_plan=False):
     """An experiment without processes of its own: the runs one after the other, in this one."""
     args = parse(words(world, experiment, out, *more))
+    inputs = plan.read_inputs(args)
     Path(out).mkdir(parents=True, exist_ok=True)
-    shared = plan.prepare(args)
+    shared = plan.prepare(args, inputs)
     for spec in [] if only_plan else plan.specs(args, shared):
         folder = plan.run_folder(Path(out), spec)
         folder.mkdir(parents=True, exist_ok=True)
