@@ -70,8 +70,15 @@ class GatePicture:
 def gate_pictures(
     model: Any, tokenizer: Any, hooks: HookSet, texts: Sequence[str]
 ) -> list[GatePicture]:
-    """Runs texts through the edited model and keeps what every gate said about every token."""
+    """Runs texts through the edited model and keeps what every gate said about every token.
+
+    Raises:
+        ValueError: a text gives no token.
+    """
     ids = encode_prompts(tokenizer, texts)
+    for text, tokens in zip(texts, ids, strict=True):
+        if not tokens:
+            raise ValueError(f"inspect: texts must give at least one token each, got {text!r}")
     pictures = []
     for text, tokens, layers in zip(texts, ids, trace(model, hooks, ids), strict=True):
         rows = [

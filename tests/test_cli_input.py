@@ -163,6 +163,46 @@ def test_a_prompt_that_only_a_context_makes_too_long(world, refused, tmp_path):
     assert call(*edit(world, facts), "--out", tmp_path / "long", "--target-steps", 2) == 0
 
 
+def test_a_target_longer_than_the_context_window(world, refused, tmp_path):
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps([{**FACT, "target_new": LONG}]))
+    refused(*edit(world, facts), message="target_new must fit the context window of 64 tokens")
+    # Neither is too long alone.
+    half = "Spain " * 40
+    facts.write_text(json.dumps([{**FACT, "prompt": half + "{}", "target_new": half}]))
+    message = "prompt and target_new must fit the context window of 64 tokens"
+    refused(*edit(world, facts), message=message)
+
+
+@pytest.mark.parametrize("command", ["edit", "eval", "suggest-layers"])
+def test_records_longer_than_the_context_window_can_be_left_out(
+    world, refused, tmp_path, capsys, command
+):
+    facts = tmp_path / "facts.jsonl"
+    good = {**FACT, "paraphrases": ["France, whose"]}
+    long = {"prompt": LONG + "{}"} if command == "edit" else {"paraphrases": [f"{LONG} France"]}
+    records = [good, {**good, **long, "id": "far"}, {**good, "target_new": ""}]
+    facts.write_text("\n".join(map(json.dumps, records[:2])))
+    argv = {
+        "edit": edit(world, facts, "--json", out=tmp_path / "edits"),
+        "eval": ["eval", world / "model", "--edits", world / "edits", facts, "--json"],
+        "suggest-layers": [
+            *("suggest-layers", world / "model", facts, "--layers", 0, "--target-steps", 1),
+            "--json",
+        ],
+    }[command]
+    for message in ("got 1 problem", "line 2: ", "context window of 64 tokens", "--skip-bad"):
+        refused(*argv, message=message)
+    facts.write_text(json.dumps(records[1]))
+    refused(*argv, "--skip-bad", message="holds no good record")
+    facts.write_text("\n".join(map(json.dumps, records)))
+    assert call(*argv, "--skip-bad") == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert found["facts" if command == "suggest-layers" else "edits"] == 1
+    assert "left out" in err and "line 2: " in err and "line 3: " in err
+
+
 def test_nan_weights(world, refused, tmp_path):
     model = tiny_model(tiny_tokenizer())
     with torch.no_grad():
@@ -336,6 +376,43 @@ def test_a_device_that_is_not_there(world, refused):
     refused(*argv, "--device", "nonsense", message="nonsense")
 
 
+# Three that torch knows, the last of them for tensors without values.
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta", "nonsense"])
+@pytest.mark.parametrize("command", ["generate", "stats", "demo", "bench"])
+def test_a_device_that_cannot_compute(world, refused, command, device):
+    there = {"mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
+    if there.get(device, False):
+        pytest.skip("this machine has such a device")
+    argv = {
+        "generate": ["generate", world / "model", "--edits", world / "edits", "Bob"],
+        "stats": ["stats", world / "model", "--text", world / "text.txt", "--out", world / "new"],
+        "demo": ["demo"],
+        "bench": ["bench", "gram", "--quick"],
+    }[command]
+    refused(*argv, "--device", device, message="--device must be")
+    refused(*argv, "--device", device, message=f"got '{device}'")
+
+
+@pytest.mark.parametrize("command", ["edit", "generate", "eval", "inspect", "demo"])
+def test_a_backend_that_does_not_exist(world, refused, monkeypatch, command):
+    monkeypatch.setenv("COACHHOOK_BACKEND", "nope")
+    model, edits, facts = world / "model", world / "edits", world / "facts.json"
+    argv = {
+        "edit": edit(world, facts),
+        "generate": ["generate", model, "--edits", edits, "Bob"],
+        "eval": ["eval", model, "--edits", edits, facts],
+        "inspect": ["inspect", edits, "--model", model, "--text", "Bob"],
+        "demo": ["demo"],
+    }[command]
+    refused(*argv, message="COACHHOOK_BACKEND must be one of")
+
+
+@pytest.mark.parametrize("budget", ["nan", "inf", "-inf"])
+def test_a_budget_that_never_ends(world, refused, budget):
+    argv = ["bench", "gram", "--quick", f"--budget={budget}"]
+    refused(*argv, message=f"--budget must be finite, got {budget}")
+
+
 def test_inspect_and_revert(world, refused):
     edits, model = world / "edits", world / "model"
     refused("inspect", world / "none", message="none")
@@ -345,6 +422,9 @@ def test_inspect_and_revert(world, refused):
     argv = ["inspect", edits, "--model", model, "--text", "Bob", "--out"]
     refused(*argv, world / "x.gif", message="must end in .html or .png")
     refused(*argv, world / "none" / "x.html", message="existing folder")
+    argv = ["inspect", edits, "--model", model, "--text", "Bob", "--text"]
+    for text in ("", " "):
+        refused(*argv, text, message="--text must not be empty")
     refused("revert", edits, "--batch", 7, message="must be one of [1], got 7")
     refused("revert", world / "none", "--batch", 1, message="none")
 

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from coachhook.inspecting import GatePicture, GateRow, save_pictures, to_text
+from coachhook.hooks import attach_hooks
+from coachhook.inspecting import GatePicture, GateRow, gate_pictures, save_pictures, to_text
+from tests.evaluation.tiny import tiny_model, tiny_tokenizer
 
 PICTURE = GatePicture(
     "a <b> $c",
@@ -24,6 +26,16 @@ def test_text_marks_fired_tokens():
     first, second = to_text(PICTURE).splitlines()
     assert first == "layer 0, alpha 0.65, largest z 0.90: 'a <b>[ $c]'"
     assert "largest z -" in second and "[" not in second
+
+
+def test_texts_without_tokens_are_refused():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer)
+    with (
+        attach_hooks(model, [1]) as hooks,
+        pytest.raises(ValueError, match="texts must give at least one token each, got ''"),
+    ):
+        gate_pictures(model, tokenizer, hooks, ["Bob", ""])
 
 
 def test_json_has_no_nan():

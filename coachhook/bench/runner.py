@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from coachhook.models import usable_device
+
 _LOG = logging.getLogger(__name__)
 
 _GRAPH = " in a graph"
@@ -302,12 +304,14 @@ def run(
         the case could not be measured.
 
     Raises:
-        ValueError: unknown op.
+        ValueError: unknown op, a device torch does not see, or a budget that is not finite.
     """
     factories = _load_factories()
     if op is not None and op not in factories:
         raise ValueError(f"bench: op must be one of {', '.join(sorted(factories))}, got {op!r}")
-    device = torch.device(device)
+    if budget is not None and not math.isfinite(budget):
+        raise ValueError(f"bench: budget must be finite or None, got {budget}")
+    device = usable_device(device, "bench: device")
     seconds = _QUICK_SECONDS if quick else _SECONDS[_kind(device)]
     names = sorted(factories) if op is None else [op]
     end = time.perf_counter() + (math.inf if budget is None else budget)

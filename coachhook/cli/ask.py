@@ -13,9 +13,10 @@ from coachhook.cli.common import (
     add_facts,
     checking,
     emit,
+    fitting_requests,
     open_model,
     positive_int,
-    read_requests,
+    read_records,
     show,
 )
 
@@ -132,13 +133,15 @@ def run_eval(args: argparse.Namespace) -> int:
     """The metrics of ``coachhook.evaluation``, before and after."""
     from coachhook.editing import attach
     from coachhook.evaluation import evaluate, render_evaluation, table
+    from coachhook.evaluation.metrics import long_prompts
     from coachhook.statistics import read_texts
 
     with checking():
-        requests = read_requests(args)
+        facts = read_records(args)
         if args.text is not None and next(read_texts(args.text), None) is None:
             raise InputError(f"--text must hold text, got only empty lines in {args.text}")
         model, tokenizer = open_model(args)
+        requests = fitting_requests(args, facts, long_prompts(model, tokenizer, facts.requests))
         handle = attach(model, args.edits)
     with handle:
         result = evaluate(

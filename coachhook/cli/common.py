@@ -6,8 +6,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from coachhook.errors import CoachhookError
 
 if TYPE_CHECKING:
     from coachhook.editing import EditRequest
+    from coachhook.evaluation import FactsFile
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -135,13 +137,36 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_requests(args: argparse.Namespace) -> list[EditRequest]:
+def read_records(args: argparse.Namespace) -> FactsFile:
     """The facts of a command; every bad record is named, and refused unless ``--skip-bad``."""
-    from coachhook.evaluation.datasets import bad_records, read_facts
+    from coachhook.evaluation import read_facts
 
     facts = read_facts(args.facts, args.format)
     for line in facts.warnings:
         log(f"warning: {args.facts}: {line}")
+    _leave_out(args, facts)
+    return facts.some(slice(args.limit))
+
+
+def fitting_requests(
+    args: argparse.Namespace, facts: FactsFile, problems: Mapping[int, Sequence[str]]
+) -> list[EditRequest]:
+    """The facts that the model can take; the others are named, and refused unless ``--skip-bad``.
+
+    Args:
+        args: of the command.
+        facts: as :func:`read_records` gives them.
+        problems: why it cannot take the others, by their number in ``facts.requests``.
+    """
+    lines = [f"{facts.places[i]}: {line}" for i in sorted(problems) for line in problems[i]]
+    good = [request for i, request in enumerate(facts.requests) if i not in problems]
+    _leave_out(args, replace(facts, requests=good, problems=lines))
+    return good
+
+
+def _leave_out(args: argparse.Namespace, facts: FactsFile) -> None:
+    from coachhook.evaluation.datasets import bad_records
+
     if facts.problems and not args.skip_bad:
         raise InputError(
             f"{bad_records(args.facts, facts)}\n"
@@ -151,19 +176,21 @@ def read_requests(args: argparse.Namespace) -> list[EditRequest]:
         log(f"left out: {args.facts}: {line}")
     if not facts.requests:
         raise InputError(f"{args.facts} holds no good record")
-    return facts.requests[: args.limit]
 
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and tokenizer of a command, checked for NaN and infinite weights.
 
     Raises:
-        InputError: the device is not there.
         FormatError, OSError, ValueError: see :func:`coachhook.models.load_model`.
+        ValueError: the environment asks for a backend that does not exist.
     """
     quiet_transformers()
     from coachhook.models import check_finite, load_model
+    from coachhook.ops._backends import environment_backend
 
+    # Else it would be seen at the first op only, when the work has begun.
+    environment_backend()
     device = chosen_device(args)
     dtype = None if args.dtype == "auto" else args.dtype
     model, tokenizer = load_model(args.model, device=device, dtype=dtype)
@@ -175,15 +202,14 @@ def chosen_device(args: argparse.Namespace) -> str:
     """The device of a command: the one asked for, else a GPU where torch sees one, else the CPU.
 
     Raises:
-        InputError: a CUDA device is asked for and torch sees none.
+        ValueError: torch knows no such device, or sees none here.
     """
     import torch
 
+    from coachhook.models import usable_device
+
     device: str = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"--device must be one torch sees, got {device}; `coachhook doctor` says why"
-        )
+    usable_device(device, "--device")
     return device
 
 

@@ -19,12 +19,13 @@ from coachhook.cli.common import (
     check_output,
     checking,
     emit,
+    fitting_requests,
     layer_list,
     log,
     number_list,
     open_model,
     positive_int,
-    read_requests,
+    read_records,
     show,
 )
 
@@ -130,15 +131,16 @@ def run(args: argparse.Namespace) -> int:
     """Checks everything, then edits batch after batch."""
     with checking():
         overrides = _overrides(args)
-        requests = read_requests(args)
+        facts = read_records(args)
         resumed = check_output(args.out, resume=args.resume)
         if not resumed and args.stats is None:
             raise InputError("--stats is needed; `coachhook stats` writes it")
         model, tokenizer = open_model(args)
         start = _resume if resumed else _start
         editor = start(args, model, tokenizer, overrides)
+        problems = unfit_prompts(model, tokenizer, facts.requests, editor.config)
+        requests = fitting_requests(args, facts, problems)
         todo = _not_yet(editor, requests) if resumed else requests
-        check_prompts(model, tokenizer, todo, editor.config)
     summary = _edit(args, editor, todo)
     summary["already_there"] = len(requests) - len(todo)
     summary["samples"] = _samples(model, tokenizer, editor, todo)
@@ -218,28 +220,26 @@ def _not_yet(editor: Editor, requests: Sequence[EditRequest]) -> list[EditReques
     return todo
 
 
-def check_prompts(
+def unfit_prompts(
     model: Any, tokenizer: Any, requests: Sequence[EditRequest], config: EditConfig
-) -> None:
-    """Refuses facts whose prompt does not fit the model, naming every one of them.
+) -> dict[int, list[str]]:
+    """Why facts do not fit the model, by their number.
 
-    Raises:
-        InputError: in one of the contexts, with its target, a prompt is longer than the context
-            window, or the tokenizer does not show where its subject ends.
+    In one of the contexts, with its target, a prompt is longer than the context window, or the
+    tokenizer does not show where its subject ends.
     """
     from coachhook.editing.encoding import encode_requests
     from coachhook.models import describe
 
     window = describe(model).max_positions
-    problems = []
-    for request in requests:
+    problems = {}
+    for number, request in enumerate(requests):
         try:
             encode_requests(tokenizer, [request], config.contexts, window)
         except ValueError as error:
             name = "" if request.id is None else f" (id {request.id})"
-            problems.append(f"  {request.text[:60]!r}{name}: {error.__cause__ or error}")
-    if problems:
-        raise InputError("facts that cannot be edited:\n" + "\n".join(problems))
+            problems[number] = [f"{request.text[:60]!r}{name}: {error.__cause__ or error}"]
+    return problems
 
 
 def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest]) -> dict[str, Any]:

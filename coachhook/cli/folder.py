@@ -108,6 +108,8 @@ def _pictures(args: argparse.Namespace) -> list[GatePicture]:
 def _check_picture(args: argparse.Namespace) -> None:
     if bool(args.text) != bool(args.model):
         raise InputError("--text and --model go together: the gates are run on the model")
+    if not all(text.strip() for text in args.text or ()):
+        raise InputError("--text must not be empty")
     if args.out is None:
         return
     if not args.text:

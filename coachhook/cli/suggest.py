@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from coachhook.cli.common import (
@@ -11,10 +12,11 @@ from coachhook.cli.common import (
     add_facts,
     checking,
     emit,
+    fitting_requests,
     layer_list,
     open_model,
     positive_int,
-    read_requests,
+    read_records,
     show,
 )
 
@@ -52,25 +54,30 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probes the layers and prints a table and the advice."""
-    from coachhook.cli.edit import check_prompts
+    from coachhook.cli.edit import unfit_prompts
     from coachhook.editing import EditConfig
     from coachhook.evaluation.layers import suggest_layers
+    from coachhook.evaluation.metrics import long_prompts
     from coachhook.models import describe
 
     with checking():
-        requests = read_requests(args)
-        step = max(1, len(requests) // args.sample)
-        requests = requests[::step][: args.sample]
+        facts = read_records(args)
+        step = max(1, len(facts.requests) // args.sample)
+        facts = facts.some(slice(None, None, step)).some(slice(args.sample))
         model, tokenizer = open_model(args)
         description = describe(model)
         for layer in args.layers or []:
             description.layer(layer)
+        problems = unfit_prompts(model, tokenizer, facts.requests, EditConfig.for_model(model))
+        # Their neighbours are not asked.
+        asked = [replace(r, neighborhood=(), neighborhood_targets=()) for r in facts.requests]
+        problems = long_prompts(model, tokenizer, asked) | problems
+        requests = fitting_requests(args, facts, problems)
         if not any(r.paraphrases for r in requests):
             raise InputError(
                 "FACTS must hold paraphrases: without them every layer that gives the answer "
                 "looks alike"
             )
-        check_prompts(model, tokenizer, requests, EditConfig.for_model(model))
     steps = {} if args.target_steps is None else {"target_steps": args.target_steps}
     advice = suggest_layers(model, tokenizer, requests, layers=args.layers, **steps)
     if args.json:

@@ -22,7 +22,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,18 @@ class FactsFile:
         format: one of :data:`FORMATS`.
         problems: one line per bad field, with the record's place and the field.
         warnings: one line per doubtful record; such records are in ``requests``.
+        places: where in the file each of ``requests`` stands.
     """
 
     requests: list[EditRequest] = field(default_factory=list)
     format: str = "own"
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+
+    def some(self, which: slice) -> FactsFile:
+        """The same with a part of the good records."""
+        return replace(self, requests=self.requests[which], places=self.places[which])
 
 
 @dataclass(frozen=True)
@@ -307,6 +313,7 @@ def read_facts(path: str | PathLike[str], format: str | None = None) -> FactsFil
         if request is not None:
             kept.append((record.place, request))
     facts.requests = [request for _, request in kept]
+    facts.places = [place for place, _ in kept]
     facts.warnings.extend(_doubles(kept))
     return facts
 

@@ -208,10 +208,13 @@ class _Work:
         self.max_new_tokens, self.generate = max_new_tokens, generate
         asked = prompts.all()
         self.prompts = encode_prompts(tokenizer, [p.text for p in asked])
-        self.new = encode_pairs(tokenizer, [(p.text, p.new) for p in asked])
-        self.with_true = [i for i, p in enumerate(asked) if p.true is not None]
-        self.true = encode_pairs(tokenizer, [(p.text, p.true) for p in asked if p.true is not None])
-        _check_lengths(asked, self.new, self.true, self.with_true, self.max_positions)
+        self.new, self.true, self.with_true = _encode_answers(tokenizer, asked)
+        bad = _too_long(asked, self.new, self.true, self.with_true, self.max_positions)
+        if bad:
+            raise FactsError(
+                "evaluate: prompts must fit the context window, got longer ones",
+                [f"record {number}: {line}" for number, lines in bad.items() for line in lines],
+            )
 
     def run(self, state: str) -> Pass:
         scores = score(
@@ -244,29 +247,44 @@ class _Work:
         )
 
 
-def _check_lengths(
+def long_prompts(
+    model: Any, tokenizer: Any, requests: Sequence[EditRequest]
+) -> dict[int, list[str]]:
+    """The prompts that :func:`evaluate` would refuse, by the number of their request."""
+    asked = Prompts.of(requests).all()
+    rows = _encode_answers(tokenizer, asked)
+    return _too_long(asked, *rows, describe(model).max_positions)
+
+
+def _encode_answers(
+    tokenizer: Any, asked: Sequence[Prompt]
+) -> tuple[list[Row], list[Row], list[int]]:
+    """The prompts with their new answers, with their true ones, and which have a true one."""
+    new = encode_pairs(tokenizer, [(p.text, p.new) for p in asked])
+    true = encode_pairs(tokenizer, [(p.text, p.true) for p in asked if p.true is not None])
+    return new, true, [i for i, p in enumerate(asked) if p.true is not None]
+
+
+def _too_long(
     asked: Sequence[Prompt],
     new: Sequence[Row],
     true: Sequence[Row],
     with_true: Sequence[int],
     max_positions: int | None,
-) -> None:
+) -> dict[int, list[str]]:
     if max_positions is None:
-        return
+        return {}
     longest = [len(row.ids) for row in new]
     for at, row in zip(with_true, true, strict=True):
         longest[at] = max(longest[at], len(row.ids))
-    bad = [
-        f"record {p.request}: {n} tokens with its answer: {p.text[:60]!r}..."
-        for p, n in zip(asked, longest, strict=True)
-        if n > max_positions
-    ]
-    if bad:
-        raise FactsError(
-            f"evaluate: prompts must fit the context window of {max_positions} tokens, got "
-            f"{len(bad)} longer ones",
-            bad,
-        )
+    bad: dict[int, list[str]] = {}
+    for p, n in zip(asked, longest, strict=True):
+        if n > max_positions:
+            bad.setdefault(p.request, []).append(
+                f"prompt must fit the context window of {max_positions} tokens with its answer, "
+                f"got {n} tokens in {p.text[:60]!r}..."
+            )
+    return bad
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

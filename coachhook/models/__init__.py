@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.discovery import describe
-from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer
+from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer, usable_device
 from coachhook.models.modules import (
     check_finite,
     get_submodule,
@@ -27,5 +27,6 @@ __all__ = [
     "partial_forward",
     "prepare_tokenizer",
     "set_submodule",
+    "usable_device",
     "weight_of",
 ]

@@ -46,7 +46,7 @@ def load_model(
 
     name = _checked_name(name_or_path)
     wanted = _checked_dtype(dtype)
-    where = _checked_device(device)
+    where = None if device is None else usable_device(device, "load_model: device")
     try:
         tokenizer = _load_tokenizer(name)
         model = AutoModelForCausalLM.from_pretrained(name, **{_dtype_keyword(): wanted})
@@ -133,20 +133,38 @@ def _checked_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     return resolved
 
 
-def _checked_device(device: str | torch.device | None) -> torch.device | None:
-    if device is None:
-        return None
+def usable_device(device: str | torch.device, argument: str) -> torch.device:
+    """The device, where this build of torch can compute on it.
+
+    Args:
+        device: a torch device or its name.
+        argument: what the message calls it.
+
+    Raises:
+        ValueError: torch knows no such name, or has no such device here.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(
-            f"load_model: device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
+            f"{argument} must be a torch device such as 'cpu' or 'cuda:0', got {device!r}"
         ) from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if found.type == "cuda":
+        # Asked without a tensor: of several processes, each would open a context on this device.
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"{argument} must be one torch sees, got {str(device)!r} and "
+                f"{torch.cuda.device_count()} CUDA devices; `coachhook doctor` says why"
+            )
+        return found
+    try:
+        # Read back, because "meta" holds tensors without values.
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:  # each backend fails in its way
         raise ValueError(
-            f"load_model: device must be one torch sees, got {str(device)!r} and "
-            f"{torch.cuda.device_count()} CUDA devices; `coachhook doctor` says why"
-        )
+            f"{argument} must be one torch sees, got {str(device)!r}, which torch "
+            f"{torch.__version__} cannot use here; name another or install a torch built for it"
+        ) from error
     return found
 
 

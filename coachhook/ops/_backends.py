@@ -237,6 +237,20 @@ def check_backend(op: str, backend: str) -> None:
         )
 
 
+def environment_backend() -> str:
+    """The value of ``COACHHOOK_BACKEND``, "auto" where it is unset.
+
+    Raises:
+        ValueError: it is not a known name.
+    """
+    value = os.environ.get("COACHHOOK_BACKEND") or "auto"
+    if value != "auto" and value not in BACKENDS:
+        raise ValueError(
+            f"COACHHOOK_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {value!r}"
+        )
+    return value
+
+
 def resolve(
     op: str, backend: str, *tensors: Tensor, first: str | None = None
 ) -> Callable[..., Any]:
@@ -254,14 +268,8 @@ def resolve(
         BackendUnavailableError: the backend asked for cannot run here; the message says why.
     """
     device = tensors[0].device
-    asked = backend
-    if backend == "auto":
-        asked = os.environ.get("COACHHOOK_BACKEND") or "auto"
-    if asked != "auto" and asked not in BACKENDS:
-        check_backend(op, backend)
-        raise ValueError(
-            f"COACHHOOK_BACKEND must be one of {', '.join(('auto', *BACKENDS))}, got {asked!r}"
-        )
+    check_backend(op, backend)
+    asked = environment_backend() if backend == "auto" else backend
     reason = None
     for candidate, implementation in _candidates(op, asked, device, first):
         reason = implementation.refusal(tensors)

@@ -29,12 +29,14 @@ class Position:
         texts: digest of all texts read before the present window.
         batches: batches of the present window that are done.
         window: digest of the tokens of the present window; "" when no batch is done.
+        tokens: of those batches, for the progress shown.
     """
 
     counts: dict[str, int]
     texts: str
     batches: int = 0
     window: str = ""
+    tokens: int = 0
 
 
 class Checkpoint:

@@ -157,7 +157,8 @@ def collect_statistics(
         desc="key statistics",
         unit="tok",
         unit_scale=True,
-        initial=stream.counts["tokens"],
+        # The stream stands before the window of the state, of which some batches are done.
+        initial=stream.counts["tokens"] + (0 if resumed is None else resumed.tokens),
         disable=not progress or share.rank > 0,
         file=sys.stderr,
     )
@@ -168,6 +169,7 @@ def collect_statistics(
             if resumed is not None:
                 checkpoint.check_window(resumed, window)
             if not window:
+                bar.total = stream.counts["tokens"]  # expected until now
                 break
             bar.total = _expected_tokens(stream.counts["tokens"], reader.fraction, max_tokens)
             batches = make_batches(window, before.counts["tokens"], batch_tokens, halves=minimal)
@@ -183,7 +185,8 @@ def collect_statistics(
                 if due or done in (1, len(batches)):
                     sums.check_finite()
                 if due:
-                    now = Position(before.counts, before.texts, done, window_digest(window))
+                    tokens = sum(len(batch.positions) for batch in batches[:done])
+                    now = Position(before.counts, before.texts, done, window_digest(window), tokens)
                     checkpoint.save(now, sums)
             resumed = None
     counts = stream.counts

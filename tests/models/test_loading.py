@@ -90,6 +90,8 @@ def test_a_device_that_is_not_there_is_refused(folder: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="got 'cuda' and 0 CUDA devices"):
             load_model(folder, device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="load_model: device must be one torch sees, got 'meta'"):
+        load_model(folder, device="meta")
 
 
 def test_the_pad_token_is_the_end_of_text_token() -> None:

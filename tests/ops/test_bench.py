@@ -188,6 +188,18 @@ def test_a_spent_budget_begins_no_case(monkeypatch, caplog):
     assert len(bench.run(quick=True, budget=1e9)) == 3
 
 
+@pytest.mark.parametrize("budget", [math.nan, math.inf])
+def test_a_budget_that_never_ends_is_refused(budget):
+    with pytest.raises(ValueError, match=f"bench: budget must be finite or None, got {budget}"):
+        bench.run("gram", quick=True, budget=budget)
+
+
+@pytest.mark.parametrize("device", ["nope", "meta"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=f"bench: device must be .*got '{device}'"):
+        bench.run("gram", quick=True, device=device)
+
+
 def test_hooks_of_the_model_benchmark_fire():
     from coachhook.bench import model as whole
 

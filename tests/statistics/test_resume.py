@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from coachhook.errors import FingerprintMismatchError, FormatError
-from coachhook.statistics import Statistics, collect_statistics
+from coachhook.statistics import Statistics, collect, collect_statistics
+from coachhook.store import load_folder
 
 # A slow stream of texts, so that the kill meets the run in its midst.
 _RUN = """
@@ -112,6 +114,30 @@ def test_resuming_twice_gives_the_same_and_a_finished_run_comes_back(model, toke
         for layer in expected.layers:
             assert torch.equal(found.covariances[layer], expected.covariances[layer])
             assert torch.equal(found.samples[layer], expected.samples[layer])
+
+
+def test_the_progress_of_a_resumed_run_begins_where_the_state_is(
+    model, tokenizer, interrupted, monkeypatch
+):
+    state, texts = interrupted
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(collect, "tqdm", Bar)
+    _, tensors = load_folder(state, "statistics-checkpoint")
+    done = int(tensors["counts"].sum())
+    assert done > _position(state)["counts"]["tokens"]
+    settings = {"checkpoint_dir": state, "resume": True, "progress": True}
+    whole = _collect(model, tokenizer, texts, **settings).tokens
+    _collect(model, tokenizer, texts, **settings)  # of a run that had come to its end
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [
+        (done, whole, whole),
+        (whole, whole, whole),
+    ]
 
 
 def test_without_a_state_resume_starts_at_the_beginning(model, tokenizer, make_texts, tmp_path):
