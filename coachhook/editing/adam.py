@@ -40,6 +40,11 @@ class ClampedAdam:
         """The present ones ``[k, P, d]``, a copy."""
         return self._deltas.clone()
 
+    def restart(self, which: Tensor) -> None:
+        """Some requests begin again from where they are, without moments."""
+        for moment in (self._mean, self._square, self._taken):
+            moment[which] = 0
+
     @torch.no_grad()
     def take(self, gradient: Tensor, which: Tensor) -> None:
         """One step of some requests, given the gradient ``[k, P, d]`` of all."""

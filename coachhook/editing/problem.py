@@ -48,11 +48,11 @@ class Problem:
     contexts: int
     asked: int  # contexts and rewordings
 
-    def select(self, suffix: Suffix, requests: Tensor, places: int, reworded: Tensor) -> Problem:
-        """Some requests at their first ``places`` places, rewordings of those ``reworded`` only."""
+    def select(self, suffix: Suffix, requests: Tensor, reworded: Tensor) -> Problem:
+        """Some requests, rewordings of those ``reworded`` only."""
         offsets = torch.arange(self.group, device=requests.device)
         rows = (requests[:, None] * self.group + offsets).flatten()
-        here = self.places[rows, :places]
+        here = self.places[rows]
         first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
         asked = reworded[:, None] | (offsets < self.contexts)
         target = self.target[rows].masked_fill(~asked.flatten()[:, None], -100)
@@ -64,7 +64,7 @@ class Problem:
         return Problem(
             suffix.select(self.captured, rows, first, wanted),
             here,
-            None if self.added is None else self.added[rows, :places],
+            None if self.added is None else self.added[rows],
             target,
             ends,
             self.continuing,
@@ -216,8 +216,8 @@ def find_losses(
         problem: the requests and what is asked of them.
         delta: what is added at each place, compute dtype.
         start_norm: norm of the state at the first place ``[k]``.
-        essence_start: the essence prompt's log-probabilities before ``[k, V]``; None: the present
-            ones.
+        essence_start: the essence prompt's log-probabilities before ``[k, V]``; NaN, or None for
+            all: the present ones.
         config: penalties.
     """
     base = problem.captured.hidden
@@ -250,7 +250,9 @@ def find_losses(
     if problem.group > problem.asked:
         last = problem.bare + problem.asked
         essence = suffix.log_probs(final[last, problem.places[last, 0]])
-        reference = essence.detach() if essence_start is None else essence_start
+        reference = essence.detach()
+        if essence_start is not None:
+            reference = reference.where(essence_start.isnan(), essence_start)
         penalty = penalty + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
     total = nll.view(-1, problem.group).sum(1) / problem.prompts + penalty
     return Losses(total, correct, ended, essence)

@@ -11,10 +11,11 @@ published code). Requests do not share parameters, so all of a batch are optimis
 their losses are summed, the gradient of each reaches its own ``delta`` only, and a request that has
 converged, or whose loss no longer falls, leaves the batch. Its rewordings join once its contexts
 have converged, for the steps that are left. One whose target does not come out in every context may
-go on with a further place (``EditConfig.places``), its deltas so far kept as the start. A target of
-several tokens has a delta at each of its tokens but the last, too, which says the next one: one
-vector at the subject would have to name them all. In the bare prompt the target's word must end,
-too (:mod:`coachhook.editing.word_ends`): its loss has ``-log P(no letter or digit | p o)`` as well.
+go on with a further place (``EditConfig.places``), its deltas so far kept as the start, beside
+those that are still at their first. A target of several tokens has a delta at each of its tokens
+but the last, too, which says the next one: one vector at the subject would have to name them all.
+In the bare prompt the target's word must end, too (:mod:`coachhook.editing.word_ends`): its loss
+has ``-log P(no letter or digit | p o)`` as well.
 
 Requests about one subject are another matter: they have one key, and one correction must do for all
 of them. Such requests are *tied*: they have one ``delta`` at the subject's tokens, under the sum of
@@ -108,56 +109,137 @@ class _Solution:
     ties: Tensor  # [k], equal for tied requests
 
 
+class _Course:
+    """Which places the requests of a chunk have, and which they take next.
+
+    Nobody has one at the start.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        solution: _Solution,
+        names: Sequence[Place],
+        stages: Sequence[tuple[str, ...]],
+        admit: Callable[[list[tuple[int, Place]]], list[bool]],
+    ) -> None:
+        self._problem, self._solution, self._names, self._admit = problem, solution, names, admit
+        self._stages = [(s, [i for i, p in enumerate(names) if p[0] in s]) for s in stages]
+        self._there = problem.places.clone()
+        problem.places.fill_(-1)
+        self._at = torch.full_like(solution.steps, -1)
+
+    def advance(self, requests: Tensor) -> Tensor:
+        """Gives requests that are done where they are their next places.
+
+        Tied requests must be given together.
+
+        Returns:
+            Those that have one more, or are tied to one that has ``[r]``.
+        """
+        problem, solution, device = self._problem, self._solution, requests.device
+        offsets = torch.arange(problem.group, device=device)
+        moved = []
+        for number, (stage, columns) in enumerate(self._stages):
+            here = self._at[requests] == number - 1
+            there, requests = requests[here], requests[~here]
+            if not len(there):
+                continue
+            self._at[there] = number
+            # A request whose prompt has no token for the new place has nothing to gain from it.
+            able = self._asking(stage)[there, None]
+            able = able & (self._there[problem.bare[there]][:, columns] >= 0)
+            found = able.nonzero().tolist()
+            pairs = [(int(there[i]), self._names[columns[j]]) for i, j in found if columns[j]]
+            if pairs:
+                first = int(columns[0] == 0)
+                admitted = torch.tensor(self._admit(pairs), device=device)
+                able[:, first:][able[:, first:].clone()] = admitted
+            row, column = able.nonzero(as_tuple=True)
+            rows = there[row, None] * problem.group + offsets
+            column = torch.tensor(columns, device=device)[column, None]
+            problem.places[rows, column] = self._there[rows, column]
+            solution.used[there] = problem.places[problem.bare[there]] >= 0
+            on = _any_tied(able.any(dim=1), solution.ties[there])
+            moved.append(there[on])
+            requests = torch.cat([requests, there[~on]])
+        return torch.cat(moved) if moved else requests[:0]
+
+    def _asking(self, stage: tuple[str, ...]) -> Tensor:
+        """Whether a request has something that the places of a stage can help, bool ``[k]``."""
+        solution = self._solution
+        # A tied request's key at a subject token is that of the others; the prompt's last token
+        # can only help the prompt's own words, the target's last what comes after it.
+        if "prompt_last" in stage:
+            return ~solution.correct[:, : self._problem.contexts].all(dim=1)
+        if "target_last" in stage:
+            return ~solution.ended
+        return _any_tied(~solution.correct.all(dim=1), solution.ties)
+
+
 def _optimise(
     suffix: Suffix,
     problem: Problem,
     config: EditConfig,
     solution: _Solution,
-    requests: Tensor,
     names: Sequence[Place],
+    course: _Course,
     bar: tqdm[Any],
 ) -> None:
-    """Optimises some requests of a chunk at their first places ``names``, from where they are.
+    """Optimises all requests of a chunk, each at the places that its course gives it.
 
-    Tied requests must be given together. The parameters of the first of them serve for all.
+    They are at different places meanwhile: one that is done at its first goes on at its next beside
+    the others. Of tied requests the parameters of the first serve for all.
     """
-    places = len(names)
-    lead = _first_of_each(solution.ties[requests])
+    lead = _first_of_each(solution.ties)
     shared = torch.tensor([p[0] in SUBJECT_PLACES for p in names])
-    shared = shared.to(requests.device)[:, None]
-    start_norm = solution.start[requests].norm(dim=1)
-    radius = config.target_clamp * start_norm[:, None]
+    shared = shared.to(lead.device)[:, None]
+    start_norm = solution.start.norm(dim=1)
     steps = ClampedAdam(
-        solution.delta[requests, :places],
+        solution.delta,
         config.target_lr,
         (config.target_betas[0], config.target_betas[1]),
-        radius,
+        config.target_clamp * start_norm[:, None],
         config.target_scaling,
     )
-    solution.used[requests, :places] = problem.places[problem.bare[requests], :places] >= 0
-    forwards = torch.zeros(len(requests), dtype=torch.int64, device=requests.device)
-    essence_start: Tensor | None = None
-    past = solution.losses.new_full((_SPAN, len(requests)), float("nan"))
+    forwards = torch.zeros_like(solution.steps)
+    essence_start: Tensor | None = None  # [k, V], NaN for requests that are new at a place
+    past = solution.losses.new_full((_SPAN, len(lead)), float("nan"))
 
     # Most rewordings hold once the contexts do, so they are run with what is left only.
-    reworded = (problem.prompts > problem.contexts)[requests]
-    asking = ~_any_tied(reworded, solution.ties[requests])
-    active = torch.arange(len(requests), device=requests.device)
-    rows = problem.select(suffix, requests, places, asking)
+    plain = ~_any_tied(problem.prompts > problem.contexts, solution.ties)
+    asking = plain.clone()
+    finished = torch.arange(len(lead), device=lead.device)
+    active = finished[:0]
+    rows: Problem | None = None
     while True:
+        if len(finished):
+            new = course.advance(finished)
+            forwards[new], past[:, new], asking[new] = 0, float("nan"), plain[new]
+            steps.restart(new)
+            if essence_start is not None:
+                essence_start[new] = float("nan")
+            active = torch.cat([active, new]).sort().values
+        if not len(active):
+            break
+        if rows is None:
+            rows = problem.select(suffix, active, asking[active])
         reference = None if essence_start is None else essence_start[active]
         delta = steps.deltas().requires_grad_(True)
         with torch.enable_grad(), suffix.frozen():
             moved = torch.where(shared, delta[lead[active]], delta[active])
+            moved = moved.where(solution.used[active][..., None], 0)
             now = find_losses(suffix, rows, moved, start_norm[active], reference, config)
             total = now.total.sum()
-        if essence_start is None and now.essence is not None:
-            essence_start = now.essence.detach()
-        chosen = requests[active]
-        solution.delta[chosen, :places] = moved.detach()
-        solution.correct[chosen], solution.ended[chosen] = now.correct, now.ended
+        if now.essence is not None:
+            if essence_start is None:
+                essence_start = now.essence.new_full((len(lead), now.essence.shape[1]), torch.nan)
+            unknown = essence_start[active].isnan()
+            essence_start[active] = now.essence.detach().where(unknown, essence_start[active])
+        solution.delta[active] = moved.detach()
+        solution.correct[active], solution.ended[active] = now.correct, now.ended
         losses = now.total.detach().to(past)
-        solution.losses[chosen] = losses
+        solution.losses[active] = losses
         forwards[active] += 1
         high = losses >= config.target_stop
         if config.target_progress:
@@ -168,20 +250,18 @@ def _optimise(
         past = past.roll(-1, dims=0)
         past[-1, active] = losses
         going = high & (forwards[active] < config.target_steps)
-        going = _any_tied(going, solution.ties[chosen])
+        going = _any_tied(going, solution.ties[active])
         left, done = active[going], ~going & asking[active]
         bar.update(int((now.correct[done].all(1) & now.ended[done]).sum()))
-        if done.all():
-            break
         if len(left):
-            solution.steps[requests[left]] += 1
+            solution.steps[left] += 1
             gradient = torch.autograd.grad(total, delta)[0]
             steps.take(gradient, torch.unique(torch.cat([left, lead[left]])))
         joining = active[~going & ~done]
         asking[joining], past[:, joining] = True, float("nan")
+        finished = active[done]
         if len(left) < len(active):
-            active = active[~done]
-            rows = problem.select(suffix, requests[active], places, asking[active])
+            active, rows = active[~done], None
 
 
 def _first_of_each(ties: Tensor) -> Tensor:
@@ -219,35 +299,8 @@ def _optimise_chunk(
         torch.zeros(count, dtype=torch.int64, device=device),
         ties,
     )
-    wrong = unsaid = torch.ones(count, dtype=torch.bool, device=device)
-    offsets = torch.arange(problem.group, device=device)
-    for stage in _stages(config.places):
-        columns = [i for i, place in enumerate(names) if place[0] in stage]
-        # A tied request's key at a subject token is that of the others; the prompt's last token
-        # can only help the prompt's own words, the target's last what comes after it.
-        if "prompt_last" in stage:
-            asking = wrong
-        elif "target_last" in stage:
-            asking = ~solution.ended
-        else:
-            asking = _any_tied(unsaid, ties)
-        # A request whose prompt has no token for the new place has nothing to gain from it.
-        able = asking[:, None] & (places[problem.bare][:, columns] >= 0)
-        pairs = [(i, names[columns[j]]) for i, j in able.nonzero().tolist() if columns[j]]
-        if pairs:
-            first = int(columns[0] == 0)
-            able[:, first:][able[:, first:].clone()] = torch.tensor(admit(pairs), device=device)
-        here = able.any(dim=1)
-        row, column = (~able).nonzero(as_tuple=True)
-        rows = row[:, None] * problem.group + offsets
-        problem.places[rows, torch.tensor(columns, device=device)[column][:, None]] = -1
-        chosen = _any_tied(here, ties).nonzero().flatten()
-        if len(chosen):
-            _optimise(suffix, problem, config, solution, chosen, names[: columns[-1] + 1], bar)
-        unsaid = ~solution.correct.all(dim=1)
-        wrong = ~solution.correct[:, : problem.contexts].all(dim=1)
-        if not unsaid.any() and solution.ended.all():
-            break
+    course = _Course(problem, solution, names, _stages(config.places), admit)
+    _optimise(suffix, problem, config, solution, names, course, bar)
     return solution
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coachhook import EditConfig
+from coachhook.editing import targets
 from coachhook.editing.adam import ClampedAdam
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.targets import optimise_targets
@@ -83,6 +84,36 @@ def test_a_loss_may_rise_when_rewordings_join(make_editor, requests):
     ]
     assert 5 < found[0].steps[0] < config.target_steps - 3
     assert found[1].steps[0] >= found[0].steps[0] + 2
+
+
+def test_a_request_goes_on_at_its_next_place_beside_the_others(make_editor, requests, monkeypatch):
+    """A batch takes as many forwards as the request with the longest way."""
+    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    batch = encode_requests(tokenizer, requests[:5], editor.config.contexts, None)
+    unknown = replace(requests[5], target_new="Marie Antoinette Fontaine")
+    batch += encode_requests(tokenizer, [unknown], editor.config.contexts, None)
+    config = editor.config.with_(
+        target_steps=7, target_progress=0.0, target_kl=0.1, target_clamp=1.0
+    )
+    calls = []
+    find = targets.find_losses
+    monkeypatch.setattr(targets, "find_losses", lambda *a: calls.append(a[2]) or find(*a))
+
+    def found(some):
+        calls.clear()
+        return optimise_targets(model, describe(model), some, config, pad_id=0), len(calls)
+
+    together, taken = found(batch)
+    alone = [found([one]) for one in batch]
+    assert taken == max(count for _, count in alone) > 7
+    # Some are at a later place while others are at their first.
+    assert min(count for _, count in alone) < taken
+    for i, (one, _) in enumerate(alone):
+        torch.testing.assert_close(together.values[:, i], one.values[:, 0], rtol=1e-9, atol=1e-9)
+        assert together.steps[i] == one.steps[0] and together.converged[i] == one.converged[0]
+        of = [together.places.index(place) for place in one.places]
+        assert together.used[i, of].tolist() == one.used[0].tolist()
+        assert int(together.used[i].sum()) == int(one.used.sum())
 
 
 def test_settings_of_the_steps_are_checked():

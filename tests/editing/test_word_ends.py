@@ -69,7 +69,7 @@ def test_loss_has_what_comes_after_the_target(make_editor, requests):
     device = torch.device("cpu")
     problem = make_problem(suffix, encoded, places, [{}] * 3, config, 0, device, continuing)
     everything = torch.arange(3)
-    rows = problem.select(suffix, everything, 1, torch.ones(3, dtype=torch.bool))
+    rows = problem.select(suffix, everything, torch.ones(3, dtype=torch.bool))
     delta = torch.zeros(3, 1, model.config.hidden_size, dtype=torch.float64)
     with torch.no_grad():
         losses = find_losses(suffix, rows, delta, torch.ones(3), None, config).total
