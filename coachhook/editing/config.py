@@ -165,7 +165,7 @@ class EditConfig:
         layers: list[Any] = list(self.layers) if isinstance(self.layers, Iterable) else []
         if (
             not layers
-            or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in layers)
+            or not all(_is_int(i) for i in layers)
             or layers != sorted(set(layers))
             or layers[0] < 0
         ):
@@ -252,17 +252,13 @@ class EditConfig:
             if isinstance(usual, bool):
                 fits, what = isinstance(value, bool), "True or False"
             elif isinstance(usual, int):
-                fits = isinstance(value, Integral) and not isinstance(value, bool)
-                what = "an int"
+                fits, what = _is_int(value), "an int"
             elif isinstance(usual, float):
                 fits = isinstance(value, Real) and not isinstance(value, bool)
                 fits = fits and math.isfinite(value)
                 what = "a finite number"
             elif usual is None:
-                fits = value is None or (
-                    isinstance(value, Integral) and not isinstance(value, bool)
-                )
-                what = "an int or None"
+                fits, what = value is None or _is_int(value), "an int or None"
             else:
                 continue
             if not fits:
@@ -355,6 +351,10 @@ class EditConfig:
     def with_(self, **changes: Any) -> EditConfig:
         """A copy with other values for some fields."""
         return replace(self, **changes)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _checked(
