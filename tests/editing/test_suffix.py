@@ -10,7 +10,7 @@ import torch
 from coachhook import EditRequest
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.live import Live
-from coachhook.editing.packing import pack
+from coachhook.editing.packing import group_cost, pack
 from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Suffix
 from coachhook.editing.targets import optimise_targets
@@ -21,6 +21,13 @@ WIDTH = 19
 PADDED = [WIDTH, 7, 12, 15, 1, 12]
 # Their norms are in float32, where the gradients of the last block's two runs are rounded apart.
 SINGLE_NORMS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo", "cohere")
+
+
+@pytest.fixture(autouse=True)
+def one_threads_groups(monkeypatch):
+    """Groups do not depend on the threads of the machine."""
+    for module in ("suffix", "live"):
+        monkeypatch.setattr(f"coachhook.editing.{module}.group_cost", lambda device: 16)
 
 
 @contextmanager
@@ -257,3 +264,11 @@ def test_free_memory_of_a_container(tmp_path):
     (group / "memory.max").write_text("1000\n")
     assert free_memory(cpu, str(tmp_path)) == 900
     assert free_memory(torch.device("meta")) is None
+
+
+def test_a_group_costs_more_tokens_on_more_threads(monkeypatch):
+    cpu = torch.device("cpu")
+    for threads, cost in ((1, 16), (2, 32), (64, 256)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert group_cost(cpu) == cost
+    assert group_cost(torch.device("cuda")) == 256
