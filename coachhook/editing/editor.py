@@ -17,7 +17,6 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
-from coachhook.editing.fused import fused_activations
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.packing import MODEL_COST, group_cost, pack
 from coachhook.editing.problem import Earlier
@@ -46,6 +45,7 @@ from coachhook.models import (
     check_finite,
     describe,
     end_tokens,
+    fused_activations,
     get_submodule,
     linear_shape,
     prepare_tokenizer,

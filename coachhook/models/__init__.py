@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.discovery import describe
+from coachhook.models.fused import fused_activations
 from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer, usable_device
 from coachhook.models.modules import (
     check_finite,
@@ -21,6 +22,7 @@ __all__ = [
     "check_finite",
     "describe",
     "end_tokens",
+    "fused_activations",
     "get_submodule",
     "linear_shape",
     "load_model",

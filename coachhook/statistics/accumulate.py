@@ -18,6 +18,7 @@ from coachhook.models import (
     partial_forward,
 )
 from coachhook.ops import gram_update_
+from coachhook.ops.gram import gram_add_lower_
 from coachhook.statistics.batches import Reservoir, TokenBatch, windows
 from coachhook.statistics.packed import mirror_lower_, pack_lower, unpack_lower
 from coachhook.statistics.share import Share
@@ -244,6 +245,9 @@ class KeySums:
         try:
             if keys.dtype == torch.float64:
                 gram_update_(total, keys)
+                return
+            if keys.is_cpu:
+                gram_add_lower_(total, keys)
                 return
             place = (keys.device, n)
             if place not in self._scratch:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from coachhook.models import EditableLayer, ModelDescription, describe
+from coachhook.models import EditableLayer, ModelDescription, describe, fused_activations
 from coachhook.statistics.accumulate import KeySums, frozen
 from coachhook.statistics.batches import TokenStream, make_batches
 from coachhook.statistics.checkpoint import Checkpoint, Position, window_digest
@@ -162,7 +162,7 @@ def collect_statistics(
         disable=not progress or share.rank > 0,
         file=sys.stderr,
     )
-    with frozen(model), bar:
+    with frozen(model), fused_activations(model), bar:
         while True:
             before = Position(dict(stream.counts), stream.digest)
             window = stream.window()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers.activations import NewGELUActivation
 
 import coachhook as ch
 from coachhook import EditConfig, Editor, EditRequest, Statistics
@@ -375,3 +376,11 @@ def test_nan_weights_are_refused(make_editor, bundled):
 def test_bad_settings_are_refused(bundled, fields, match):
     with pytest.raises((ValueError, TypeError), match=match):
         EditConfig.for_model(bundled[0], **fields)
+
+
+def test_an_edit_leaves_the_activations_as_they_were(make_editor, requests):
+    editor, model, _ = make_editor()
+    activations = [m for m in model.modules() if type(m) is NewGELUActivation]
+    assert activations
+    editor.edit(requests[:2])
+    assert not any("forward" in vars(module) for module in activations)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coachhook.errors import BackendUnavailableError
 from coachhook.ops import available_backends, gram_update_
-from coachhook.ops.gram import cpu, cuda
+from coachhook.ops.gram import cpu, cuda, gram_add_lower_
 from tests.ops.linalg_oracle import F64
 from tests.tolerances import tol
 
@@ -77,6 +77,45 @@ def test_conversion_in_several_parts(monkeypatch):
     x, gram = torch.randn(31, 12).bfloat16(), torch.zeros(12, 12, dtype=F64)
     gram_update_(gram, x, backend="cpu")
     torch.testing.assert_close(gram, expected_gram(torch.zeros(12, 12), x))
+
+
+@pytest.mark.parametrize("x_dtype", X_DTYPES[:-1], ids=str)
+@pytest.mark.parametrize("shape", [(5, 1), (0, 7), (1, 33), (300, 40), (7, 128), (40, 300)])
+def test_the_lower_half_alone(x_dtype, shape, nan_filled_memory, monkeypatch):
+    monkeypatch.setattr(cpu, "_TOKENS", 64)
+    x = torch.randn(*shape, dtype=F64).to(x_dtype)
+    total = start(shape[1], F64)
+    expected = expected_gram(total, x).tril()
+    gram_add_lower_(total, x)
+    # The products are float32, the sums of several calls are not.
+    limit = tol("gram", torch.float32, reduction=max(1, len(x)), scale=expected.max())
+    torch.testing.assert_close(total.tril(), expected, **limit)
+    tiny = torch.full((1, shape[1]), 1e-5)
+    gram_add_lower_(total.fill_(1), tiny)
+    assert (total.tril() > 1).sum() == shape[1] * (shape[1] + 1) // 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
+def test_not_finite_keys_are_found_where_others_make_up_for_them(value, dtype):
+    x = torch.zeros(6, 5, dtype=dtype)
+    x[1, 2], x[4, 0] = value, -value
+    total = torch.ones(5, 5, dtype=F64)
+    calls = [lambda: gram_update_(total, x)]
+    if dtype != F64:
+        calls.append(lambda: gram_add_lower_(total, x))
+    for call in calls:
+        with pytest.raises(ValueError, match="NaN or Inf in 2 of 6 tokens"):
+            call()
+    assert torch.equal(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
+def test_keys_whose_sum_overflows_are_finite(dtype):
+    x = torch.full((4, 3), torch.finfo(dtype).max, dtype=dtype)
+    gram = torch.zeros(3, 3, dtype=F64)
+    gram_update_(gram, x)
+    assert not gram.isnan().any() and (gram > 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

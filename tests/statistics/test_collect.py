@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers.activations import NewGELUActivation
 
 from coachhook.hooks import attach_hooks
 from coachhook.models import describe, get_submodule
@@ -145,6 +146,10 @@ def test_attached_edits_do_not_count_and_stay(model, tokenizer, make_texts):
 def test_the_model_is_left_as_it_was(model, tokenizer, make_texts):
     texts = make_texts(20)
     quiet = _collect(model, tokenizer, texts)
+    activations = [m for m in model.modules() if type(m) is NewGELUActivation]
+    fused = []
+    for activation in activations:
+        activation.register_forward_hook(lambda m, *_: fused.append("forward" in vars(m)))
     model.train()
     model.transformer.h[1].eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -152,6 +157,8 @@ def test_the_model_is_left_as_it_was(model, tokenizer, make_texts):
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.equal(training.covariances[2], quiet.covariances[2])
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert fused and all(fused)
+    assert not any("forward" in vars(module) for module in activations)
     assert all(parameter.requires_grad for parameter in model.parameters())
     model(torch.tensor([[4, 5]])).logits.sum().backward()
 

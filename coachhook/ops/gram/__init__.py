@@ -9,7 +9,7 @@ from coachhook.ops import _backends
 from coachhook.ops._registry import register_op
 from coachhook.ops.gram import cpu, cuda, reference
 
-__all__ = ["gram_update_"]
+__all__ = ["gram_add_lower_", "gram_update_"]
 
 _OP = "gram_update_"
 _GRAM_DTYPES = (torch.float32, torch.float64)
@@ -30,6 +30,10 @@ def _body(gram: Tensor, x: Tensor, mask: Tensor | None, backend: str) -> None:
 
 
 def _check_finite(tokens: Tensor, real: Tensor | None) -> None:
+    # A sum is finite only if all its terms are: one pass, where looking at each takes five.
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    if tokens.sum(dtype=wide).isfinite():
+        return
     bad = ~torch.isfinite(tokens).all(dim=1)
     if real is not None:
         bad &= real
@@ -38,6 +42,20 @@ def _check_finite(tokens: Tensor, real: Tensor | None) -> None:
             f"{_OP}: x must be finite for real tokens, got NaN or Inf in {int(bad.sum())} of "
             f"{len(tokens)} tokens; mask padding out, and keep float16 from overflowing"
         )
+
+
+def gram_add_lower_(total: Tensor, x: Tensor) -> None:
+    """Adds the lower half of ``x^T x`` to float64 sums on the CPU, products in float32.
+
+    Args:
+        total: [n, n] float64, in place; what is above the diagonal means nothing after it.
+        x: keys [N, n], float16, bfloat16 or float32.
+
+    Raises:
+        ValueError: NaN or Inf in x; ``total`` is unchanged.
+    """
+    _check_finite(x, None)
+    cpu.add_lower_(total, x)
 
 
 def _fake(gram: Tensor, x: Tensor, mask: Tensor | None, backend: str) -> None:

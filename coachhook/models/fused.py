@@ -1,4 +1,4 @@
-"""Activations in one kernel while targets are found: less to run, and less to keep for a gradient.
+"""Activations in one kernel where a model is read again and again: less to run, and less to keep.
 
 GPT-2 and GPT-J write their GELU out in eight operations, which on a CPU cost as much as the product
 before them. torch has the same function whole. The two differ by rounding: in 16 bits, where every
