@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def factor_path(prior: Tensor, made: Batches, dtype: torch.dtype) -> tuple[Tenso
     return delta, factor
 
 
-def memory_path(prior: Tensor, made: Batches, **options) -> EditMemory:
+def memory_path(prior: Tensor, made: Batches, **options: Any) -> EditMemory:
     memory = EditMemory(prior, M, **options)
     for keys, targets in made:
         memory.append(keys, targets)

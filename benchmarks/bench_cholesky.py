@@ -8,6 +8,8 @@ turns; here each is timed on its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("what", ["run", "floor", "peer"])
-def test_cholesky(benchmark, case, what):
+def test_cholesky(benchmark: Any, case: str, what: str) -> None:
     function = getattr(CASES[case], what)
     with torch.inference_mode():
         benchmark(function)

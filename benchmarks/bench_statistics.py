@@ -24,8 +24,11 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from coachhook import collect_statistics
 from coachhook.models import describe, get_submodule, load_model
@@ -38,7 +41,9 @@ class _Stop(Exception):
     pass
 
 
-def _published_batches(tokenizer, texts, window):
+def _published_batches(
+    tokenizer: Any, texts: Sequence[str], window: int
+) -> Iterator[list[list[int]]]:
     order = random.Random(1).sample(range(len(texts)), len(texts))
     for first in range(0, len(texts), _GROUP):
         ids = [
@@ -55,16 +60,23 @@ def _published_batches(tokenizer, texts, window):
         yield batch
 
 
-def one_pass_per_layer(model, tokenizer, texts, layers, *, stop=True):
+def one_pass_per_layer(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    *,
+    stop: bool = True,
+) -> dict[int, Tensor]:
     """Layer -> mean of k k^T, float32 [n, n]."""
     description = describe(model)
-    window = description.max_positions
+    window = description.max_positions or tokenizer.model_max_length
     result = {}
     for index in layers:
         layer = description.layer(index)
-        seen = []
+        seen: list[Tensor] = []
 
-        def hook(module, arguments, output, seen=seen):
+        def hook(module: nn.Module, arguments: Any, output: Any, seen: list[Tensor] = seen) -> None:
             seen.append(arguments[0])
             if stop:
                 raise _Stop
@@ -93,9 +105,10 @@ def one_pass_per_layer(model, tokenizer, texts, layers, *, stop=True):
     return result
 
 
-def _texts_of(path, tokenizer, tokens):
+def _texts_of(path: str, tokenizer: Any, tokens: int) -> tuple[list[str], int]:
     """The first texts of a source that hold at least so many tokens."""
-    texts, total = [], 0
+    texts: list[str] = []
+    total = 0
     for text in read_texts(path):
         if total >= tokens:
             break
@@ -119,10 +132,10 @@ def main() -> None:
     layers = arguments.layers or list(range(describe(model).num_layers))
     texts, tokens = _texts_of(arguments.text, tokenizer, arguments.tokens)
 
-    def ours():
+    def ours() -> Mapping[int, Tensor]:
         return collect_statistics(model, tokenizer, texts, layers, progress=False).covariances
 
-    providers = {
+    providers: dict[str, Callable[[], Mapping[int, Tensor]]] = {
         "one pass": ours,
         "published, one pass per layer": lambda: one_pass_per_layer(
             model, tokenizer, texts, layers

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.experiments.facts import known_records
 from benchmarks.published_way import PublishedWay
 from coachhook import EditConfig, Editor, EditRequest, Statistics
 from coachhook.evaluation.datasets import load_facts
@@ -30,7 +31,7 @@ def facts(path: Path, known: Path | None, model: str) -> list[EditRequest]:
     requests = load_facts(path)
     if known is None:
         return requests
-    ids = set(json.loads(known.read_text())[model]["counterfact_case_ids"])
+    ids = set(known_records(known, model)["counterfact_case_ids"])
     return [r for r in requests if r.id in ids]
 
 

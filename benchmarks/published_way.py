@@ -38,7 +38,7 @@ class DenseHook(nn.Module):
         self.base, self.alpha, self.mode = base, alpha, "gated"
         self.frozen = frozen.detach()
         self.weight = nn.Parameter(self.frozen.clone())
-        self.bias = base.bias
+        self.bias: Any = base.bias
         self.scores: Tensor | None = None
         self.inputs: Tensor | None = None
 

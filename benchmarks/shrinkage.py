@@ -13,8 +13,11 @@ held-out keys. All with the ridge of the default preset.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from coachhook.models import describe, get_submodule, load_model
 from coachhook.statistics import collect_statistics, read_texts
@@ -25,9 +28,10 @@ _EDITED = 300
 _GRID = [0.0, 0.001, 0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7]
 
 
-def keys_of(model, tokenizer, texts, layer):
+def keys_of(model: Any, tokenizer: Any, texts: Sequence[str], layer: int) -> tuple[Tensor, Tensor]:
     """Keys float64 [N, n] and the number of the text of each."""
-    found, owners = [], []
+    found: list[Tensor] = []
+    owners: list[int] = []
     module = get_submodule(model, describe(model).layer(layer).path)
     handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0][0].double()))
     with torch.no_grad():
@@ -38,7 +42,7 @@ def keys_of(model, tokenizer, texts, layer):
     return torch.cat(found), torch.tensor(owners)
 
 
-def ledoit_wolf(keys, moment):
+def ledoit_wolf(keys: Tensor, moment: Tensor) -> float:
     """Towards a multiple of the identity, tokens taken as independent (Ledoit and Wolf 2004)."""
     count, n = keys.shape
     distance = (moment - moment.diagonal().mean() * torch.eye(n, dtype=moment.dtype)).square().sum()
@@ -46,7 +50,7 @@ def ledoit_wolf(keys, moment):
     return float((noise / distance).clamp(max=1))
 
 
-def oas(keys, moment):
+def oas(keys: Tensor, moment: Tensor) -> float:
     """Towards a multiple of the identity, keys taken as Gaussian (Chen et al. 2010, eq. 23)."""
     count, n = keys.shape
     square, trace = moment.square().sum(), moment.trace()
@@ -54,7 +58,7 @@ def oas(keys, moment):
     return float((above / ((count + 1 - 2 / n) * (square - trace**2 / n))).clamp(max=1))
 
 
-def halves(keys, owners, seed=0):
+def halves(keys: Tensor, owners: Tensor, seed: int = 0) -> tuple[Tensor, Tensor, int, int]:
     """What :func:`shrink_` needs, for a random half of the texts."""
     draw = torch.rand(int(owners.max()) + 1, generator=torch.Generator().manual_seed(seed))
     one, two = keys[draw[owners] < 0.5], keys[draw[owners] >= 0.5]
@@ -62,7 +66,7 @@ def halves(keys, owners, seed=0):
     return one.T @ one / len(one), means, len(one), len(two)
 
 
-def leak(prior, edited, moment):
+def leak(prior: Tensor, edited: Tensor, moment: Tensor) -> float:
     """Median over the edited keys of the mean of (d^T k)^2 over keys of that moment."""
     ridge = _RIDGE * prior.diagonal().mean() * torch.eye(len(prior), dtype=prior.dtype)
     solved = torch.linalg.solve(prior + ridge, edited.T)

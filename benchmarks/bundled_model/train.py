@@ -80,7 +80,9 @@ class Row:
 
 def encode(tokenizer: Tokenizer, passage: world.Passage) -> Row:
     encoding = tokenizer.encode(passage.text)
-    row = Row([*encoding.ids, tokenizer.token_to_id(END_OF_TEXT)])
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    assert end is not None, "the tokenizer was trained with it"
+    row = Row([*encoding.ids, end])
     row.weights = [1.0] * len(row.ids)
     for m in passage.mentions:
         subject = _tokens(encoding.offsets, m.subject_start, m.subject_end)

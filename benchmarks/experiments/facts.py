@@ -36,12 +36,7 @@ def gather(
     Raises:
         ValueError: no fact is left, or fewer than `count`, or `known` does not know the model.
     """
-    only = None
-    if known is not None:
-        listing = json.loads(known.read_text(encoding="utf-8"))
-        if model not in listing:
-            raise ValueError(f"--known must have an entry {model!r}, got {sorted(listing)}")
-        only = listing[model]
+    only = None if known is None else known_records(known, model)
     mixed = _mixed([r for path in paths for r in _requests(path, only)], seed)
     if not mixed:
         least = "a good record" if only is None else "a good record that --known names"
@@ -54,6 +49,32 @@ def gather(
     taken = {request.subject for request in edited}
     spare = [r for r in _unique(spare) if r.subject not in taken]
     return edited, spare
+
+
+def known_records(path: Path, model: str) -> dict[str, list[int]]:
+    """The entry of a model in a file that says which records models know; a list left out is empty.
+
+    Raises:
+        ValueError: the file holds something else, or does not know the model.
+    """
+    shape = '{"model folder": {"counterfact_case_ids": [...], "zsre_index": [...]}}'
+    try:
+        listing = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--known must be JSON like {shape}, got {path}: {error}") from error
+    if not isinstance(listing, dict):
+        raise ValueError(f"--known must be JSON like {shape}, got a {type(listing).__name__}")
+    if model not in listing:
+        raise ValueError(f"--known must have an entry {model!r}, got {sorted(listing)}")
+    entry, found = listing[model], {}
+    for name in ("counterfact_case_ids", "zsre_index"):
+        numbers = entry.get(name, []) if isinstance(entry, dict) else None
+        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+            raise ValueError(
+                f"--known must be JSON like {shape}, got no list of integers {name!r} for {model!r}"
+            )
+        found[name] = numbers
+    return found
 
 
 def _mixed(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
@@ -69,7 +90,7 @@ def _unique(requests: Sequence[EditRequest]) -> list[EditRequest]:
     return list(found.values())
 
 
-def _requests(path: Path, only: dict[str, Any] | None) -> list[EditRequest]:
+def _requests(path: Path, only: dict[str, list[int]] | None) -> list[EditRequest]:
     facts = read_facts(path)
     if only is None or facts.format not in ("counterfact", "flat", "zsre"):
         return facts.requests
@@ -78,6 +99,12 @@ def _requests(path: Path, only: dict[str, Any] | None) -> list[EditRequest]:
         return [r for r in facts.requests if r.id in ids]
     # zsRE records have no id; a list of prompts survives bad records being left out.
     records = json.loads(path.read_text(encoding="utf-8"))
+    outside = [i for i in only["zsre_index"] if not 0 <= i < len(records)]
+    if outside:
+        raise ValueError(
+            f"--known must name records of {path} by their place below {len(records)}, got "
+            f"{outside[0]}"
+        )
     asked = {records[i]["src"] for i in only["zsre_index"]}
     return [r for r in facts.requests if r.text in asked]
 

@@ -66,7 +66,7 @@ def save(figure: Any, path: Path) -> str:
     figure.savefig(path, dpi=150)
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
-    svg = stream.getvalue()
+    svg: str = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     # Ids must differ between the figures of one page.
     tag = re.sub(r"\W", "", path.stem)
@@ -75,7 +75,8 @@ def save(figure: Any, path: Path) -> str:
 
 
 def _name(row: Row, several: bool) -> str:
-    title = TITLES.get(row["system"], row["system"])
+    system: str = row["system"]
+    title = TITLES.get(system, system)
     return f"{title}, batches of {row['batch_size']}" if several else title
 
 

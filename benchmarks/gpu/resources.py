@@ -204,6 +204,13 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         return _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
 
 
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"resources: cuobjdump must name {pattern}, got {text!r}")
+    return int(found[1])
+
+
 def compile_case(case: Case, arch: int) -> Row:
     """Compile one configuration and read what became of it."""
     import triton
@@ -241,7 +248,7 @@ def compile_case(case: Case, arch: int) -> Row:
 
     native = NATIVE_MMA.get(arch, "HMMA")
     found = {name: count(rf"\b{name}\b") for name in MMA}
-    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    stack = _number(r"STACK:(\d+)", usage)
     spills = stack + count(r"\bSTL\b") + count(r"\bLDL\b")
     limit = LaunchPolicy.for_arch(arch // 10, arch % 10).shared_memory
     wide = count(r"\b(?:LDG|LDGSTS)\.\S*128")
@@ -267,7 +274,7 @@ def compile_case(case: Case, arch: int) -> Row:
         case.name,
         arch,
         sizes,
-        int(re.search(r"REG:(\d+)", usage)[1]),
+        _number(r"REG:(\d+)", usage),
         spills,
         compiled.metadata.shared,
         limit,

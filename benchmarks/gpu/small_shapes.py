@@ -72,18 +72,19 @@ def decode(dtype: torch.dtype, tokens: int, n: int) -> int:
     for edits, length in ((11, 1), (300, 1), (300, tokens)):
         cues, limits = random(edits, n), torch.zeros(edits, device="cuda")
         batch = tokens // length
-        scope = Membership(None, "own", cues, limits, blank_state(batch, edits, x.device))
+        cued = Membership(None, "own", cues, limits, blank_state(batch, edits, x.device))
         pair = random(43, edits), random(edits, n)
         rows = x.view(batch, length, n)
-        hooked_linear(rows, weight, bias, pair, 0.5, scope=scope, backend="cuda")
+        hooked_linear(rows, weight, bias, pair, 0.5, scope=cued, backend="cuda")
         calls += 1
     for scope in scopes(tokens, 11):
         hooked_linear(x, weight, bias, (q, s), 0.5, scope=scope, backend="cuda")
         gate_scores(x, (q, s), scope=scope, backend="cuda")
         calls += 2
     for scope in scopes(3, 11):
-        packed = {"cu_seqlens": edges, "scope": scope}
-        hooked_linear(x[:, 0], weight, bias, (q, s), 0.5, backend="cuda", **packed)
+        hooked_linear(
+            x[:, 0], weight, bias, (q, s), 0.5, cu_seqlens=edges, scope=scope, backend="cuda"
+        )
         calls += 1
     for delta in ((q.to(dtype), s.to(dtype)), q @ s, (q @ s).to(dtype)):
         hooked_linear(x, weight, bias, delta, 0.5, scope=Population(2.0, 1.0), backend="cuda")

@@ -218,6 +218,41 @@ def test_facts_are_mixed_and_known_ones_are_chosen(tmp_path, shared_dir):
         gather(paths[:1], known=known, model="x", count=None, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("written", "match"),
+    [
+        ("{", "must be JSON like .* got .*known.json: Expecting"),
+        ("[1]", "must be JSON like .* got a list"),
+        ("{}", r"must have an entry 'm', got \[\]"),
+        ('{"m": [3]}', "no list of integers 'counterfact_case_ids' for 'm'"),
+        ('{"m": {"counterfact_case_ids": ["3"]}}', "no list of integers 'counterfact_case_ids'"),
+        ('{"m": {"zsre_index": 3}}', "no list of integers 'zsre_index' for 'm'"),
+        ('{"m": {"zsre_index": [0, 2]}}', "by their place below 2, got 2"),
+        ('{"m": {"zsre_index": [-1]}}', "by their place below 2, got -1"),
+        ('{"m": {"counterfact_case_ids": [3]}}', "a good record that --known names"),
+    ],
+)
+def test_what_a_model_knows_must_be_told_as_documented(tmp_path, written, match):
+    known, facts = tmp_path / "known.json", tmp_path / "facts.json"
+    known.write_text(written)
+    record = {
+        "subject": "Watts Humphrey",
+        "src": "What university did Watts Humphrey attend?",
+        "rephrase": "Which university did Watts Humphrey go to?",
+        "alt": "Illinois Institute of Technology",
+        "answers": ["Trinity College"],
+        "loc": "nq question: who played desmond doss father",
+        "loc_ans": "Hugo Weaving",
+    }
+    other = record | {"src": "Where did Watts Humphrey study?"}
+    facts.write_text(json.dumps([record, other]))
+    with pytest.raises(ValueError, match=match):
+        gather([facts], known=known, model="m", count=None, seed=0)
+    known.write_text('{"m": {"zsre_index": [1]}}')
+    edited, spare = gather([facts], known=known, model="m", count=None, seed=0)
+    assert [r.text for r in edited] == [other["src"]] and not spare
+
+
 def test_unrelated_text_names_no_edited_subject(world):
     _, tokenizer = load_model(bundled.model_path())
     requests = load_written(world / "stats-only" / "facts.jsonl")
