@@ -87,12 +87,14 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
         "bench-gram": 0,
         "bench-memory": 124,
         "bench-overhead": 0,
+        "bench-statistics": 0,
+        "bench-edit": 0,
         "resources": 3,
     }
     assert summary["gpu"] == "A card" and summary["versions"]["torch"]
     assert len(summary["commit"] or "") in (0, 40)
     rows = json.loads((out / "bench.json").read_text())
-    assert rows == ["hooked_linear", "cholesky", "gram", 3, "overhead"]
+    assert rows == ["hooked_linear", "cholesky", "gram", 3, "overhead", "statistics", "edit"]
     assert "one test failed" in (out / "pytest.log").read_text()
     assert "broken" in result.stdout and "FAILED (1)" in result.stdout
     assert not (out / "resources.json").exists()

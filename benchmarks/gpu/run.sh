@@ -51,16 +51,16 @@ stage() {
 
 rm -f "$out"/{build,pytest,sanitizer}.log "$out"/{doctor,resources,bench,summary}.json
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-stage build 70 build.log env COACHHOOK_BUILD_CUDA=1 COACHHOOK_CUDA_ARCHS="$capability" \
+stage build 60 build.log env COACHHOOK_BUILD_CUDA=1 COACHHOOK_CUDA_ARCHS="$capability" \
   "$python" setup.py build_ext --inplace
-stage doctor 30 doctor.json "$python" -m coachhook doctor --selftest --json
+stage doctor 25 doctor.json "$python" -m coachhook doctor --selftest --json
 # Compiling Triton kernels is what takes the time, and that the workers do beside one another.
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-stage pytest 140 pytest.log "$python" -m pytest -q -m "gpu and not slow" "${workers[@]}"
+stage pytest 110 pytest.log "$python" -m pytest -q -m "gpu and not slow" "${workers[@]}"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    stage "$tool" 40 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    stage "$tool" 30 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$python" benchmarks/gpu/small_shapes.py
   done
 else
@@ -70,12 +70,14 @@ fi
 bench() {
   stage "bench-$1" "$2" bench.json "$python" -m coachhook bench "$1" --json --device cuda --budget "$3"
 }
-bench hooked_linear 75 60
-bench model 45 30
+bench hooked_linear 60 48
+bench model 40 30
 bench cholesky 20 10
 bench gram 15 5
 bench memory 15 5
 bench overhead 10 5
-stage resources 30 resources.json "$python" benchmarks/gpu/resources.py --json --arch "$capability"
+bench statistics 20 10
+bench edit 75 40
+stage resources 25 resources.json "$python" benchmarks/gpu/resources.py --json --arch "$capability"
 
 "$python" benchmarks/gpu/summary.py "$stages" "$out"

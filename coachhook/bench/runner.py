@@ -50,6 +50,9 @@ class Case:
         graphs: names of the functions ("op", "floor", or of further peers) that can be captured in
             a CUDA graph: on a GPU they are also timed as such.
         cold: whether the caches are overwritten before each call.
+        warm: calls before the first measurement.
+        rounds: measurements at least.
+        items: what a call works through (tokens, facts), for a rate; None where there is none.
     """
 
     op: str
@@ -64,6 +67,9 @@ class Case:
     bytes_moved: int | None = None
     graphs: tuple[str, ...] = ()
     cold: bool = True
+    warm: int = 2
+    rounds: int = _MIN_ROUNDS
+    items: int | None = None
 
 
 CaseFactory = Callable[[torch.device, torch.dtype | None, bool], Iterable[Case]]
@@ -147,25 +153,29 @@ def time_alternately(
     seconds: float = _SECONDS["cpu"],
     *,
     cold: bool = True,
+    warm: int = 2,
+    rounds: int = _MIN_ROUNDS,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, the functions taking turns so that they share the machine's mood.
 
     Args:
-        functions: what to time, by name; each is called twice before the first measurement.
+        functions: what to time, by name.
         device: where they run.
-        seconds: budget; at least 5 and at most 200 rounds are made.
+        seconds: budget; at most 200 rounds are made.
         cold: whether the caches are overwritten before each call.
+        warm: calls of each before the first measurement.
+        rounds: made at least, whatever the budget.
     """
     measure = _timer(device, cold)
     names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
     with torch.inference_mode():
         for function in functions.values():
-            function()
-            function()
+            for _ in range(warm):
+                function()
         deadline = time.perf_counter() + seconds
         for turn in range(_MAX_ROUNDS):
-            if turn >= _MIN_ROUNDS and time.perf_counter() > deadline:
+            if turn >= rounds and time.perf_counter() > deadline:
                 break
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
@@ -232,7 +242,9 @@ def _text(error: Exception) -> str:
 
 def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     functions, left_out = _functions(case, device)
-    times = time_alternately(functions, device, seconds, cold=case.cold)
+    times = time_alternately(
+        functions, device, seconds, cold=case.cold, warm=case.warm, rounds=case.rounds
+    )
     medians = {name: statistics.median(values) for name, values in times.items()}
     quintiles = statistics.quantiles(times["op"], n=5, method="inclusive")
     median, floor, peer = medians["op"], medians.get("floor"), medians.get("peer")
@@ -251,6 +263,7 @@ def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]
         "peers_ms": {name: medians[name] for name in case.more_peers if name in medians},
         "graph_ms": graphs or None,
         "gb_per_s": None if rate is None else rate / 1e9,
+        "items_per_s": None if case.items is None else 1e3 * case.items / best,
         "copy_share": None if rate is None else rate / copy_bandwidth(device),
         "min_ms": min(times["op"]),
         "rounds": len(times["op"]),
@@ -297,8 +310,9 @@ def run(
         One row per case (those so far, where interrupted): op, shape, dtype, device, backend,
         median_ms, p20_ms, p80_ms (of the op), floor_ms and peer_ms (medians; None where there is
         none), peer, ratio = peer_ms / median_ms;
-        times_floor = op / floor, gb_per_s and copy_share (of a copy's bandwidth), these three as
-        CUDA graphs where there are any; peers_ms and graph_ms (medians by name); min_ms; rounds;
+        times_floor = op / floor, gb_per_s, items_per_s (tokens, facts) and copy_share (of a copy's
+        bandwidth), these four as CUDA graphs where there are any; peers_ms and graph_ms (medians by
+        name); min_ms; rounds;
         clock ("events"; on the CPU "process" where torch runs one thread, so that a busy machine
         does not count, and else "wall"); left_out, peers and graphs that failed; error, None or why
         the case could not be measured.
