@@ -12,7 +12,7 @@ from itertools import cycle, islice
 import torch
 
 from coachhook import bundled
-from coachhook.bench.model import Shape, random_model
+from coachhook.bench.model import GPT_J, Shape, random_model
 from coachhook.bench.runner import Case, benchmark
 from coachhook.bundled import lexicon
 from coachhook.editing import EditConfig, Editor, EditRequest
@@ -26,7 +26,6 @@ _GPT2_XL = Shape(
     {"n_embd": 1600, "n_layer": 48, "n_head": 25},
     [],
 )
-_GPT_J = Shape("GPT-J 6B", "gptj", {}, [])
 # The same code at the size of a processor; the vocabulary is the bundled tokenizer's.
 _SMALL = Shape(
     "GPT-2, small",
@@ -119,5 +118,5 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
         yield edit_case(_SMALL, 10, 3, dtype or torch.float32, device)
         return
     # With the batch before them, the smaller takes all the facts.
-    for shape, rounds in ((_GPT2_XL, _FACTS // 100 - 1), (_GPT_J, 4)):
+    for shape, rounds in ((_GPT2_XL, _FACTS // 100 - 1), (GPT_J, 4)):
         yield edit_case(shape, 100, rounds, dtype or torch.bfloat16, device)

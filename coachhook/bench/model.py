@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
 
 # Hooked where the published experiments hook GPT-J, and as many blocks as they take of Llama.
-_GPT_J = Shape("GPT-J 6B", "gptj", {}, [3, 4, 5, 6, 7, 8])
+GPT_J = Shape("GPT-J 6B", "gptj", {}, [3, 4, 5, 6, 7, 8])
 _LLAMA = Shape(
     "Llama 3 8B",
     "llama",
@@ -58,7 +58,7 @@ _LLAMA = Shape(
     [4, 5, 6, 7, 8],
 )
 # The same code at the size of a processor.
-_SMALL_GPT_J = Shape(
+SMALL_GPT_J = Shape(
     "GPT-J, small",
     "gptj",
     {
@@ -187,5 +187,5 @@ def model_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Itera
 def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
     """Two families; on a processor, and when quick, small ones."""
     small = quick or device.type != "cuda"
-    for shape in (_SMALL_GPT_J, _SMALL_LLAMA) if small else (_GPT_J, _LLAMA):
+    for shape in (SMALL_GPT_J, _SMALL_LLAMA) if small else (GPT_J, _LLAMA):
         yield from model_cases(shape, dtype or torch.bfloat16, device)

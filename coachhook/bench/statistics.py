@@ -9,30 +9,15 @@ from typing import Any
 import torch
 
 from coachhook import bundled
-from coachhook.bench.model import Shape, random_model
+from coachhook.bench.model import GPT_J, SMALL_GPT_J, Shape, random_model
 from coachhook.bench.runner import Case, benchmark
 from coachhook.models import ForwardEnded, describe, get_submodule, partial_forward
 from coachhook.statistics import collect_statistics
 from coachhook.statistics.batches import TokenStream, make_batches
 from coachhook.statistics.texts import read_texts
 
-# Hooked where the published experiments hook GPT-J.
-_GPT_J = Shape("GPT-J 6B", "gptj", {}, [3, 4, 5, 6, 7, 8])
-_SMALL = Shape(
-    "GPT-J, small",
-    "gptj",
-    {
-        "vocab_size": 1792,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "n_positions": 128,
-        "n_embd": 64,
-        "n_layer": 8,
-        "n_head": 4,
-        "rotary_dim": 8,
-    },
-    [1, 2, 3, 4, 5, 6],
-)
+# The vocabulary is the bundled tokenizer's.
+_SMALL = SMALL_GPT_J._replace(sizes={**SMALL_GPT_J.sizes, "vocab_size": 1792})
 
 
 def _passes(
@@ -111,4 +96,4 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
     if quick or device.type != "cuda":
         yield statistics_case(_SMALL, 4096, 2048, dtype or torch.float32, device)
     else:
-        yield statistics_case(_GPT_J, 32768, 8192, dtype or torch.bfloat16, device)
+        yield statistics_case(GPT_J, 32768, 8192, dtype or torch.bfloat16, device)
