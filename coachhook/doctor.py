@@ -19,7 +19,7 @@ import torch
 from coachhook import bundled
 from coachhook._version import __version__
 from coachhook.ops import _backends
-from coachhook.ops.hooked_linear import cuda
+from coachhook.ops.hooked_linear import cuda, decode, policy, products
 
 PACKAGES = ("transformers", "tokenizers", "safetensors", "numpy", "triton", "peft", "matplotlib")
 
@@ -32,7 +32,8 @@ def report() -> dict[str, Any]:
         ``cpu``: cores and torch threads. ``gpu``: ``available``, ``reason``, ``torch_cuda`` and the
         ``devices``. ``native``, ``native_cpu``: the extensions. ``triton``. ``backends``:
         ``{op: {backend: {"available", "reason"}}}``. ``environment``: the COACHHOOK_ variables set
-        here. ``bundled_model``: whether ``coachhook demo`` has its model.
+        here, ``environment_problems``: what is wrong with them. ``bundled_model``: whether
+        ``coachhook demo`` has its model.
     """
     return {
         "coachhook": __version__,
@@ -46,6 +47,7 @@ def report() -> dict[str, Any]:
         "triton": _triton(),
         "backends": _op_backends(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("COACHHOOK_")},
+        "environment_problems": _environment_problems(),
         "bundled_model": _bundled_model(),
     }
 
@@ -68,6 +70,7 @@ def render(facts: dict[str, Any]) -> str:
     ]
     switches = [f"{name}={value}" for name, value in facts["environment"].items()]
     lines.append(f"switches          {', '.join(switches) or 'none set'}")
+    lines += [f"  {problem}" for problem in facts["environment_problems"]]
     lines.append("ops:")
     for op, backends in facts["backends"].items():
         able = [name for name, state in backends.items() if state["available"]]
@@ -83,6 +86,22 @@ def render(facts: dict[str, Any]) -> str:
         some = "" if len(ops) == len(facts["backends"]) else f" ({', '.join(ops)})"
         lines.append(f"  {reason}{some}")
     return "\n".join(lines)
+
+
+def _environment_problems() -> list[str]:
+    """What the first op that reads a switch would say of it, on this machine or another."""
+    problems = []
+    for check in (
+        _backends.environment_backend,
+        products.way,
+        decode.overlap_asked,
+        lambda: policy.policy("cpu"),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _version(package: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,26 @@ def test_switches_in_force_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = doctor.report()
     assert facts["environment"]["COACHHOOK_BACKEND"] == "reference"
     assert "COACHHOOK_BACKEND=reference" in doctor.render(facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("COACHHOOK_BACKEND", "fast", "must be one of auto, .* got 'fast'"),
+        ("COACHHOOK_PRODUCTS", "fused,exact", "must be one of exact, .* got 'fused,exact'"),
+        ("COACHHOOK_DECODING_OVERLAP", "yes", "must be 0 or 1, got 'yes'"),
+        ("COACHHOOK_LAUNCH_POLICY", "/no/such/file.json", "file.json"),
+    ],
+)
+def test_switches_that_no_op_would_take_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
+) -> None:
+    assert doctor.report()["environment_problems"] == []
+    monkeypatch.setenv(name, value)
+    facts = doctor.report()
+    (found,) = facts["environment_problems"]
+    assert re.search(problem, found) and name in found
+    assert found in doctor.render(facts)
 
 
 def test_a_stale_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,12 +52,21 @@ def _can_overlap(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _overlaps(device: torch.device) -> bool:
-    """Whether a kernel's blocks may start while the one in front drains: where asked, and able."""
+def overlap_asked() -> bool:
+    """The value of ``COACHHOOK_DECODING_OVERLAP``, False where it is unset.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
     value = os.environ.get(OVERLAP_SWITCH) or "0"
     if value not in ("0", "1"):
         raise ValueError(f"{OVERLAP_SWITCH} must be 0 or 1, got {value!r}")
-    return value == "1" and _can_overlap(device)
+    return value == "1"
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel's blocks may start while the one in front drains: where asked, and able."""
+    return overlap_asked() and _can_overlap(device)
 
 
 def _factors(delta: Delta) -> tuple[Tensor | None, Tensor]:
