@@ -116,7 +116,7 @@ def _load_tokenizer(name: str) -> Any:
     remedy = "save it there with tokenizer.save_pretrained"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # before 5.0 what might read other files is missed
         raise FileNotFoundError(f"{wanted}: {error}; {remedy}") from error
     # Where the files are missing, some classes come without a vocabulary instead of an error.
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from coachhook import EditRequest
 from coachhook.editing.encoding import encode_requests
@@ -19,6 +21,14 @@ from tests.models.families import DISCOVERED, SUPPORTED, tiny
 
 WIDTH = 19
 PADDED = [WIDTH, 7, 12, 15, 1, 12]
+TRANSFORMERS = Version(transformers.__version__)
+# MPT and Bloom take their softmax in float32, GPT-Neo its attention; so did GPT-J and CodeGen.
+SINGLE = (
+    "mpt",
+    "bloom",
+    "gpt_neo",
+    *(("gptj", "codegen") if TRANSFORMERS < Version("5.24") else ()),
+)
 # Their norms are in float32, where the gradients of the last block's two runs are rounded apart.
 SINGLE_NORMS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo", "cohere")
 
@@ -54,6 +64,8 @@ def test_live_tokens_give_what_the_whole_run_gives(family, lengths, every):
     ids = torch.randint(3, 64, (len(lengths), WIDTH))
     mask = (torch.arange(WIDTH) < lengths[:, None]).long()
     captured = suffix.capture(ids, mask, keep=True, loss_layer=1)
+    if captured.kept is None and family == "mpt" and TRANSFORMERS < Version("5"):
+        pytest.skip("MPT's blocks take no cache object before transformers 5: all tokens are run")
     assert captured.kept is not None
     rows = torch.tensor([4, 0, 2, 1, 5])
     first = lengths[rows] * torch.tensor([0, 1, 2, 3, 1]) // 4
@@ -64,8 +76,7 @@ def test_live_tokens_give_what_the_whole_run_gives(family, lengths, every):
     whole = captured.select(rows)
     assert isinstance(live, Live) and live.tokens < len(rows) * WIDTH
     assert torch.equal(live.hidden, whole.hidden)
-    # MPT and Bloom take their softmax in float32, GPT-Neo its attention.
-    single = family in ("mpt", "bloom", "gpt_neo") or (not every and family in SINGLE_NORMS)
+    single = family in SINGLE or (not every and family in SINGLE_NORMS)
     rtol = 1e-6 if single else 1e-10
     with _tokens_seen(suffix._above[-1]) as seen:
         suffix.run(live, live.hidden, None)
@@ -102,7 +113,7 @@ def test_rows_of_other_lengths_are_captured_apart_to_the_same_end(family, monkey
         assert suffix._packs and suffix._keeps and found[-1].kept is not None
         assert seen == tokens
     *others, padded = (captured.kept for captured in found)
-    real, rtol = mask.bool(), 1e-6 if family in ("mpt", "bloom", "gpt_neo") else 1e-10
+    real, rtol = mask.bool(), 1e-6 if family in SINGLE else 1e-10
 
     def same(x, y):
         assert (x - y).norm() <= rtol * y.norm()
