@@ -191,6 +191,10 @@ def greedy(
     """
     ends = end_tokens(model, tokenizer)
     device = input_device(model)
+    own: dict[str, Any] = {}
+    if "use_model_defaults" in inspect.signature(model.generate).parameters:
+        # Before transformers 5 a setting that has its usual value counts as unset.
+        own["use_model_defaults"] = False
     results: dict[int, tuple[int, ...]] = {}
     with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
         for batch in equal_length_batches([len(p) for p in prompts], batch_size):
@@ -203,6 +207,7 @@ def greedy(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=_greedy_config(tokenizer, room, ends, use_cache),
+                    **own,
                 )
                 new = out[:, ids.shape[1] :].tolist()
             else:
