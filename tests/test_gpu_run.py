@@ -69,7 +69,7 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
     # One stage takes too long, and says what it has when it is told to stop.
     script = tmp_path / "benchmarks" / "gpu" / "run.sh"
     script.parent.mkdir(parents=True)
-    script.write_text(SCRIPT.read_text().replace("bench memory 15", "bench memory 1"))
+    script.write_text(SCRIPT.read_text().replace("bench memory 25", "bench memory 1"))
     shutil.copy(SCRIPT.with_name("summary.py"), script.parent)
     result = run(out, script=script, PATH=path, PYTHON=str(tools / "python"))
     assert result.returncode == 1
@@ -89,12 +89,13 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
         "bench-overhead": 0,
         "bench-statistics": 0,
         "bench-edit": 0,
+        "launches": 0,
         "resources": 3,
     }
     assert summary["gpu"] == "A card" and summary["versions"]["torch"]
     assert len(summary["commit"] or "") in (0, 40)
     rows = json.loads((out / "bench.json").read_text())
-    assert rows == ["hooked_linear", "cholesky", "gram", 3, "overhead", "statistics", "edit"]
+    assert rows == ["edit", 3, "cholesky", "gram", "statistics", "hooked_linear", "overhead"]
     assert "one test failed" in (out / "pytest.log").read_text()
     assert "broken" in result.stdout and "FAILED (1)" in result.stdout
     assert not (out / "resources.json").exists()
@@ -104,7 +105,8 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
 def test_the_limits_add_up_to_less_than_nine_minutes() -> None:
     text = SCRIPT.read_text()
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
-    pattern = r"^ *(?:stage|bench) \S+ (\d+) "
-    limits = [int(limit) for limit in re.findall(pattern, text, re.MULTILINE)]
-    sanitizer = int(re.search(r'stage "\$tool" (\d+)', text)[1])
-    assert sum(limits) + sanitizer < 9 * 60  # the sanitizer's stage runs twice
+    pattern = r"^ *(?:stage|bench) \S+ (\d+) .*?(&?)$"
+    found = re.findall(pattern, text.replace("\\\n", ""), re.MULTILINE)
+    assert [together for _, together in found].count("&") == 3
+    beside = max(int(limit) for limit, together in found if together)
+    assert beside + sum(int(limit) for limit, together in found if not together) < 9 * 60

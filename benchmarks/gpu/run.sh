@@ -6,8 +6,9 @@
 # Builds the extension for this card, runs the self-test, the gpu tests, compute-sanitizer on small
 # shapes and the benchmarks, and compiles the Triton kernels ahead of time for this card. A stage
 # that fails or takes too long does not stop the next ones; summary.json tells how each one ended,
-# and on which hardware, driver, versions and commit. Without a GPU it says so and writes nothing.
-# The limits of the stages add up to less than nine minutes.
+# and on which hardware, driver, versions and commit (COMMIT, where there is no repository). Without
+# a GPU it says so and writes nothing. What is not timed runs side by side; the limits of the
+# stages, one after another, add up to less than nine minutes.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 
@@ -49,35 +50,40 @@ stage() {
   echo "$name $status $((SECONDS - started))" >>"$stages"
 }
 
-rm -f "$out"/{build,pytest,sanitizer}.log "$out"/{doctor,resources,bench,summary}.json
+rm -f "$out"/{build,pytest,memcheck,racecheck,sanitizer}.log
+rm -f "$out"/{doctor,launches,resources,bench,summary}.json
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 stage build 60 build.log env COACHHOOK_BUILD_CUDA=1 COACHHOOK_CUDA_ARCHS="$capability" \
   "$python" setup.py build_ext --inplace
 stage doctor 25 doctor.json "$python" -m coachhook doctor --selftest --json
 # Compiling Triton kernels is what takes the time, and that the workers do beside one another.
 workers=()
-"$python" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-stage pytest 110 pytest.log "$python" -m pytest -q -m "gpu and not slow" "${workers[@]}"
+cores=$(getconf _NPROCESSORS_ONLN)
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n $((cores < 10 ? cores : 10)))
+stage pytest 100 pytest.log "$python" -m pytest -q -m "gpu and not slow" "${workers[@]}" &
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    stage "$tool" 30 sanitizer.log compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" benchmarks/gpu/small_shapes.py
-  done
+  sanitizer=(compute-sanitizer --error-exitcode 1)
+  small=("$python" benchmarks/gpu/small_shapes.py)
+  stage memcheck 100 memcheck.log "${sanitizer[@]}" --tool memcheck "${small[@]}" &
+  stage racecheck 100 racecheck.log "${sanitizer[@]}" --tool racecheck "${small[@]}" --few &
 else
   echo "sanitizer 127 0" >>"$stages"
 fi
+wait
+cat "$out"/{memcheck,racecheck}.log >"$out/sanitizer.log" 2>/dev/null && rm "$out"/{memcheck,racecheck}.log
 # A process each: a kernel that faults takes down the measurements after it in its process only.
 bench() {
   stage "bench-$1" "$2" bench.json "$python" -m coachhook bench "$1" --json --device cuda --budget "$3"
 }
+bench edit 70 45
+bench memory 25 10
+bench cholesky 35 20
+bench gram 20 5
+bench statistics 30 5
+bench model 30 20
 bench hooked_linear 60 48
-bench model 40 30
-bench cholesky 20 10
-bench gram 15 5
-bench memory 15 5
-bench overhead 10 5
-bench statistics 20 10
-bench edit 75 40
+bench overhead 15 5
+stage launches 30 launches.json "$python" benchmarks/gpu/launches.py --json
 stage resources 25 resources.json "$python" benchmarks/gpu/resources.py --json --arch "$capability"
 
 "$python" benchmarks/gpu/summary.py "$stages" "$out"

@@ -6,6 +6,7 @@ The lists that the benchmarks appended to bench.json become one.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def main(stages: Path, out: Path) -> int:
         "gpu": output(*query, "--query-gpu=name"),
         "driver": output(*query, "--query-gpu=driver_version"),
         "memory": output(*query, "--query-gpu=memory.total"),
-        "commit": output("git", "rev-parse", "HEAD"),
+        "commit": output("git", "rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "changed_since_commit": None if changed is None else bool(changed),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -1,70 +1,128 @@
-"""Key statistics of a model with random weights: one pass for all layers, or one for each."""
+"""Key statistics of a model with random weights: the pass, and all of ``collect_statistics``.
+
+On a GPU the two are apart: what the pass does for each token is what counts for a whole text, and
+bringing the sums of wide layers to the host (2.1 GB each for GPT-J) takes as long for a few.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from coachhook import bundled
 from coachhook.bench.model import GPT_J, SMALL_GPT_J, Shape, random_model
 from coachhook.bench.runner import Case, benchmark
-from coachhook.models import ForwardEnded, describe, get_submodule, partial_forward
+from coachhook.models import (
+    ForwardEnded,
+    describe,
+    fused_activations,
+    get_submodule,
+    partial_forward,
+)
 from coachhook.statistics import collect_statistics
-from coachhook.statistics.batches import TokenStream, make_batches
+from coachhook.statistics.accumulate import KeySums, frozen
+from coachhook.statistics.batches import TokenBatch, TokenStream, make_batches
 from coachhook.statistics.texts import read_texts
 
 # The vocabulary is the bundled tokenizer's.
 _SMALL = SMALL_GPT_J._replace(sizes={**SMALL_GPT_J.sizes, "vocab_size": 1792})
 
 
-def _passes(
-    model: Any, tokenizer: Any, layers: Sequence[int], tokens: int, batch_tokens: int
-) -> Callable[[], None]:
-    """The forward passes alone, to the last of the layers, over batches made beforehand."""
-    description = describe(model)
+class _Given(NamedTuple):
+    """A model, its tokenizer and batches of the bundled text, repeated as often as it takes."""
+
+    model: Any
+    tokenizer: Any
+    batches: list[TokenBatch]
+
+
+def _given(
+    shape: Shape, tokens: int, batch_tokens: int, dtype: torch.dtype, device: torch.device
+) -> _Given:
+    from transformers import AutoTokenizer
+
+    model = random_model(shape, dtype, device)
+    tokenizer = AutoTokenizer.from_pretrained(bundled.model_path())
     stream = TokenStream(
-        read_texts(bundled.texts()),
+        read_texts(_texts()),
         tokenizer,
-        max_length=description.max_positions or batch_tokens,
+        max_length=describe(model).max_positions or batch_tokens,
         max_tokens=tokens,
         window_tokens=tokens,
     )
+    return _Given(model, tokenizer, make_batches(stream.window(), 0, batch_tokens))
+
+
+def _texts() -> Iterator[str]:
+    while True:
+        yield from bundled.texts()
+
+
+def _forwards(given: _Given, shape: Shape) -> Callable[[], None]:
+    """The forward passes alone, to the last of the layers."""
+    model, description = given.model, describe(given.model)
     device = next(model.parameters()).device
     made = [
         (batch.input_ids.to(device), None if batch.mask is None else batch.mask.to(device))
-        for batch in make_batches(stream.window(), 0, batch_tokens)
+        for batch in given.batches
     ]
-    last = get_submodule(model, description.layer(layers[-1]).path)
+    last = get_submodule(model, description.layer(shape.layers[-1]).path)
     base = get_submodule(model, description.base_model_path)
 
     def end(*_: Any) -> None:
         raise ForwardEnded
 
     def run() -> None:
-        for ids, mask in made:
-            with partial_forward(last.register_forward_pre_hook(end)):
-                base(input_ids=ids, attention_mask=mask, use_cache=False)
+        with fused_activations(model):
+            for ids, mask in made:
+                with partial_forward(last.register_forward_pre_hook(end)):
+                    base(input_ids=ids, attention_mask=mask, use_cache=False)
 
     return run
 
 
-def statistics_case(
-    shape: Shape, tokens: int, batch_tokens: int, dtype: torch.dtype, device: torch.device
-) -> Case:
-    """So many tokens of the bundled text."""
-    from transformers import AutoTokenizer
+def _one_pass(given: _Given, shape: Shape) -> Callable[[], None]:
+    """The forward passes with the sums of all layers."""
+    description = describe(given.model)
+    sums = KeySums(given.model, description, [description.layer(i) for i in shape.layers], 0)
 
-    model = random_model(shape, dtype, device)
-    tokenizer = AutoTokenizer.from_pretrained(bundled.model_path())
-    texts = bundled.texts()
+    def run() -> None:
+        with frozen(given.model), fused_activations(given.model):
+            for batch in given.batches:
+                sums.add(batch)
+
+    return run
+
+
+def _pass_case(given: _Given, shape: Shape) -> Case:
+    tokens = sum(len(batch.positions) for batch in given.batches)
+    return Case(
+        op="collect_statistics, the pass",
+        shape=f"{shape.name}, {len(shape.layers)} layers, {tokens} tokens",
+        dtype=given.model.dtype,
+        backend="auto",
+        run=_one_pass(given, shape),
+        floor=_forwards(given, shape),
+        items=tokens,
+        warm=1,
+        rounds=3,
+        cold=False,
+    )
+
+
+def statistics_cases(
+    shape: Shape, tokens: int, batch_tokens: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Case]:
+    """So many tokens of the bundled text."""
+    given = _given(shape, tokens, batch_tokens, dtype, device)
+    yield _pass_case(given, shape)
     collect = partial(
         collect_statistics,
-        model,
-        tokenizer,
-        texts,
+        given.model,
+        given.tokenizer,
         max_tokens=tokens,
         batch_tokens=batch_tokens,
         progress=False,
@@ -72,20 +130,21 @@ def statistics_case(
 
     def one_by_one() -> None:
         for layer in shape.layers:
-            collect(layers=[layer])
+            collect(texts=_texts(), layers=[layer])
 
-    return Case(
+    on_host = device.type == "cpu"
+    yield Case(
         op="collect_statistics",
         shape=f"{shape.name}, {len(shape.layers)} layers, {tokens} tokens",
         dtype=dtype,
         backend="auto",
-        run=partial(collect, layers=shape.layers),
-        floor=_passes(model, tokenizer, shape.layers, tokens, batch_tokens),
-        peer_name="a pass for each layer",
-        peer=one_by_one,
+        run=lambda: collect(texts=_texts(), layers=shape.layers),
+        floor=_forwards(given, shape) if on_host else None,
+        peer_name="a pass for each layer" if on_host else "",
+        peer=one_by_one if on_host else None,
         items=tokens,
-        warm=1,
-        rounds=3,
+        warm=int(on_host),
+        rounds=3 if on_host else 2,
         cold=False,
     )
 
@@ -94,6 +153,6 @@ def statistics_case(
 def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
     """One size; on a processor, and when quick, a small one."""
     if quick or device.type != "cuda":
-        yield statistics_case(_SMALL, 4096, 2048, dtype or torch.float32, device)
+        yield from statistics_cases(_SMALL, 4096, 2048, dtype or torch.float32, device)
     else:
-        yield statistics_case(GPT_J, 32768, 8192, dtype or torch.bfloat16, device)
+        yield from statistics_cases(GPT_J, 65536, 8192, dtype or torch.bfloat16, device)

@@ -12,6 +12,7 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.encoding import EncodedRequest
 from coachhook.editing.live import Live
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place, pad_right
+from coachhook.editing.replay import Replayed
 from coachhook.editing.suffix import Captured, Suffix
 
 
@@ -38,7 +39,7 @@ class Problem:
     another request of the chunk, and its essence prompt if wanted.
     """
 
-    captured: Captured | Live
+    captured: Captured | Live | Replayed
     places: Tensor  # [R, P], index of each place's token, -1 where there is none
     added: Tensor | None  # [R, P, d], what is taken off the state there
     target: Tensor  # [R, T], the id that follows each position or -100
@@ -254,5 +255,6 @@ def find_losses(
         if essence_start is not None:
             reference = reference.where(essence_start.isnan(), essence_start)
         penalty = penalty + config.target_kl * (essence.exp() * (essence - reference)).sum(-1)
-    total = nll.view(-1, problem.group).sum(1) / problem.prompts + penalty
+    # A request that is only run along has no prompt with a target.
+    total = nll.view(-1, problem.group).sum(1) / problem.prompts.clamp_min(1) + penalty
     return Losses(total, correct, ended, essence)

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from coachhook.editing.live import Live, Recorder, first_tensor, named, with_cache
 from coachhook.editing.packing import MODEL_COST, Kept, group_cost, merge, pack
+from coachhook.editing.replay import Replayed
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
 
 _log = logging.getLogger(__name__)
@@ -113,7 +114,14 @@ class Captured:
 
 
 class Suffix:
-    """Blocks ``layer + 1 ..``, final norm and head of a model."""
+    """Blocks ``layer + 1 ..``, final norm and head of a model.
+
+    Attributes:
+        replays: whether runs of the live tokens may be captured in CUDA graphs; False once a block
+            was seen to do what cannot be.
+    """
+
+    replays = True
 
     def __init__(self, model: nn.Module, description: ModelDescription, layer: int) -> None:
         self._base = get_submodule(model, description.base_model_path)
@@ -322,7 +330,7 @@ class Suffix:
 
     def select(
         self,
-        captured: Captured | Live,
+        captured: Captured | Live | Replayed,
         rows: Tensor,
         first: Tensor,
         wanted: Tensor | None = None,
@@ -337,18 +345,18 @@ class Suffix:
         """
         if not self._narrows:
             wanted = None
-        if isinstance(captured, Live):
+        if isinstance(captured, Live | Replayed):
             return captured.select(rows, first, wanted)
         if captured.kept is not None:
             return Live(captured.kept, self._above, rows, first, wanted)
         return captured.select(rows)
 
     def run(
-        self, captured: Captured | Live, hidden: Tensor, loss_layer: int | None
+        self, captured: Captured | Live | Replayed, hidden: Tensor, loss_layer: int | None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states ``[B, T, d]`` after block ``loss_layer`` (None: last) and at the end."""
         loss_index = self._index(loss_layer)
-        if isinstance(captured, Live):
+        if isinstance(captured, Live | Replayed):
             return captured.run(hidden, loss_index)
         return self._run(captured, hidden, loss_index)
 

@@ -26,6 +26,7 @@ state without it, and is the same in every prompt.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from coachhook.editing.adam import ClampedAdam
 from coachhook.editing.config import EditConfig
 from coachhook.editing.encoding import EncodedRequest
+from coachhook.editing.held import Held
 from coachhook.editing.problem import Earlier, Problem, find_losses, make_problem
 from coachhook.editing.prompts import (
     SUBJECT_PLACES,
@@ -46,6 +48,8 @@ from coachhook.editing.prompts import (
 from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Suffix
 from coachhook.models import ModelDescription
+
+_log = logging.getLogger(__name__)
 
 # Where the system does not say how much memory there is.
 _TOKENS_AT_ONCE = 16384
@@ -113,6 +117,9 @@ class _Course:
     """Which places the requests of a chunk have, and which they take next.
 
     Nobody has one at the start.
+
+    Attributes:
+        there: token of each place ``[R, P]`` that rows may be given, -1 for none.
     """
 
     def __init__(
@@ -125,7 +132,7 @@ class _Course:
     ) -> None:
         self._problem, self._solution, self._names, self._admit = problem, solution, names, admit
         self._stages = [(s, [i for i, p in enumerate(names) if p[0] in s]) for s in stages]
-        self._there = problem.places.clone()
+        self.there = problem.places.clone()
         problem.places.fill_(-1)
         self._at = torch.full_like(solution.steps, -1)
 
@@ -148,7 +155,7 @@ class _Course:
             self._at[there] = number
             # A request whose prompt has no token for the new place has nothing to gain from it.
             able = self._asking(stage)[there, None]
-            able = able & (self._there[problem.bare[there]][:, columns] >= 0)
+            able = able & (self.there[problem.bare[there]][:, columns] >= 0)
             found = able.nonzero().tolist()
             pairs = [(int(there[i]), self._names[columns[j]]) for i, j in found if columns[j]]
             if pairs:
@@ -158,7 +165,7 @@ class _Course:
             row, column = able.nonzero(as_tuple=True)
             rows = there[row, None] * problem.group + offsets
             column = torch.tensor(columns, device=device)[column, None]
-            problem.places[rows, column] = self._there[rows, column]
+            problem.places[rows, column] = self.there[rows, column]
             solution.used[there] = problem.places[problem.bare[there]] >= 0
             on = _any_tied(able.any(dim=1), solution.ties[there])
             moved.append(there[on])
@@ -212,6 +219,7 @@ def _optimise(
     finished = torch.arange(len(lead), device=lead.device)
     active = finished[:0]
     rows: Problem | None = None
+    held: Held | None = None
     while True:
         if len(finished):
             new = course.advance(finished)
@@ -222,15 +230,25 @@ def _optimise(
             active = torch.cat([active, new]).sort().values
         if not len(active):
             break
-        if rows is None:
-            rows = problem.select(suffix, active, asking[active])
-        reference = None if essence_start is None else essence_start[active]
+        if Held.suits(suffix, problem):
+            if held is None or not held.serves(active):
+                held = Held(suffix, problem, course.there, active)
+        elif rows is None:
+            held, rows = None, problem.select(suffix, active, asking[active])
         delta = steps.deltas().requires_grad_(True)
         with torch.enable_grad(), suffix.frozen():
             moved = torch.where(shared, delta[lead[active]], delta[active])
             moved = moved.where(solution.used[active][..., None], 0)
-            now = find_losses(suffix, rows, moved, start_norm[active], reference, config)
+            if held is not None:
+                now = held.losses(active, asking[active], moved, start_norm, essence_start, config)
+            else:
+                assert rows is not None
+                known = None if essence_start is None else essence_start[active]
+                now = find_losses(suffix, rows, moved, start_norm[active], known, config)
             total = now.total.sum()
+        if held is not None and held.refused:
+            _log.info("steps are not replayed from CUDA graphs: %s", sorted(held.refused))
+            suffix.replays, held = False, None
         if now.essence is not None:
             if essence_start is None:
                 essence_start = now.essence.new_full((len(lead), now.essence.shape[1]), torch.nan)

@@ -154,17 +154,17 @@ class KeySums:
         means, shrinkage = {}, {}
         for layer, _ in self._modules:
             index = layer.index
-            mean = self._totals.pop((index, 0)).cpu()
+            mean = self._totals.pop((index, 0))
             if self._halves:
-                first, mean = mean, self._totals.pop((index, 1)).cpu().add_(mean)
-                keys = [self._sums.pop((index, h)).cpu() / self.counts[h] for h in (0, 1)]
+                first, mean = mean.cpu(), self._totals.pop((index, 1)).cpu()
+                mean.add_(first).div_(self.tokens)
                 first.div_(self.counts[0])
-                mean.div_(self.tokens)
+                keys = [self._sums.pop((index, h)).cpu() / self.counts[h] for h in (0, 1)]
                 shrinkage[index] = shrink_(mean, first, torch.stack(keys), *self.counts)
             else:
                 mean.div_(self.tokens)
             mirror_lower_(mean)
-            means[index] = mean
+            means[index] = mean.cpu()
         return means, shrinkage
 
     def samples(self) -> tuple[dict[int, Tensor], Tensor]:
@@ -246,9 +246,10 @@ class KeySums:
             if keys.dtype == torch.float64:
                 gram_update_(total, keys)
                 return
-            if keys.is_cpu:
+            if keys.device == total.device:
                 gram_add_lower_(total, keys)
                 return
+            # A device without float64: its sums of one batch are taken to those on the CPU.
             place = (keys.device, n)
             if place not in self._scratch:
                 self._scratch[place] = torch.empty(n, n, dtype=torch.float32, device=keys.device)

@@ -286,4 +286,4 @@ def test_a_group_costs_more_tokens_on_more_threads(monkeypatch):
     for threads, cost in ((1, 16), (2, 32), (64, 256)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert group_cost(cpu) == cost
-    assert group_cost(torch.device("cuda")) == 256
+    assert group_cost(torch.device("cuda")) == 1024

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from coachhook.ops import gram_update_
+from coachhook.ops.gram import gram_add_lower_
 from tests.ops.linalg_oracle import F64
 from tests.tolerances import tol
 
@@ -42,6 +43,25 @@ def test_against_float64(x_dtype, gram_dtype, shape, masked):
     limit = tol("gram", gram_dtype, reduction=max(1, len(tokens)), scale=2 * expected.max())
     torch.testing.assert_close(gram.double(), expected, **limit)
     assert torch.equal(gram, gram.mT)
+
+
+@pytest.mark.parametrize("x_dtype", X_DTYPES[:-1], ids=str)
+@pytest.mark.parametrize("shape", [(0, 7), (300, 40), (70, 65), (9000, 1030)])
+def test_the_lower_half_alone(x_dtype, shape, nan_filled_memory):
+    x = torch.randn(*shape, dtype=F64, device="cuda").to(x_dtype)
+    total = torch.eye(shape[1], dtype=F64, device="cuda")
+    expected = (total + x.double().mT @ x.double()).tril()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gram_add_lower_(total, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    # Twice: the sums of tensor cores are cut off, not rounded to nearest.
+    limit = tol("gram", torch.float32, reduction=max(1, len(x)), scale=2 * expected.max())
+    torch.testing.assert_close(total.tril(), expected, **limit)
+    tiny = torch.full((1, shape[1]), 1e-3, device="cuda", dtype=x_dtype)
+    gram_add_lower_(total.fill_(1), tiny)
+    assert int((total.tril() > 1).sum()) == shape[1] * (shape[1] + 1) // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -195,11 +195,11 @@ def test_nothing_waits_for_the_device() -> None:
     alpha = torch.tensor(1.0, device="cuda")
     state = torch.zeros(2, 3, device="cuda")
     calls = [
-        lambda scope=scope, alpha=alpha: hooked_linear(
-            x, weight, bias, delta, alpha, scope=scope, backend="triton"
+        lambda scope=scope, threshold=threshold: hooked_linear(
+            x, weight, bias, delta, threshold, scope=scope, backend="triton"
         )
         for scope in (Sequence(), Sequence(state), Prefix(state), Population(3.0, 1.0))
-        for alpha in (alpha, 1.0)
+        for threshold in (alpha, 1.0)
     ]
     for call in calls:
         call()  # compiles the kernels

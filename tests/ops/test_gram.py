@@ -95,6 +95,19 @@ def test_the_lower_half_alone(x_dtype, shape, nan_filled_memory, monkeypatch):
     assert (total.tril() > 1).sum() == shape[1] * (shape[1] + 1) // 2
 
 
+@pytest.mark.parametrize("x_dtype", X_DTYPES[:-1], ids=str)
+@pytest.mark.parametrize("shape", [(5, 1), (0, 7), (1, 33), (300, 40)])
+def test_the_lower_half_alone_as_on_a_gpu(x_dtype, shape, nan_filled_memory, monkeypatch):
+    monkeypatch.setattr(cuda, "_TOKENS", 64)
+    monkeypatch.setattr(cuda, "_COLUMNS", 16)
+    x = torch.randn(*shape, dtype=F64).to(x_dtype)
+    total = start(shape[1], F64)
+    expected = expected_gram(total, x).tril()
+    cuda.add_lower_(total, x)
+    limit = tol("gram", torch.float32, reduction=max(1, len(x)), scale=expected.max())
+    torch.testing.assert_close(total.tril(), expected, **limit)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", X_DTYPES, ids=str)
 def test_not_finite_keys_are_found_where_others_make_up_for_them(value, dtype):

@@ -39,3 +39,27 @@ def gram_update_(gram: Tensor, x: Tensor, mask: Tensor | None) -> None:
         corner = gram[left:right, left:right]
         corner.copy_(corner.tril() + corner.tril(-1).mT)
         gram[left:right, right:] = gram[right:, left:right].mT
+
+
+def add_lower_(total: Tensor, x: Tensor) -> None:
+    """Add ``x^T x``, its products formed and summed in float32, to the lower half of a total.
+
+    A block column at a time: its product is still in the L2 cache when it is added. 16-bit keys are
+    multiplied as they are where torch does that into float32, by units of twice the rate of TF32.
+
+    Args:
+        total: [n, n] float64, updated in place; what is above the diagonal means nothing after it.
+        x: keys [N, n], at most 32 bits.
+    """
+    short = x.dtype in (torch.float16, torch.bfloat16)
+    as_they_are = short and x.is_cuda and hasattr(torch.ops.aten.mm, "dtype")
+    with float32_products(tf32=short):
+        for part in x.split(_TOKENS):
+            keys = part if as_they_are else part.to(torch.float32)
+            for left in range(0, x.shape[1], _COLUMNS):
+                below, block = keys[:, left:].mT, keys[:, left : left + _COLUMNS]
+                if as_they_are:
+                    product = torch.mm(below, block, out_dtype=torch.float32)
+                else:
+                    product = below @ block
+                total[left:, left : left + _COLUMNS] += product

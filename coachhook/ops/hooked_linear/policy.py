@@ -120,16 +120,16 @@ class LaunchPolicy:
         full = Tile(64, 64, 16, warps=8, stages=4)
         correct_full = Tile(32, 64, 32, warps=4, stages=3)
         if major in (9, 10, 11):
-            # Warp-group products need 64 features per group of four warps.
+            # Warp-group products need 64 features per group of four warps. Swept on an H200.
             return LaunchPolicy(
                 arch,
                 shared_memory,
-                pair=Tile(128, 128, 32, warps=8, stages=6),
-                single=Tile(128, 128, 64, warps=8, stages=4),
+                pair=Tile(128, 64, 32, warps=4, stages=6),
+                single=Tile(128, 128, 64, warps=8, stages=3),
                 full=full,
                 fused_pair=Tile(128, 64, 32, warps=8, stages=4),
                 fused_single=Tile(128, 128, 64, warps=8, stages=3),
-                correct=Tile(32, 128, 32, warps=8, stages=3),
+                correct=Tile(32, 128, 32, warps=4, stages=2),
                 correct_full=correct_full,
             )
         return LaunchPolicy(

@@ -1,0 +1,109 @@
+"""Requests that stay in one run while some of them leave it, so that its steps can be replayed.
+
+On a GPU a step of a batch is a few thousand short kernels, and the host needs longer to launch them
+than the GPU to run them. The run of the blocks and its gradient are therefore captured in CUDA
+graphs, of fixed shapes: requests that are done, and prompts nothing is asked of yet, are run along
+until so few are left that a smaller run is worth another capture. What is asked for, the losses and
+the steps are outside the graphs. Requests share nothing: who is run along changes rounding alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coachhook.editing.config import EditConfig
+from coachhook.editing.live import Live
+from coachhook.editing.problem import Losses, Problem, find_losses
+from coachhook.editing.replay import Replayed
+from coachhook.editing.suffix import Captured, Suffix
+
+# A smaller run is made where this many times fewer requests are left.
+_FEWER = 3
+
+
+class Held:
+    """Some requests of a problem with all their prompts, from the first token any place may change.
+
+    Args:
+        suffix: the network above the last edited block.
+        problem: the requests, captured with what runs of the live tokens need.
+        there: token of each place that its rows may be changed at ``[R, P]``, -1 for none.
+        requests: their numbers, ascending ``[h]``.
+    """
+
+    def __init__(self, suffix: Suffix, problem: Problem, there: Tensor, requests: Tensor) -> None:
+        self._suffix, self._problem, self._requests = suffix, problem, requests
+        rows = (
+            requests[:, None] * problem.group + torch.arange(problem.group, device=requests.device)
+        ).flatten()
+        self._rows = rows
+        may = there[rows]
+        wanted = (problem.target[rows] >= 0) | problem.ends[rows]
+        if problem.group > problem.asked:
+            last = torch.arange(problem.asked, len(rows), problem.group, device=rows.device)
+            wanted[last, may[last, 0]] = True
+        first = may.masked_fill(may < 0, problem.target.shape[1]).amin(1)
+        live = suffix.select(problem.captured, rows, first, wanted)
+        if not isinstance(live, Live):
+            raise TypeError(f"Held: problem must be captured for live runs, got {type(live)}")
+        self._run = Replayed(live)
+
+    @staticmethod
+    def suits(suffix: Suffix, problem: Problem) -> bool:
+        """Whether runs of a problem could be captured, as far as is known."""
+        captured = problem.captured
+        live = isinstance(captured, Captured) and captured.kept is not None
+        return live and suffix.replays and captured.hidden.is_cuda
+
+    @property
+    def refused(self) -> set[str]:
+        """Why its run cannot be captured, as far as is known."""
+        return self._run.refused or set()
+
+    def serves(self, active: Tensor) -> bool:
+        """Whether these requests, all among its own, are enough of them."""
+        return _FEWER * len(active) >= len(self._requests)
+
+    def losses(
+        self,
+        active: Tensor,
+        reworded: Tensor,
+        delta: Tensor,
+        start_norm: Tensor,
+        essence_start: Tensor | None,
+        config: EditConfig,
+    ) -> Losses:
+        """As :func:`find_losses` of some of its requests.
+
+        Args:
+            active: their numbers, ascending ``[a]``.
+            reworded: whether their rewordings are asked too ``[a]``.
+            delta: of each ``[a, P, d]``.
+            start_norm: of all requests of the problem ``[k]``.
+            essence_start: likewise ``[k, V]``, or None.
+            config: penalties.
+        """
+        problem, requests = self._problem, self._requests
+        at = torch.searchsorted(requests, active)
+        count, group = len(requests), problem.group
+        asked = torch.zeros(count, group, dtype=torch.bool, device=at.device)
+        first = torch.arange(group, device=at.device) < problem.contexts
+        asked[at] = reworded[:, None] | first
+        target = problem.target[self._rows].masked_fill(~asked.view(-1, 1), -100)
+        view = Problem(
+            self._run,
+            problem.places[self._rows],
+            None if problem.added is None else problem.added[self._rows],
+            target,
+            problem.ends[self._rows] & asked.view(-1, 1),
+            problem.continuing,
+            group,
+            problem.contexts,
+            problem.asked,
+        )
+        moved = delta.new_zeros(count, *delta.shape[1:]).index_copy(0, at, delta)
+        reference = None if essence_start is None else essence_start[requests]
+        now = find_losses(self._suffix, view, moved, start_norm[requests], reference, config)
+        essence = None if now.essence is None else now.essence[at]
+        return Losses(now.total[at], now.correct[at], now.ended[at], essence)

@@ -1,0 +1,104 @@
+"""Runs of the network's upper part that are captured in CUDA graphs and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coachhook.editing.live import Live
+
+# Of these the host has to know a result before it can go on.
+_READ_BACK = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+}
+_INDEXING = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+}
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+
+class Watch(TorchDispatchMode):
+    """Sees whether what is run inside could be captured in a CUDA graph.
+
+    A capture that fails leaves torch's allocator in a state in which later calls may crash, so it
+    is not tried to find out.
+
+    Attributes:
+        refused: names of operations that cannot be: the host reads a result, or something is copied
+            between host and GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in (*args, result) if isinstance(x, Tensor)}
+        reads = func in _READ_BACK or (func in _COPIES and len(devices) > 1)
+        if func in _INDEXING:  # by a mask: how many it chooses is the shape of the result
+            reads = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if reads:
+            self.refused.add(str(func))
+        return result
+
+
+class Replayed:
+    """The run of a :class:`Live`: the first time as it is, then captured, then replayed.
+
+    What :meth:`run` returns is overwritten by the next replay.
+
+    Attributes:
+        hidden: as of the :class:`Live`.
+        refused: operations for which it is not captured; None before the first run.
+    """
+
+    def __init__(self, live: Live) -> None:
+        self._live, self.hidden = live, live.hidden
+        self.refused: set[str] | None = None
+        self._graph: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether it has been captured."""
+        return self._graph is not None
+
+    def run(self, hidden: Tensor, loss_index: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`Live.run`, always with the same ``loss_index``."""
+        if self.refused is None:
+            with Watch() as watch:
+                found = self._live.run(hidden, loss_index)
+            self.refused = watch.refused
+            return found
+        if self.refused or not hidden.is_cuda:
+            return self._live.run(hidden, loss_index)
+        if self._graph is None:
+            self._graph = self._captured(hidden, loss_index)
+        states = self._graph(hidden)
+        return states[0], states[-1]
+
+    def _captured(self, hidden: Tensor, loss_index: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def call(states: Tensor) -> tuple[Tensor, ...]:
+            at_loss, last = self._live.run(states, loss_index)
+            return (last,) if at_loss is last else (at_loss, last)
+
+        sample = hidden.detach().clone().requires_grad_(True)
+        # One call before the capture readies the libraries on its stream.
+        graph: Any = torch.cuda.make_graphed_callables(call, (sample,), num_warmup_iters=1)
+        return graph
+
+    def select(self, rows: Tensor, first: Tensor, wanted: Tensor | None = None) -> Live:
+        """As :meth:`Live.select`."""
+        return self._live.select(rows, first, wanted)

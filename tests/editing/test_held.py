@@ -1,0 +1,103 @@
+"""Requests that stay in a run while others leave it; and what may be captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from coachhook.editing.encoding import encode_requests
+from coachhook.editing.held import Held
+from coachhook.editing.replay import Replayed, Watch
+from coachhook.editing.targets import optimise_targets
+from coachhook.models import describe
+
+
+def hold(monkeypatch) -> list[int]:
+    """Hold requests on a processor too; collects the number of those in each run that is made."""
+    made: list[int] = []
+    start = Held.__init__
+
+    def noted(self, suffix, problem, there, requests):
+        made.append(len(requests))
+        start(self, suffix, problem, there, requests)
+
+    monkeypatch.setattr(Held, "suits", staticmethod(lambda suffix, _: suffix.replays))
+    monkeypatch.setattr(Held, "__init__", noted)
+    return made
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_targets_are_those_of_runs_without_the_others(make_editor, requests, monkeypatch, kl):
+    """With tied requests, rewordings that join, places that differ and longer targets."""
+    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    batch = encode_requests(tokenizer, requests[:7], editor.config.contexts, None)
+    unknown = replace(requests[5], target_new="Marie Antoinette Fontaine")
+    batch += encode_requests(tokenizer, [unknown], editor.config.contexts, None)
+    others = [request.contexts[0] for request in batch[2:5]]
+    batch = [replace(r, rewordings=others) if i % 2 else r for i, r in enumerate(batch)]
+    config = editor.config.with_(target_steps=9, target_kl=kl)
+
+    def found():
+        ties = [0, 1, 2, 0, 4, 5, 6, 7]
+        return optimise_targets(model, describe(model), batch, config, pad_id=0, ties=ties)
+
+    alone = found()
+    made = hold(monkeypatch)
+    together = found()
+    assert made[0] == len(batch) and len(made) > 1 and made == sorted(made, reverse=True)
+    assert together.steps == alone.steps and together.converged == alone.converged
+    torch.testing.assert_close(together.deltas, alone.deltas, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together.losses, alone.losses, rtol=1e-9, atol=1e-9)
+
+
+def test_without_graphs_nobody_is_held(make_editor, requests, monkeypatch):
+    """What cannot be captured is seen in the first run, which goes on without the others then."""
+    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    batch = encode_requests(tokenizer, requests[:4], editor.config.contexts, None)
+    alone = optimise_targets(model, describe(model), batch, editor.config, pad_id=0)
+    made = hold(monkeypatch)
+    block = model.get_submodule(describe(model).layers[-1].block_path)
+    handle = block.register_forward_pre_hook(lambda *_: torch.ones(1).item() and None)
+    try:
+        together = optimise_targets(model, describe(model), batch, editor.config, pad_id=0)
+    finally:
+        handle.remove()
+    assert made == [4]
+    torch.testing.assert_close(together.deltas, alone.deltas, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "refused"),
+    [
+        (lambda x: (x @ x).relu().sum(), False),
+        (lambda x: x[torch.tensor([0, 1])], False),
+        (lambda x: x.sum().item(), True),
+        (lambda x: x[x > 0], True),
+        (lambda x: x.to("meta"), True),
+        (lambda x: bool(torch.equal(x, x)), True),
+    ],
+)
+def test_what_the_host_must_know_is_seen(call, refused):
+    with Watch() as watch:
+        call(torch.eye(3))
+    assert bool(watch.refused) is refused
+
+
+def test_a_run_is_watched_once(make_editor):
+    class Run:
+        hidden = torch.ones(2, 3)
+        calls = 0
+
+        def run(self, hidden, loss_index):
+            self.calls += 1
+            return hidden + loss_index, hidden
+
+    run = Run()
+    replayed = Replayed(run)
+    assert replayed.refused is None and replayed.hidden is run.hidden
+    for _ in range(3):
+        at_loss, last = replayed.run(run.hidden, 1)
+        assert torch.equal(at_loss, last + 1)
+    assert replayed.refused == set() and not replayed.replays and run.calls == 3
