@@ -124,13 +124,15 @@ def cases(arch: int) -> Iterator[Case]:
     yield project("with W0, bf16 x, bf16 dense", "fused_single", "bf16", "bf16", 4096, True)
     yield project("with W0, fp16 x, fp32 dense", "fused_pair", "fp16", "fp32", 4096, True)
 
-    def correct(name: str, y: str, full: bool, lift: bool, own: bool) -> Case:
+    def correct(name: str, y: str, full: bool, lift: bool, own: str = "") -> Case:
         tile = policy.correct_full if full else policy.correct
         pointers = {"y_ptr": y, "feature_ptr": "fp32", "index_ptr": "i32", "count_ptr": "i32"}
         if lift:
             pointers["lift_ptr"] = "fp32"
         if own:
-            pointers |= {"winner_ptr": "i32", "groups_ptr": "i64", "magnitude_ptr": "fp32"}
+            pointers |= {"winner_ptr": "i32", "magnitude_ptr": "fp32"}
+        if own == "group":
+            pointers["groups_ptr"] = "i64"
         constants = {
             "PRECISION": "ieee" if full else "tf32x3",
             "BT": tile.tokens,
@@ -138,14 +140,15 @@ def cases(arch: int) -> Iterator[Case]:
             "BK": tile.depth,
         }
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        mma = "any" if lift and not full else ""
+        mma = "any" if lift and not full and own != "edit" else ""
         return Case(f"correct, {name}", "_correct_kernel", pointers, constants, options, mma)
 
-    yield correct("bf16 y", "bf16", full=False, lift=True, own=False)
-    yield correct("fp16 y", "fp16", full=False, lift=True, own=False)
-    yield correct("bf16 y, own group", "bf16", full=False, lift=True, own=True)
-    yield correct("bf16 y, dense", "bf16", full=False, lift=False, own=False)
-    yield correct("fp32 y", "fp32", full=True, lift=True, own=False)
+    yield correct("bf16 y", "bf16", full=False, lift=True)
+    yield correct("fp16 y", "fp16", full=False, lift=True)
+    yield correct("bf16 y, own group", "bf16", full=False, lift=True, own="group")
+    yield correct("bf16 y, own edit", "bf16", full=False, lift=True, own="edit")
+    yield correct("bf16 y, dense", "bf16", full=False, lift=False)
+    yield correct("fp32 y", "fp32", full=True, lift=True)
 
     per_token = {"magnitude_ptr": "fp32", "z_ptr": "fp32", "fired_ptr": "u8"}
     block = launcher._REDUCE_TOKENS, launcher._REDUCE_FEATURES

@@ -81,7 +81,7 @@ bench cholesky 35 20
 bench gram 20 5
 bench statistics 30 5
 bench model 30 20
-bench hooked_linear 60 48
+bench hooked_linear 64 52
 bench overhead 15 5
 stage launches 30 launches.json "$python" benchmarks/gpu/launches.py --json
 stage resources 25 resources.json "$python" benchmarks/gpu/resources.py --json --arch "$capability"

@@ -54,7 +54,8 @@ _GPU_SIZES = [(4096, 14336), (1600, 6400), (4096, 16384), (8192, 28672)]
 _GPU_RANKS = [128, 0, 32, 512]  # 0: dense
 _GPU_TOKENS = [1, 8, 64, 512, 4096]
 _GPU_QUICK = [(4096, 14336)], [128, 0], [1, 64, 4096]
-# The one rank at which everything is compared; the others have the backend that "auto" takes.
+# The rank and the first size at which every backend and way is compared; elsewhere the backend that
+# "auto" takes, and other ranks at the first size only.
 _MAIN_RANK = 128
 # Edits with cues: that many, and as many as the default preset makes of a thousand facts.
 _GPU_EDITS = [_MAIN_RANK, 2048]
@@ -213,10 +214,11 @@ def _gpu_load(tokens: int, storage: str) -> Load:
     return Load(1, tokens, "sequence", storage)
 
 
-def _ways(tokens: int, storage: str) -> list[tuple[str, str]]:
+def _ways(tokens: int, storage: str, first: bool) -> list[tuple[str, str]]:
     """Backends, and names of the ways other than the default that they have here."""
     if tokens <= _DECODING_TOKENS:
-        return [("cuda", way) for way in ("fused", "overlapped", "fused overlapped")]
+        ways = ("fused", "overlapped", "fused overlapped") if first else ("fused", "overlapped")
+        return [("cuda", way) for way in ways]
     return [("triton", "fused"), ("triton", "library")] if storage == "dense" else []
 
 
@@ -227,7 +229,8 @@ def _gpu_cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> 
         for rank in ranks:
             storage = "factored" if rank else "dense"
             main = kind == torch.bfloat16 and rank in (0, _MAIN_RANK)
-            for m, n in sizes:
+            for m, n in sizes if main else sizes[:1]:
+                first = (m, n) == sizes[0]
                 layer = Layer(m, n, rank or _MAIN_RANK, kind, device)
                 if not rank:
                     layer.dense = layer.dense.to(kind)  # the floor of the goal reads it so
@@ -237,12 +240,12 @@ def _gpu_cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> 
                     x = torch.randn(
                         load.batch, load.tokens, n, generator=generator, device=device
                     ).to(kind)
-                    # Compiling takes longer than all else together: one shape, and once a load.
-                    compiles = main and (m, n) == _GPU_SIZES[0]
+                    # Compiling takes longer than all else together: one load stands for the others.
+                    compiles = main and first and bool(rank) and tokens == counts[-1]
                     backends = _backends(device)
-                    for backend in backends if main else ["auto"]:
+                    for backend in backends if main and first else ["auto"]:
                         yield _case(layer, x, load, backend, compiles and backend == backends[0])
-                    for backend, way in _ways(tokens, storage) if main else ():
+                    for backend, way in _ways(tokens, storage, first) if main else ():
                         if backend in backends:
                             yield _case(layer, x, load, backend, False, way)
             if main and rank:

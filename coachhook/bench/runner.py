@@ -24,7 +24,7 @@ _GRAPH = " in a graph"
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 200
 # Per case. A GPU has many more cases, and its clock is quieter.
-_SECONDS = {"cpu": 4.0, "cuda": 0.4}
+_SECONDS = {"cpu": 4.0, "cuda": 0.2}
 _QUICK_SECONDS = 0.5
 # Larger than the caches: between two timed calls they are overwritten.
 _FLUSH_BYTES = {"cpu": 64 * 1024**2, "cuda": 256 * 1024**2}

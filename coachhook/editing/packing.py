@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # Tokens whose cost is that of starting one more group of rows: kernel launches and Python. On a CPU
-# for each of its threads, which make tokens cheaper and starting no faster, up to a number; on a GPU
-# the 65 or so kernels of a block and its gradient, of 3 us and more, against .2 us for a token.
+# for each of its threads, which make tokens cheaper and starting no faster, up to a number. On a
+# GPU the 65 or so kernels of a block and its gradient, of 3 us and more, against .2 us for a token.
 _THREAD_COST, _MOST_COST, _GPU_COST = 16, 256, 1024
 # What one more run of the whole network costs, in runs of one block.
 MODEL_COST = 4

@@ -429,6 +429,14 @@ def _correct_kernel(
     p_feature = feature_ptr + o_t[:, None] * pitch
     if lift_ptr is None:
         b_added = tl.load(p_feature + o_m[None, :], mask=m_y, other=0.0)
+    elif winner_ptr is not None and groups_ptr is None:
+        # One edit's column alone: thousands of others need not be looked at.
+        b_winner = tl.load(winner_ptr + o_t, mask=m_t, other=0)[:, None]
+        b_total = tl.load(magnitude_ptr + o_t, mask=m_t, other=1.0)[:, None]
+        b_f = tl.load(p_feature + b_winner, mask=m_t[:, None], other=0.0)
+        b_f = b_f / tl.where(b_total == 0, 1.0, b_total)
+        p_lift = lift_ptr + o_m[None, :].to(tl.int64) * stride_lift + b_winner
+        b_added = b_f * tl.load(p_lift, mask=m_y, other=0.0).to(tl.float32)
     else:
         o_k = tl.arange(0, BK)
         b_added = tl.zeros((BT, BM), tl.float32)
@@ -442,9 +450,7 @@ def _correct_kernel(
                 p_feature + (k + o_k)[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0
             )
             if winner_ptr is not None:
-                b_group = k + o_k
-                if groups_ptr is not None:
-                    b_group = tl.load(groups_ptr + k + o_k, mask=m_k, other=-1).to(tl.int32)
+                b_group = tl.load(groups_ptr + k + o_k, mask=m_k, other=-1).to(tl.int32)
                 b_own = b_group[None, :] == b_winner[:, None]
                 b_f = tl.where(b_own, b_f, 0.0) / b_total[:, None]
             p_lift = lift_ptr + o_m[None, :].to(tl.int64) * stride_lift + (k + o_k)[:, None]
