@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from coachhook.editing.prior import FactoredPrior
 from coachhook.ops import cholesky_update_
 
 # The error of a solution is about eps cond(G); the pivots of G bound its condition from below.
-_PIVOT_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
+PIVOT_LIMIT = {torch.float64: 1e6, torch.float32: 1e3}
 _OUTWEIGHS = 1e6
 
 
@@ -52,21 +53,38 @@ def solve_both(root: Tensor, right: Tensor) -> Tensor:
     return solve_transposed(root, solve_lower(root, right))
 
 
-@dataclass
-class _Buffers:
-    """Storage with spare rows, shared by spaces that were appended to one another."""
+@dataclass(eq=False)
+class Buffers:
+    """Storage with spare rows, shared by spaces that were appended to one another.
+
+    Attributes:
+        keys: [capacity, n]; spare rows hold anything, as in ``solved`` and ``targets``.
+        solved: [capacity, n].
+        targets: [capacity, m].
+        root: [capacity, capacity].
+        users: the living spaces.
+        inverse: root^-1 [capacity, capacity] in its first ``inverted`` rows, which are zero right
+            of the diagonal. None until it is asked for.
+        inverted: these rows.
+        harmless: whether the other rows of the inverse are finite.
+        steps: what appends in fixed shapes keep for the next one, by their number of rows.
+    """
 
     keys: Tensor
     solved: Tensor
     targets: Tensor
     root: Tensor
     users: weakref.WeakSet[EditSpace] = field(default_factory=weakref.WeakSet)
+    inverse: Tensor | None = None
+    inverted: int = 0
+    harmless: bool = True
+    steps: dict[int, Any] = field(default_factory=dict)
 
     def has_room(self, count: int, total: int) -> bool:
         """Whether rows count..total-1 exist and belong to no living space."""
         return total <= len(self.keys) and all(len(space) <= count for space in self.users)
 
-    def grown(self, count: int, capacity: int) -> _Buffers:
+    def grown(self, count: int, capacity: int) -> Buffers:
         """A copy of the first ``count`` rows with room for ``capacity``."""
         rows = []
         for old in (self.keys, self.solved, self.targets):
@@ -75,7 +93,29 @@ class _Buffers:
             rows.append(new)
         root = self.root.new_zeros(capacity, capacity)
         root[:count, :count] = self.root[:count, :count]
-        return _Buffers(rows[0], rows[1], rows[2], root)
+        return Buffers(rows[0], rows[1], rows[2], root)
+
+    def inverse_of(self, count: int) -> Tensor:
+        """The inverse, right in its first ``count`` rows and finite in all, for finite roots.
+
+        Rows that are missing border those that are there: ``c^-1 [-B R^-1, I]`` for rows
+        ``[B, c]`` of the root below the part R.
+        """
+        if self.inverse is None:
+            self.inverse = torch.zeros_like(self.root)
+        if not self.harmless:
+            self.inverse[self.inverted :] = 0
+            self.harmless = True
+        done = self.inverted
+        if done < count:
+            rows = self.inverse[done:count]
+            rows.zero_()
+            rows[:, done:count].fill_diagonal_(1)
+            rows[:, :done] = -(self.root[done:count, :done] @ self.inverse[:done, :done])
+            corner = self.root[done:count, done:count]
+            rows.copy_(torch.linalg.solve_triangular(corner, rows, upper=False))
+            self.inverted = count
+        return self.inverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +133,9 @@ class EditSpace:
     solved: Tensor
     targets: Tensor
     root: Tensor
-    _buffers: _Buffers
+    _buffers: Buffers
     _origin: weakref.ref[EditSpace] | None = None
+    _pivots: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         self._buffers.users.add(self)
@@ -102,7 +143,7 @@ class EditSpace:
     @classmethod
     def of(cls, keys: Tensor, solved: Tensor, targets: Tensor, root: Tensor) -> EditSpace:
         """A space of these tensors, which are not copied before keys are added."""
-        return cls(keys, solved, targets, root, _Buffers(keys, solved, targets, root))
+        return cls(keys, solved, targets, root, Buffers(keys, solved, targets, root))
 
     @classmethod
     def build(cls, prior: FactoredPrior, keys: Tensor, targets: Tensor) -> EditSpace:
@@ -122,12 +163,27 @@ class EditSpace:
         pivots = self.root.diagonal().square()
         if not len(self):
             return torch.ones((), dtype=torch.bool, device=pivots.device)
-        return pivots.max() <= _PIVOT_LIMIT[self.root.dtype] * pivots.min()
+        return pivots.max() <= PIVOT_LIMIT[self.root.dtype] * pivots.min()
 
     @property
     def is_well_conditioned(self) -> bool:
         """The value of :attr:`conditioned`."""
         return bool(self.conditioned)
+
+    def pivots(self) -> tuple[float, float]:
+        """Least and largest squared pivot of G, infinite and 0 without keys.
+
+        Waits for a GPU where no append in fixed shapes has told them.
+        """
+        if self._pivots is None:
+            pivots = (float("inf"), 0.0)
+            if len(self):
+                squares = self.root.diagonal().square()
+                least, largest = torch.stack(torch.aminmax(squares)).tolist()
+                pivots = least, largest
+            object.__setattr__(self, "_pivots", pivots)  # what follows from the rest is no change
+        assert self._pivots is not None
+        return self._pivots
 
     @property
     def outweighs_prior(self) -> bool:
@@ -154,15 +210,55 @@ class EditSpace:
         buffers.targets[old:total] = targets
         buffers.root[old:total, :old] = border.mT
         buffers.root[old:total, old:total] = corner
-        space = EditSpace(
+        buffers.inverted = min(buffers.inverted, old)
+        return self._followed_by(buffers, total), finite
+
+    def _followed_by(
+        self, buffers: Buffers, total: int, pivots: tuple[float, float] | None = None
+    ) -> EditSpace:
+        """The space of the first ``total`` rows of buffers whose first rows are this space's."""
+        return EditSpace(
             buffers.keys[:total],
             buffers.solved[:total],
             buffers.targets[:total],
             buffers.root[:total, :total],
             buffers,
             weakref.ref(self),
+            pivots,
         )
-        return space, finite
+
+    def with_room(self, rows: int, least: int, multiple: int) -> Buffers:
+        """Buffers of this space with ``rows`` rows after its own that belong to no living space.
+
+        Where there are none the space moves into larger ones, bit for bit: appended to again after
+        a snapshot was restored, it is to find the same buffers and what is kept with them.
+
+        Args:
+            rows: how many.
+            least: rows of new buffers, at least.
+            multiple: of which the rows of new buffers are a multiple.
+        """
+        old, buffers = len(self), self._buffers
+        if buffers.has_room(old, old + rows):
+            return buffers
+        capacity = max(old + rows, old * 3 // 2, least)
+        grown = buffers.grown(old, -(-capacity // multiple) * multiple)
+        buffers.users.discard(self)
+        for name in ("keys", "solved", "targets"):
+            object.__setattr__(self, name, getattr(grown, name)[:old])
+        object.__setattr__(self, "root", grown.root[:old, :old])
+        object.__setattr__(self, "_buffers", grown)
+        grown.users.add(self)
+        return grown
+
+    def extended(self, keys: int, pivots: tuple[float, float]) -> EditSpace:
+        """This space and the ``keys`` rows after it, which were written in its buffers.
+
+        Args:
+            keys: how many.
+            pivots: least and largest squared pivot of G with them.
+        """
+        return self._followed_by(self._buffers, len(self) + keys, pivots)
 
     def _bordered(
         self, prior: FactoredPrior, keys: Tensor

@@ -17,10 +17,12 @@ _ROWS = 512
 _FLOAT32_CONDITION = 1e5
 # Relative errors of Delta from subtracted keys that a caller will want to know of.
 _SPOILT = {torch.float64: 1e-10, torch.float32: 1e-3}
-# On a GPU the inverses of about four diagonal blocks are kept, of at most 2,048 rows: an eighth of
-# the factor's memory at n = 16,384 and two launches for each block and solve.
-_STEPS = 4
-_MOST_ROWS = 2048
+# On a GPU the inverses of a few diagonal blocks are kept, two launches for each block and solve: of
+# two blocks up to n = 8,192, where larger ones are faster; beyond, of at most 2,048 rows, an eighth
+# of the factor's memory at n = 16,384.
+_SMALL = 8192
+_STEPS, _SMALL_STEPS = 4, 2
+_MOST_ROWS, _SMALL_MOST_ROWS = 2048, 4096
 
 
 class FactoredPrior:
@@ -35,18 +37,19 @@ class FactoredPrior:
         self._blocked: BlockedFactor | None = None
 
     @property
-    def _in_blocks(self) -> bool:
+    def in_blocks(self) -> bool:
+        """Whether solves are chains of products: on a GPU."""
         return self.factor.is_cuda
 
     def solve(self, right: Tensor) -> Tensor:
         """``L^-1 right`` for right [n, k]."""
-        if not self._in_blocks:
+        if not self.in_blocks:
             return torch.linalg.solve_triangular(self.factor, right, upper=False)
         return self._blocks().solve(right)
 
     def solve_transposed(self, right: Tensor) -> Tensor:
         """``L^-T right`` for right [n, k]."""
-        if not self._in_blocks:
+        if not self.in_blocks:
             return solve_transposed(self.factor, right)
         return self._blocks().solve_transposed(right)
 
@@ -67,7 +70,10 @@ class FactoredPrior:
 
     def _blocks(self) -> BlockedFactor:
         if self._blocked is None:
-            rows = block_rows(len(self.factor), _STEPS, _MOST_ROWS)
+            small = len(self.factor) <= _SMALL
+            steps = _SMALL_STEPS if small else _STEPS
+            most = _SMALL_MOST_ROWS if small else _MOST_ROWS
+            rows = block_rows(len(self.factor), steps, most)
             self._blocked = BlockedFactor(self.factor, rows)
         return self._blocked
 
@@ -121,13 +127,8 @@ def check_finite(op: str, name: str, rows: Tensor) -> None:
         )
 
 
-def columns_by_row(
-    op: str, name: str, value: Tensor, length: int, *, like: Tensor, look: bool
-) -> Tensor:
-    """The columns of a checked matrix [length, k] as rows, in the dtype of a factor on its device.
-
-    With ``look`` the values are checked too, which waits for a GPU.
-    """
+def check_columns(op: str, name: str, value: Tensor, length: int, like: Tensor) -> None:
+    """Refuses all but a floating-point matrix [length, k] on the device of a factor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
@@ -141,9 +142,21 @@ def columns_by_row(
             f"{op}: {name} must be on {like.device} like the prior, got {value.device}; "
             f"move them with {name}.to(memory.device)"
         )
-    rows = value.detach().mT.to(like.dtype).contiguous()
-    if look:
-        check_finite(op, name, rows)
+
+
+def by_row(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The columns of a matrix as the rows of a contiguous one."""
+    return value.detach().mT.to(dtype).contiguous()
+
+
+def columns_by_row(op: str, name: str, value: Tensor, length: int, *, like: Tensor) -> Tensor:
+    """The columns of a checked, finite matrix [length, k] as rows, in the dtype of a factor.
+
+    Waits for a GPU.
+    """
+    check_columns(op, name, value, length, like)
+    rows = by_row(value, like.dtype)
+    check_finite(op, name, rows)
     return rows
 
 

@@ -59,8 +59,8 @@ def test_error_is_within_ten_times_that_of_a_joint_solve(condition, isotropic):
 
 @pytest.mark.parametrize("max_keys", CAPS)
 def test_solves_in_blocks_as_on_a_gpu(max_keys, monkeypatch):
-    monkeypatch.setattr(priors.FactoredPrior, "_in_blocks", True)
-    monkeypatch.setattr(priors, "_MOST_ROWS", 64)
+    monkeypatch.setattr(priors.FactoredPrior, "in_blocks", True)
+    monkeypatch.setattr(priors, "_SMALL_MOST_ROWS", 64)
     prior, root = spd(150, 1e6)
     made = batches(root, 12, 5, M)
     memory = filled(prior, made, max_keys=max_keys)
