@@ -200,29 +200,12 @@ class Step:
             self._graph.replay()
             return self._summary
         self._runs += 1
-        if self._runs != _CAPTURED_RUN or not self.keys.is_cuda:
-            return write_rows(self, buffers, _InTurn())
-        with torch.cuda.device(self.keys.device):
+        summary = write_rows(self, buffers, _InTurn())
+        if self._runs == _CAPTURED_RUN and self.keys.is_cuda:
             try:
-                place = _workplace(self.keys.device)
+                self._graph, self._summary = _captured(self, buffers)
             except RuntimeError as error:
                 _warn_of_no_graph(error)
-                return write_rows(self, buffers, _InTurn())
-            return self._run_and_capture(buffers, place)
-
-    def _run_and_capture(self, buffers: Buffers, place: _Workplace) -> Tensor:
-        """A run, and the graph for those that follow; where there is none they stay slow."""
-        here, streams = torch.cuda.current_stream(), _TwoStreams(place.second)
-        # On the streams of the capture: libraries take memory for a stream when they first use it,
-        # and what a graph takes while it is captured is its own.
-        place.first.wait_stream(here)
-        with torch.cuda.stream(place.first):
-            summary = write_rows(self, buffers, streams)
-        here.wait_stream(place.first)
-        try:
-            self._graph, self._summary = _captured(place, self, buffers, streams)
-        except RuntimeError as error:
-            _warn_of_no_graph(error)
         return summary
 
 
@@ -230,7 +213,7 @@ def _warn_of_no_graph(error: RuntimeError) -> None:
     """Of what a driver, a library or the free memory objected to."""
     warnings.warn(
         f"append: a CUDA graph could not be captured, so that appends take longer ({error})",
-        stacklevel=7,
+        stacklevel=6,
     )
 
 
@@ -299,20 +282,21 @@ def _workplace(device: torch.device) -> _Workplace:
     return _Workplace(first, second, pool, keeper)
 
 
-def _captured(
-    place: _Workplace, step: Step, buffers: Buffers, streams: _InTurn
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _captured(step: Step, buffers: Buffers) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of :func:`write_rows` and the tensor that a replay leaves its result in.
 
-    Not by ``torch.cuda.graph``, which gives all cached memory back to the driver first.
+    Not by ``torch.cuda.graph``, which gives all cached memory back to the driver first. Nothing
+    else runs on the two streams, so that the workspaces that libraries have for them lie in the
+    pool of the graphs, and nobody can free them for another use.
     """
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(place.first):
-        # Other threads may go on using the GPU meanwhile.
-        graph.capture_begin(place.pool, capture_error_mode="thread_local")
-        try:
-            summary = write_rows(step, buffers, streams)
-        finally:
-            graph.capture_end()
+    with torch.cuda.device(step.keys.device):
+        place, graph = _workplace(step.keys.device), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(place.first):
+            # Other threads may go on using the GPU meanwhile.
+            graph.capture_begin(place.pool, capture_error_mode="thread_local")
+            try:
+                summary = write_rows(step, buffers, _TwoStreams(place.second))
+            finally:
+                graph.capture_end()
     return graph, summary

@@ -194,6 +194,8 @@ def test_the_host_waits_once(form):
     assert waits(lambda: cholesky_update_solve_(factor, keys, backend="cuda")) == 1
     memory = EditMemory(square(factor), 4)
     targets = torch.randn(4, 8, dtype=F64, device="cuda")
+    memory.append(keys, targets)
+    # The next one captures a graph, which waits for the device.
     assert waits(lambda: memory.append(keys, targets)) == 1
 
 
