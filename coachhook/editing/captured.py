@@ -230,8 +230,8 @@ def write_rows(step: Step, buffers: Buffers, streams: _InTurn) -> Tensor:
     """
     rows, inverse = step.keys, buffers.inverse
     assert inverse is not None
-    there, beyond = step.at + step.places[: len(rows)], step.places >= step.at
     with streams.aside():
+        there, beyond = step.at + step.places[: len(rows)], step.places >= step.at
         overlap = (rows @ buffers.solved.mT).masked_fill_(beyond, 0)
         border = (overlap @ inverse.mT).masked_fill_(beyond, 0)
         outer = (border @ inverse).neg_().index_copy_(1, there, step.unit)
@@ -239,8 +239,8 @@ def write_rows(step: Step, buffers: Buffers, streams: _InTurn) -> Tensor:
         buffers.targets.index_copy_(0, there, step.targets)
         lowest, highest = torch.aminmax(step.targets)
     half = step.prior.solve(rows.mT)
-    corner = half.mT @ half
     with streams.aside():
+        corner = half.mT @ half
         corner.diagonal().add_(1)
         schur = torch.addmm(corner, border, border.mT, alpha=-1)
         # Twice, as a batch: that form of cuSOLVER's is a plain launch, which a graph can hold.

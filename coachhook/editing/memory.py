@@ -96,7 +96,7 @@ class EditMemory:
     solves are chains of products with the inverses of diagonal blocks of the factor, an eighth of
     its memory at n = 16,384 and up to half of it below 8,193; from the third append of about as
     many keys on all of it is one CUDA graph, until the room for keys has to grow; and an append
-    that folds nothing waits for the GPU once.
+    that folds nothing waits for the GPU once, after a removal twice.
 
     Raises:
         TypeError, ValueError: an argument does not fit.

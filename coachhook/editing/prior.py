@@ -70,12 +70,15 @@ class FactoredPrior:
 
     def _blocks(self) -> BlockedFactor:
         if self._blocked is None:
-            small = len(self.factor) <= _SMALL
-            steps = _SMALL_STEPS if small else _STEPS
-            most = _SMALL_MOST_ROWS if small else _MOST_ROWS
-            rows = block_rows(len(self.factor), steps, most)
-            self._blocked = BlockedFactor(self.factor, rows)
+            self._blocked = BlockedFactor(self.factor, kept_rows(len(self.factor)))
         return self._blocked
+
+
+def kept_rows(n: int) -> int:
+    """Rows of the diagonal blocks of a factor [n, n] whose inverses are kept."""
+    if n <= _SMALL:
+        return block_rows(n, _SMALL_STEPS, _SMALL_MOST_ROWS)
+    return block_rows(n, _STEPS, _MOST_ROWS)
 
 
 def regularized_prior(covariance: Tensor, weight: float, ridge: float) -> Tensor:
