@@ -8,7 +8,7 @@ namespace {
 
 constexpr const char* kRotationsOp = "cholesky_rotations";
 constexpr const char* kApplyOp = "cholesky_apply";
-constexpr int64_t kMaxRows = int64_t{1} << 20;  // blocks of 64 rows are a second grid dimension
+constexpr int64_t kMaxRows = int64_t{1} << 20;  // blocks of rows are a second grid dimension
 
 Status check(const RotationParams& p) {
   COACHHOOK_REQUIRE(p.n >= 1 && p.n <= kMaxRows, kRotationsOp, "n", "from 1 to 2^20", p.n);
@@ -59,12 +59,17 @@ Status launch_apply(const ApplyParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.n, p.chunk)),
                   static_cast<unsigned>(ceil_div(p.n, Traits::kRows)));
   const dim3 block(Traits::kThreads);
-  const bool aligned = reinterpret_cast<uintptr_t>(p.factor) % sizeof(Chunk<T>) == 0 &&
-                       p.column_stride == 1 && (p.row_stride * sizeof(T)) % sizeof(Chunk<T>) == 0;
-  if (aligned) {
-    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, true>), grid, block, stream, p);
+  const auto aligned = [&p](int64_t unit, int64_t stride, size_t bytes) {
+    return unit == 1 && reinterpret_cast<uintptr_t>(p.factor) % bytes == 0 &&
+           stride * sizeof(T) % bytes == 0;
+  };
+  if (aligned(p.column_stride, p.row_stride, sizeof(Chunk<T>))) {
+    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kRows>), grid, block, stream, p);
+  } else if (aligned(p.row_stride, p.column_stride, sizeof(Pair<T>))) {
+    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kColumns>), grid, block, stream,
+                     p);
   } else {
-    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, false>), grid, block, stream, p);
+    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kAny>), grid, block, stream, p);
   }
   return launched(kApplyOp, "apply_rotations_kernel");
 }

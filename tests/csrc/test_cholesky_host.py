@@ -138,10 +138,15 @@ def run_rotations(host: Host, case: Update, order: int = 0, inverse: bool = True
 def stored(case: Update, layout: str) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     """A buffer with L in it and NaN elsewhere, its view as [n, n], and (strides, offset)."""
     n, real = case.n, case.real
-    pitch, offset = {"aligned": (-(-n // 4) * 4, 0), "odd": (n + 3 - n % 2, 1)}.get(layout, (n, 0))
+    pitch, offset = {
+        "aligned": (-(-n // 4) * 4, 0),
+        "odd": (n + 3 - n % 2, 1),
+        "columns": (n + n % 2, 0),
+        "odd columns": (n + 1 - n % 2, 1),
+    }[layout]
     buffer = np.full(offset + n * pitch - (pitch - n), np.nan, real)
     item = buffer.itemsize
-    strides = (item, pitch * item) if layout == "columns" else (pitch * item, item)
+    strides = (item, pitch * item) if "columns" in layout else (pitch * item, item)
     view = np.lib.stride_tricks.as_strided(buffer[offset:], (n, n), strides)
     view[np.tril_indices(n)] = case.factor[np.tril_indices(n)]
     return buffer, view, (strides[0] // item, strides[1] // item, offset)
@@ -236,8 +241,10 @@ def test_uneven_pivots_are_flagged(host: Host) -> None:
 
 
 @pytest.mark.parametrize("real", REALS)
-@pytest.mark.parametrize("layout", ["aligned", "odd", "columns"])
-@pytest.mark.parametrize("n, k, chunk", [(1, 1, 32), (33, 40, 64), (100, 8, 32), (96, 64, 96)])
+@pytest.mark.parametrize("layout", ["aligned", "odd", "columns", "odd columns"])
+@pytest.mark.parametrize(
+    "n, k, chunk", [(1, 1, 32), (33, 40, 64), (100, 8, 32), (96, 64, 96), (211, 5, 64)]
+)
 def test_apply(host: Host, real: str, layout: str, n: int, k: int, chunk: int) -> None:
     case = make(n, k, real, chunk=chunk)
     before, after = run_apply(host, case, layout)
@@ -278,7 +285,7 @@ def test_thread_order_does_not_change_a_bit(host: Host) -> None:
 def test_layout_and_chunks_do_not_change_the_result(host: Host) -> None:
     case = make(100, 5)
     aligned = np.tril(run_apply(host, case)[1])
-    for layout in ("odd", "columns"):
+    for layout in ("odd", "columns", "odd columns"):
         np.testing.assert_array_equal(np.tril(run_apply(host, case, layout)[1]), aligned)
     case.chunk = 32
     again = np.tril(run_apply(host, case)[1])

@@ -11,11 +11,12 @@ import pytest
 
 from tests.csrc.host import CSRC
 
-# Updates of L: 2 element types x 32 or 64 keys x aligned or not; panels: 4; prefix sums: 2.
-KERNELS = 8 + 4 + 2
+# Updates of L: 2 element types x 32 or 64 keys x 3 layouts; panels: 4; prefix sums: 2.
+KERNELS = 12 + 4 + 2
 # Static shared memory of a block on every architecture.
 SHARED = 48 << 10
-# A register file holds 65,536: two blocks of 128 threads, three of 256, sixteen of 64.
+# A register file holds 65,536: one block of 256 threads (of 384 and 168 registers with 32 keys),
+# three of 256, sixteen of 64.
 MAX_REGISTERS = {"apply": 255, "panel": 80, "prefix": 64}
 
 PATTERN = re.compile(
@@ -70,14 +71,19 @@ def test_float64_runs_on_tensor_cores_and_loads_16_bytes(tmp_path: Path) -> None
     bodies = re.split(r"\.visible \.entry ", target.read_text())[1:]
     named = {body.splitlines()[0]: body for body in bodies}
     kernels = {name: body for name, body in named.items() if "apply_rotations_kernel" in name}
-    assert len(kernels) == 8
+    assert len(kernels) == 12
     for name, body in kernels.items():
-        is_double, is_aligned = "kernelId" in name, "Lb1E" in name
+        is_double = "kernelId" in name
+        by_rows, by_columns = "LayoutE1" in name, "LayoutE2" in name
         columns = 64 if "Li64E" in name else 32
-        # Two tiles of 8 rows; L G of a diagonal block is the same code as that of the others.
-        products = 2 * 8 * (columns // 8) + 2 * 8 * 4 + 2 * (columns // 4) * 4
+        # Two tiles of 8 rows; L G of a diagonal block is the same code as that of the others, and
+        # G_jj is lower triangular in tiles of 8 x 8.
+        products = 2 * 8 * (columns // 8) + 2 * 2 * (4 + 3 + 2 + 1) + 2 * (columns // 4) * 4
         assert body.count("mma.sync.aligned.m8n8k4") == is_double * products, name
-        if is_aligned:
-            # 16 rows of 32 numbers by 32 lanes.
+        # 16 rows of 32 numbers by 32 lanes, before the loop and in it.
+        if by_rows:
             wide = re.findall(r"ld\.global\.(?:v2\.\w64|v4\.\w32)", body)
-            assert len(wide) >= (8 if is_double else 4), name
+            assert len(wide) >= 2 * (8 if is_double else 4), name
+        if by_columns:
+            pairs = re.findall(r"ld\.global\.v2\." + (r"\w64" if is_double else r"\w32"), body)
+            assert len(pairs) >= 2 * 8, name
