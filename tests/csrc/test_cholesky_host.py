@@ -195,7 +195,7 @@ def check_rotations(case: Update, got: Rotations) -> None:
 
 @pytest.mark.parametrize("real", REALS)
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("n, k", [(1, 1), (32, 5), (300, 3), (75, 33)])
+@pytest.mark.parametrize("n, k", [(1, 1), (32, 5), (300, 3), (75, 33), (70, 64)])
 def test_rotations(host: Host, real: str, sign: int, n: int, k: int) -> None:
     case = make(n, k, real, sign)
     got = run_rotations(host, case)
@@ -274,12 +274,12 @@ def test_a_failed_update_writes_nothing(host: Host) -> None:
 
 
 def test_thread_order_does_not_change_a_bit(host: Host) -> None:
-    case = make(70, 5)
-    rotations = run_rotations(host, case).rotations
-    factor = run_apply(host, case)[1]
-    for order in ORDERS[1:]:
-        np.testing.assert_array_equal(run_rotations(host, case, order).rotations, rotations)
-        np.testing.assert_array_equal(run_apply(host, case, order=order)[1], factor)
+    for case in (make(70, 5), make(70, 50)):
+        rotations = run_rotations(host, case).rotations
+        factor = run_apply(host, case)[1]
+        for order in ORDERS[1:]:
+            np.testing.assert_array_equal(run_rotations(host, case, order).rotations, rotations)
+            np.testing.assert_array_equal(run_apply(host, case, order=order)[1], factor)
 
 
 def test_layout_and_chunks_do_not_change_the_result(host: Host) -> None:
@@ -306,7 +306,8 @@ def test_sanitizers_find_nothing(sanitized: Host, order: int) -> None:
 
 def test_sanitizer_sees_an_access_outside(tmp_path: Path) -> None:
     """The net has no holes: an index one too far in the kernel is reported."""
-    source = mutated(tmp_path, "cholesky.cuh", "out[i] = value;", "out[i + 1] = value;")
+    right = "rotations[(kWidth + c) * kWidth + lane] = "
+    source = mutated(tmp_path, "cholesky_panels.cuh", right, right.replace("lane", "lane + 1"))
     program = build(tmp_path / "cholesky", *SANITIZE, csrc=source, driver=DRIVER)
     with pytest.raises(KernelFailure, match="heap-buffer-overflow"):
         run_rotations(Host(program), make(8, 4))
@@ -317,21 +318,25 @@ def everything(program: Host, case: Update, order: int) -> list[np.ndarray]:
     return [got.rotations, got.inverse, np.tril(run_apply(program, case, order=order)[1])]
 
 
-BARRIERS = len(re.findall(r"__syncthreads\(\);", (CSRC / "cholesky.cuh").read_text()))
+BARRIERS = [
+    (name, which)
+    for name in ("cholesky.cuh", "cholesky_panels.cuh")
+    for which in range(len(re.findall(r"__syncthreads\(\);", (CSRC / name).read_text())))
+]
 
 
-@pytest.mark.parametrize("which", range(BARRIERS))
-def test_every_barrier_is_needed(host: Host, tmp_path: Path, which: int) -> None:
+@pytest.mark.parametrize("name, which", BARRIERS)
+def test_every_barrier_is_needed(host: Host, tmp_path: Path, name: str, which: int) -> None:
     """Without it, some order of the threads gives another result."""
-    source = mutated(tmp_path, "cholesky.cuh", "__syncthreads();", "", which)
+    source = mutated(tmp_path, name, "__syncthreads();", "", which)
     broken = Host(build(tmp_path / "cholesky", "-O0", csrc=source, driver=DRIVER))
-    case = make(70, 3, chunk=96)
+    cases = make(70, 3, chunk=96), make(40, 33, chunk=96)
 
-    def differs(order: int) -> bool:
+    def differs(case: Update, order: int) -> bool:
         pairs = zip(everything(broken, case, order), everything(host, case, 0), strict=True)
         return any(not np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
-    assert any(differs(order) for order in ORDERS)
+    assert any(differs(case, order) for case in cases for order in ORDERS)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ KERNELS = 12 + 4 + 2
 # Static shared memory of a block on every architecture.
 SHARED = 48 << 10
 # A register file holds 65,536: one block of 256 threads (of 384 and 168 registers with 32 keys),
-# three of 256, sixteen of 64.
-MAX_REGISTERS = {"apply": 255, "panel": 80, "prefix": 64}
+# three of 128, sixteen of 64.
+MAX_REGISTERS = {"apply": 255, "panel": 168, "prefix": 64}
 
 PATTERN = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'"
