@@ -6,6 +6,21 @@ namespace ch = coachhook;
 
 namespace {
 
+void cholesky_invert(ch::Real real, int64_t n, int64_t rows, uintptr_t factor, int64_t row_stride,
+                     int64_t column_stride, uintptr_t inverses, int device, uintptr_t stream) {
+  ch::InverseParams p;
+  p.real = real;
+  p.n = n;
+  p.rows = rows;
+  p.factor = pointer<const void>(factor);
+  p.row_stride = row_stride;
+  p.column_stride = column_stride;
+  p.inverses = pointer<void>(inverses);
+  p.device = device;
+  p.stream = pointer<void>(stream);
+  raise_unless_ok(ch::cholesky_invert(p));
+}
+
 void cholesky_rotations(ch::Real real, int64_t n, int64_t keys, int64_t columns, int sign,
                         uintptr_t solved, uintptr_t sums, uintptr_t factor, int64_t diagonal_stride,
                         double margin, double pivot_limit, uintptr_t rotations, uintptr_t inverse,
@@ -57,6 +72,9 @@ void bind_cholesky(py::module_& m) {
       .value("float32", ch::Real::kFloat32)
       .value("float64", ch::Real::kFloat64);
   m.attr("CHOLESKY_WIDTH") = ch::kPanelWidth;
+  m.def("cholesky_invert", &cholesky_invert, py::kw_only(), py::arg("real"), py::arg("n"),
+        py::arg("rows"), py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"),
+        py::arg("inverses"), py::arg("device"), py::arg("stream"));
   m.def("cholesky_rotations", &cholesky_rotations, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("keys"), py::arg("columns"), py::arg("sign"), py::arg("solved"), py::arg("sums"),
         py::arg("factor"), py::arg("diagonal_stride"), py::arg("margin"), py::arg("pivot_limit"),

@@ -6,9 +6,19 @@
 namespace coachhook {
 namespace {
 
+constexpr const char* kInvertOp = "cholesky_invert";
 constexpr const char* kRotationsOp = "cholesky_rotations";
 constexpr const char* kApplyOp = "cholesky_apply";
 constexpr int64_t kMaxRows = int64_t{1} << 20;  // blocks of rows are a second grid dimension
+
+Status check(const InverseParams& p) {
+  COACHHOOK_REQUIRE(p.n >= 1 && p.n <= kMaxRows, kInvertOp, "n", "from 1 to 2^20", p.n);
+  COACHHOOK_REQUIRE(p.rows >= kInverseWidth && p.rows % kInverseWidth == 0 && p.rows <= kMaxRows,
+                    kInvertOp, "rows", "a multiple of 64, at most 2^20", p.rows);
+  COACHHOOK_REQUIRE(p.factor && p.inverses, kInvertOp, "factor and inverses", "non-null pointers",
+                    0);
+  return Status();
+}
 
 Status check(const RotationParams& p) {
   COACHHOOK_REQUIRE(p.n >= 1 && p.n <= kMaxRows, kRotationsOp, "n", "from 1 to 2^20", p.n);
@@ -30,6 +40,14 @@ Status check(const ApplyParams& p) {
   COACHHOOK_REQUIRE(p.factor && p.residuals && p.solved && p.rotations && p.status, kApplyOp,
                     "factor, residuals, solved, rotations and status", "non-null pointers", 0);
   return Status();
+}
+
+template <typename T>
+Status launch_invert(const InverseParams& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.n, kInverseWidth)),
+                  static_cast<unsigned>(p.rows / kInverseWidth));
+  COACHHOOK_LAUNCH(invert_diagonal_kernel<T>, grid, dim3(InverseTraits::kThreads), stream, p);
+  return launched(kInvertOp, "invert_diagonal_kernel");
 }
 
 template <typename T, int kColumns>
@@ -80,6 +98,16 @@ Status launch_apply(const ApplyParams& p, cudaStream_t stream) {
 }
 
 }  // namespace
+
+Status cholesky_invert(const InverseParams& p) {
+  const Status checked = check(p);
+  if (!checked.ok()) return checked;
+  const DeviceGuard guard(p.device);
+  if (guard.error() != cudaSuccess) return cuda_error(kInvertOp, "cudaSetDevice", guard.error());
+  const cudaStream_t stream = static_cast<cudaStream_t>(p.stream);
+  return p.real == Real::kFloat64 ? launch_invert<double>(p, stream)
+                                  : launch_invert<float>(p, stream);
+}
 
 Status cholesky_rotations(const RotationParams& p) {
   const Status checked = check(p);

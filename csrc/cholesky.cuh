@@ -1,5 +1,6 @@
 // Kernels of the rank-k update of a Cholesky factor; cholesky.h has the formulas.
 //
+//   inverses of diagonal blocks of L of 64 rows                       invert_diagonal_kernel
 //   exclusive prefix sums of the panels' X_j^T X_j                         prefix_sums_kernel
 //   G_jj and W_j of every panel, and all that can fail                panel_rotations_kernel
 //   L <- L G, each tile read once and written once               apply_rotations_kernel
@@ -8,6 +9,7 @@
 // is a flag on the device that keeps the last kernel from writing.
 #pragma once
 
+#include "cholesky_inverse.cuh"
 #include "cholesky_panels.cuh"
 #include "common/mma_8x8x4.cuh"
 

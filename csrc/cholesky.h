@@ -9,7 +9,8 @@ namespace coachhook {
 
 enum class Real : int { kFloat32 = 0, kFloat64 = 1 };
 
-constexpr int kPanelWidth = 32;  // columns of a panel
+constexpr int kPanelWidth = 32;    // columns of a panel
+constexpr int kInverseWidth = 64;  // rows of a diagonal block inverted by a kernel
 
 // With X = L^-1 K the new factor is L G, G = chol(I + s X X^T). Per panel of 32 columns, from
 // P = sum of X_i^T X_i over the panels before it and R R^T = I + s P:
@@ -55,6 +56,23 @@ struct ApplyParams {
   void* stream = nullptr;
 };
 
+// Inverses of the diagonal blocks of 64 rows of L, each in its place on the diagonal of a block of
+// `rows` rows. The rest of the blocks' upper triangles becomes zero, the lower is left as it is;
+// rows from n on count as those of I.
+struct InverseParams {
+  Real real = Real::kFloat64;
+  int64_t n = 0;
+  int64_t rows = 0;              // a multiple of 64
+  const void* factor = nullptr;  // L [n, n], any strides
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+  void* inverses = nullptr;  // [blocks, rows, rows], rows (rows + 1) elements from block to block
+
+  int device = 0;
+  void* stream = nullptr;
+};
+
+Status cholesky_invert(const InverseParams& params);
 Status cholesky_rotations(const RotationParams& params);
 Status cholesky_apply(const ApplyParams& params);
 

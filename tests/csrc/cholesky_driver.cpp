@@ -65,6 +65,21 @@ void run_apply() {
   write(factor.get(), factor_size);
 }
 
+void run_invert() {
+  coachhook::InverseParams p;
+  p.real = static_cast<coachhook::Real>(read_int());
+  p.n = read_int();
+  p.rows = read_int();
+  p.row_stride = read_int();
+  p.column_stride = read_int();
+  const int64_t offset = read_int(), inverses_size = read_int();
+  const Bytes factor = read_array(), inverses = unwritten(inverses_size);
+  p.factor = factor.get() + offset * (p.real == coachhook::Real::kFloat64 ? 8 : 4);
+  p.inverses = inverses.get();
+  finish(coachhook::cholesky_invert(p));
+  write(inverses.get(), inverses_size);
+}
+
 }  // namespace
 
 int main() {
@@ -74,6 +89,9 @@ int main() {
       return 0;
     case 1:
       run_apply();
+      return 0;
+    case 2:
+      run_invert();
       return 0;
   }
   std::fprintf(stderr, "cholesky_driver: unknown case\n");

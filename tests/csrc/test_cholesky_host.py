@@ -170,6 +170,44 @@ def run_apply(
     return buffer, np.lib.stride_tricks.as_strided(after[offset:], shape, strides)
 
 
+def run_invert(
+    host: Host, case: Update, rows: int, layout: str = "columns", order: int = 0
+) -> np.ndarray:
+    """[blocks, rows, rows]; NaN where the kernel writes nothing."""
+    buffer, _, (down, across, offset) = stored(case, layout)
+    blocks = -(-case.n // rows)
+    size = (blocks * (rows + 1) - 1) * rows * buffer.itemsize
+    header = (2, REALS[case.real], case.n, rows, down, across, offset, size)
+    out = host._run(struct.pack("<8q", *header) + _array(buffer), order)
+    strides = np.array([rows * (rows + 1), rows, 1]) * buffer.itemsize
+    numbers = np.frombuffer(out, case.real)
+    return np.lib.stride_tricks.as_strided(numbers, (blocks, rows, rows), strides)
+
+
+def check_inverses(case: Update, got: np.ndarray) -> None:
+    padded = np.eye(-(-case.n // 64) * 64)
+    padded[: case.n, : case.n] = case.factor
+    rows = got.shape[1]
+    for top in range(0, len(padded), 64):
+        block, left = got[top // rows, top % rows :][:64], top % rows
+        tip = padded[top : top + 64, top : top + 64]
+        wanted = np.linalg.inv(tip.astype(np.float64))
+        scale = np.linalg.cond(tip) * np.abs(wanted).max()
+        np.testing.assert_allclose(
+            block[:, left : left + 64], wanted, rtol=0, atol=limit(case, scale)
+        )
+        assert not np.triu(block[:, left : left + 64], 1).any()
+        assert not block[:, left + 64 :].any() and np.isnan(block[:, :left]).all()
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize("layout", ["aligned", "odd", "columns"])
+@pytest.mark.parametrize("n, rows", [(1, 64), (64, 64), (150, 128), (200, 256)])
+def test_inverses(host: Host, real: str, layout: str, n: int, rows: int) -> None:
+    case = make(n, 1, real)
+    check_inverses(case, run_invert(host, case, rows, layout))
+
+
 def limit(case: Update, scale: float) -> float:
     """Rounding of sums of n + k terms, with a margin for their tail; ``scale`` is their size."""
     return 16 * float(np.finfo(case.real).eps) * np.sqrt(case.n + case.columns) * scale
@@ -280,6 +318,9 @@ def test_thread_order_does_not_change_a_bit(host: Host) -> None:
         for order in ORDERS[1:]:
             np.testing.assert_array_equal(run_rotations(host, case, order).rotations, rotations)
             np.testing.assert_array_equal(run_apply(host, case, order=order)[1], factor)
+    inverses = run_invert(host, case, 128)
+    for order in ORDERS[1:]:
+        np.testing.assert_array_equal(run_invert(host, case, 128, order=order), inverses)
 
 
 def test_layout_and_chunks_do_not_change_the_result(host: Host) -> None:
@@ -298,6 +339,7 @@ def test_sanitizers_find_nothing(sanitized: Host, order: int) -> None:
     case = make(35, 3, real, chunk=32)
     check_rotations(case, run_rotations(sanitized, case, order))
     run_apply(sanitized, case, layout, order)
+    check_inverses(case, run_invert(sanitized, case, 128, layout, order))
     if order == ORDERS[-1]:
         case = make(33, 33, chunk=32)
         check_rotations(case, run_rotations(sanitized, case, order))
@@ -315,12 +357,13 @@ def test_sanitizer_sees_an_access_outside(tmp_path: Path) -> None:
 
 def everything(program: Host, case: Update, order: int) -> list[np.ndarray]:
     got = run_rotations(program, case, order)
-    return [got.rotations, got.inverse, np.tril(run_apply(program, case, order=order)[1])]
+    factor = np.tril(run_apply(program, case, order=order)[1])
+    return [got.rotations, got.inverse, factor, run_invert(program, case, 64, order=order)]
 
 
 BARRIERS = [
     (name, which)
-    for name in ("cholesky.cuh", "cholesky_panels.cuh")
+    for name in ("cholesky.cuh", "cholesky_panels.cuh", "cholesky_inverse.cuh")
     for which in range(len(re.findall(r"__syncthreads\(\);", (CSRC / name).read_text())))
 ]
 

@@ -15,10 +15,14 @@ residuals of 1e-16 to 3e-16 against 3e-17 relative to ``|L| |X|``, and up to twi
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-# Rows of the blocks that a library call inverts.
+from coachhook.ops.cholesky import native
+
+# Rows of the blocks that one kernel or library call inverts.
 _BASE = 64
 
 
@@ -37,23 +41,20 @@ class BlockedFactor:
         factor: L; the strict upper triangle is not read. Not copied: after it is written to, the
             inverses are stale.
         rows: of a block, a multiple of 64 by a power of two.
+        extension: the module whose kernel inverts blocks of 64 rows; without it torch does.
 
     Nothing is read back to the host. The inverses take ``n rows`` numbers, ``n rows^2`` flops to
-    make, and about ten launches for each doubling.
+    make, and two launches for each doubling. What lies below and to the right of row n in the last
+    of them is never looked at.
     """
 
-    def __init__(self, factor: Tensor, rows: int) -> None:
-        n = len(factor)
+    def __init__(self, factor: Tensor, rows: int, extension: ModuleType | None = None) -> None:
         self.rows = rows
-        self.inverses = _inverted(_diagonal_blocks(factor, rows))
-        lefts = range(0, n, rows)
-        self._spans = [(left, min(left + rows, n)) for left in lefts]
-        self._diagonal = [
-            self.inverses[j, : last - first, : last - first]
-            for j, (first, last) in enumerate(self._spans)
-        ]
-        self._below = [factor[last:, first:last] for first, last in self._spans]
-        self._left = [factor[first:last, :first] for first, last in self._spans]
+        self._factor = factor
+        self.inverses = _inverses(factor, rows, extension)
+        lefts = range(0, len(factor), rows)
+        self._spans = [(left, min(left + rows, len(factor))) for left in lefts]
+        self._whole = self.inverses.unbind()
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -62,74 +63,110 @@ class BlockedFactor:
     def solve(self, right: Tensor) -> Tensor:
         """``L^-1 right`` for right [n, k]."""
         residual, solved = right.clone(), torch.empty_like(right)
+        parts = solved.split(self.rows)
         for j, (first, last) in enumerate(self._spans):
-            torch.mm(self._diagonal[j], residual[first:last], out=solved[first:last])
+            torch.mm(self._diagonal(j), residual[first:last], out=parts[j])
             if last < len(right):
-                residual[last:].addmm_(self._below[j], solved[first:last], alpha=-1)
+                residual[last:].addmm_(self._below(j), parts[j], alpha=-1)
         return solved
 
     def solve_keeping(self, residuals: Tensor, solved: Tensor) -> None:
         """``L^-1 right`` and what was left of ``right`` before each step.
 
         Args:
-            residuals: [blocks, n, k]; the first holds ``right``. Receives in
+            residuals: [blocks, n, k], contiguous; the first holds ``right``. Receives in
                 ``residuals[j, first:]``, where block j begins at row ``first``, the rows of
                 ``right - L[:, :first] X[:first]``.
             solved: [>= n, k] receives X in its first n rows.
         """
-        n = residuals.shape[1]
+        _, n, k = residuals.shape
+        parts = solved[:n].split(self.rows)
         for j, (first, last) in enumerate(self._spans):
-            x = solved[first:last]
-            torch.mm(self._diagonal[j], residuals[j, first:last], out=x)
+            mine = residuals.as_strided((last - first, k), (k, 1), (j * n + first) * k)
+            torch.mm(self._diagonal(j), mine, out=parts[j])
             if last < n:
-                below = residuals[j, last:]
-                torch.addmm(below, self._below[j], x, alpha=-1, out=residuals[j + 1, last:])
+                below = residuals.as_strided((n - last, k), (k, 1), (j * n + last) * k)
+                after = residuals.as_strided((n - last, k), (k, 1), (j * n + n + last) * k)
+                torch.addmm(below, self._below(j), parts[j], alpha=-1, out=after)
 
     def solve_transposed(self, right: Tensor) -> Tensor:
         """``L^-T right`` for right [n, k]."""
         residual, solved = right.clone(), torch.empty_like(right)
+        own, parts = residual.split(self.rows), solved.split(self.rows)
         for j in reversed(range(len(self._spans))):
             first, last = self._spans[j]
-            torch.mm(self._diagonal[j].mT, residual[first:last], out=solved[first:last])
+            torch.mm(self._diagonal(j).mT, own[j], out=parts[j])
             if first:
-                residual[:first].addmm_(self._left[j].mT, solved[first:last], alpha=-1)
+                left = self._piece((last - first, first), first, 0)
+                residual[:first].addmm_(left.mT, parts[j], alpha=-1)
         return solved
 
+    def _diagonal(self, j: int) -> Tensor:
+        first, last = self._spans[j]
+        whole, size = self._whole[j], last - first
+        return whole if size == self.rows else whole[:size, :size]
 
-def _diagonal_blocks(factor: Tensor, rows: int) -> Tensor:
-    """Copies of the lower triangles of the diagonal blocks [blocks, rows, rows]; the rest is I."""
-    n = len(factor)
-    whole, (down, across) = n // rows, factor.stride()
-    blocks = factor.new_empty(-(-n // rows), rows, rows)
-    if whole:
-        shape, strides = (whole, rows, rows), (rows * (down + across), down, across)
-        torch.tril(factor.as_strided(shape, strides, factor.storage_offset()), out=blocks[:whole])
-    if whole < len(blocks):
-        rest = n - whole * rows
-        last = blocks[whole]
-        last.zero_().fill_diagonal_(1)
-        last[:rest, :rest] = factor[n - rest :, n - rest :].tril()
-    return blocks
+    def _below(self, j: int) -> Tensor:
+        first, last = self._spans[j]
+        return self._piece((len(self._factor) - last, last - first), last, first)
+
+    def _piece(self, shape: tuple[int, int], row: int, column: int) -> Tensor:
+        """A part of L by one call, which counts where a call costs more than a product."""
+        down, across = self._factor.stride()
+        offset = self._factor.storage_offset() + row * down + column * across
+        return self._factor.as_strided(shape, (down, across), offset)
 
 
-def _inverted(blocks: Tensor) -> Tensor:
-    """Inverses of lower triangular blocks [blocks, rows, rows], in their place."""
-    count, rows, _ = blocks.shape
-    parts = rows // _BASE
-    # Diagonal parts of all blocks at once: [blocks, parts, 64, 64].
-    tips = blocks.view(count, parts, _BASE, parts, _BASE).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-    unit = torch.eye(_BASE, dtype=blocks.dtype, device=blocks.device)
-    tips.copy_(torch.linalg.solve_triangular(tips.contiguous(), unit, upper=False))
+def _inverses(factor: Tensor, rows: int, extension: ModuleType | None) -> Tensor:
+    """Inverses of the diagonal blocks [blocks, rows, rows].
+
+    Between two blocks there is a gap of ``rows`` numbers: with it, all the pairs that a doubling
+    takes lie at one distance from each other, also across blocks, as those of L do.
+    """
+    n, (down, across) = len(factor), factor.stride()
+    blocks, step = -(-n // rows), rows + 1
+    shape, strides = (blocks, rows, rows), (rows * step, rows, 1)
+    if extension is not None:
+        inverses = factor.new_empty(blocks * rows * step).as_strided(shape, strides)
+        native.invert_diagonal(extension, factor, inverses)
+    else:
+        inverses = factor.new_zeros(blocks * rows * step).as_strided(shape, strides)
+        _invert_diagonal(factor, inverses)
+
+    def pairs(size: int, count: int, lower: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last ``count`` from row ``top`` on: B in L, then A^-1, C^-1, the place of B."""
+        apart, start = 2 * size, factor.storage_offset()
+        top = 0 if lower == size else n // apart * apart
+        of_factor = (apart * (down + across), down, across)
+        begin = start + top * (down + across) + size * down
+        mine, first = (apart * step, rows, 1), top * step
+        return (
+            factor.as_strided((count, lower, size), of_factor, begin),
+            inverses.as_strided((count, size, size), mine, first),
+            inverses.as_strided((count, lower, lower), mine, first + size * step),
+            inverses.as_strided((count, lower, size), mine, first + size * rows),
+        )
+
     size = _BASE
     while size < rows:
-        pairs = rows // (2 * size)
-        corners = (
-            blocks.view(count, pairs, 2, size, pairs, 2, size)
-            .diagonal(dim1=1, dim2=4)
-            .movedim(-1, 1)
-        )
-        upper, lower = corners[:, :, 0, :, 0], corners[:, :, 1, :, 1]
-        below = corners[:, :, 1, :, 0]
-        below.copy_((lower @ (below @ upper)).neg_())
+        count, rest = divmod(n, 2 * size)
+        # Whole pairs at once, then one whose lower block ends early.
+        for many, lower in ((count, size), (1, rest - size)):
+            if many > 0 and lower > 0:
+                between, upper, under, below = pairs(size, many, lower)
+                below.baddbmm_(under, torch.bmm(between, upper), beta=0, alpha=-1)
         size *= 2
-    return blocks
+    return inverses
+
+
+def _invert_diagonal(factor: Tensor, inverses: Tensor) -> None:
+    """What the kernel of that name does, into zeros."""
+    n, (down, across), rows = len(factor), factor.stride(), inverses.shape[1]
+    unit = torch.eye(_BASE, dtype=factor.dtype, device=factor.device)
+    whole, rest = divmod(n, _BASE)
+    for count, size, top in ((whole, _BASE, 0), (1, rest, whole * _BASE)):
+        if count and size:
+            shape, begin = (count, size, size), top * (down + across) + factor.storage_offset()
+            tips = factor.as_strided(shape, (_BASE * (down + across), down, across), begin).tril()
+            places = inverses.as_strided(shape, (_BASE * (rows + 1), rows, 1), top * (rows + 1))
+            places.copy_(torch.linalg.solve_triangular(tips, unit[:size, :size], upper=False))

@@ -111,7 +111,7 @@ def modify_(
             f"{op}: keys must be at most {native.MAX_KEYS} columns while a CUDA graph is captured, "
             f"with the CUDA extension built; got {keys.shape[1]}"
         )
-    blocked = BlockedFactor(factor, block_rows(len(factor), _STEPS, _MOST_ROWS))
+    blocked = BlockedFactor(factor, block_rows(len(factor), _STEPS, _MOST_ROWS), extension)
     with float32_products(tf32=False):
         form: _Form
         if extension is None:
@@ -129,7 +129,7 @@ def modify_(
                 return None if result is None else form.masked(result)
             uneven = form.read(op)
         if result is not None and uneven:
-            updated = BlockedFactor(factor, blocked.rows)
+            updated = BlockedFactor(factor, blocked.rows, extension)
             result = updated.solve_transposed(updated.solve(keys))
     return result
 
@@ -195,10 +195,14 @@ class _Native(_Form):
         (n, k), columns = self.keys.shape, len(self.inverse)
         self.chunk = blocked.rows
         self.residuals = self.keys.new_empty(len(blocked), n, columns)
-        self.residuals[0, :, :k] = self.keys
-        self.residuals[0, :, k:] = 0
+        right = self.residuals[0]
+        if k < columns:
+            right[:, k:] = 0
+            right = right[:, :k]
+        right.copy_(self.keys)
         self.solved = self.keys.new_empty(native.padded_rows(n), columns)
-        self.solved[n:] = 0
+        if n < len(self.solved):
+            self.solved[n:] = 0
         blocked.solve_keeping(self.residuals, self.solved)
         self.stacked = native.rotations(
             self.extension,
@@ -214,7 +218,8 @@ class _Native(_Form):
 
     def shared(self) -> Tensor:
         n, k = self.keys.shape
-        return self.solved[:n] @ self.inverse[:, :k]
+        solved = self.solved if n == len(self.solved) else self.solved[:n]
+        return solved @ (self.inverse if k == len(self.inverse) else self.inverse[:, :k])
 
     def apply_(self) -> None:
         native.apply_(

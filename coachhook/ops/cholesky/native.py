@@ -41,6 +41,27 @@ def _real(native: ModuleType, dtype: torch.dtype) -> object:
     return native.Real.float64 if dtype == torch.float64 else native.Real.float32
 
 
+def invert_diagonal(native: ModuleType, factor: Tensor, inverses: Tensor) -> None:
+    """Inverses of the diagonal blocks of 64 rows of L, in their places, and zeros above them.
+
+    Args:
+        native: the extension module.
+        factor: L [n, n], any strides.
+        inverses: [blocks, rows, rows] with ``rows`` elements between two blocks. Its lower
+            triangles are left as they are outside of the blocks of 64 rows.
+    """
+    native.cholesky_invert(
+        real=_real(native, factor.dtype),
+        n=len(factor),
+        rows=inverses.shape[1],
+        factor=factor.data_ptr(),
+        row_stride=factor.stride(0),
+        column_stride=factor.stride(1),
+        inverses=inverses.data_ptr(),
+        **_place(factor),
+    )
+
+
 def rotations(
     native: ModuleType,
     factor: Tensor,
