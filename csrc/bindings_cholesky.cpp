@@ -21,6 +21,28 @@ void cholesky_invert(ch::Real real, int64_t n, int64_t rows, uintptr_t factor, i
   raise_unless_ok(ch::cholesky_invert(p));
 }
 
+void cholesky_solve(ch::Real real, int64_t n, int64_t rows, int64_t columns, bool transposed,
+                    bool keep, uintptr_t factor, int64_t row_stride, int64_t column_stride,
+                    uintptr_t inverses, uintptr_t residuals, uintptr_t solved, int device,
+                    uintptr_t stream) {
+  ch::SolveParams p;
+  p.real = real;
+  p.n = n;
+  p.rows = rows;
+  p.columns = columns;
+  p.transposed = transposed;
+  p.keep = keep;
+  p.factor = pointer<const void>(factor);
+  p.row_stride = row_stride;
+  p.column_stride = column_stride;
+  p.inverses = pointer<const void>(inverses);
+  p.residuals = pointer<void>(residuals);
+  p.solved = pointer<void>(solved);
+  p.device = device;
+  p.stream = pointer<void>(stream);
+  raise_unless_ok(ch::cholesky_solve(p));
+}
+
 void cholesky_rotations(ch::Real real, int64_t n, int64_t keys, int64_t columns, int sign,
                         uintptr_t solved, uintptr_t sums, uintptr_t factor, int64_t diagonal_stride,
                         double margin, double pivot_limit, uintptr_t rotations, uintptr_t inverse,
@@ -75,6 +97,10 @@ void bind_cholesky(py::module_& m) {
   m.def("cholesky_invert", &cholesky_invert, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("rows"), py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"),
         py::arg("inverses"), py::arg("device"), py::arg("stream"));
+  m.def("cholesky_solve", &cholesky_solve, py::kw_only(), py::arg("real"), py::arg("n"),
+        py::arg("rows"), py::arg("columns"), py::arg("transposed"), py::arg("keep"),
+        py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"), py::arg("inverses"),
+        py::arg("residuals"), py::arg("solved"), py::arg("device"), py::arg("stream"));
   m.def("cholesky_rotations", &cholesky_rotations, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("keys"), py::arg("columns"), py::arg("sign"), py::arg("solved"), py::arg("sums"),
         py::arg("factor"), py::arg("diagonal_stride"), py::arg("margin"), py::arg("pivot_limit"),

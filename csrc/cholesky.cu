@@ -3,10 +3,13 @@
 
 #include <cstdint>
 
+#include "cholesky_solve.cuh"
+
 namespace coachhook {
 namespace {
 
 constexpr const char* kInvertOp = "cholesky_invert";
+constexpr const char* kSolveOp = "cholesky_solve";
 constexpr const char* kRotationsOp = "cholesky_rotations";
 constexpr const char* kApplyOp = "cholesky_apply";
 constexpr int64_t kMaxRows = int64_t{1} << 20;  // blocks of rows are a second grid dimension
@@ -17,6 +20,17 @@ Status check(const InverseParams& p) {
                     kInvertOp, "rows", "a multiple of 64, at most 2^20", p.rows);
   COACHHOOK_REQUIRE(p.factor && p.inverses, kInvertOp, "factor and inverses", "non-null pointers",
                     0);
+  return Status();
+}
+
+Status check(const SolveParams& p) {
+  COACHHOOK_REQUIRE(p.n >= 1 && p.n <= kMaxRows, kSolveOp, "n", "from 1 to 2^20", p.n);
+  COACHHOOK_REQUIRE(p.rows >= kInverseWidth && p.rows % kInverseWidth == 0 && p.rows <= kMaxRows,
+                    kSolveOp, "rows", "a multiple of 64, at most 2^20", p.rows);
+  COACHHOOK_REQUIRE(p.columns == 32 || p.columns == 64, kSolveOp, "columns", "32 or 64", p.columns);
+  COACHHOOK_REQUIRE(!(p.keep && p.transposed), kSolveOp, "keep", "false where transposed", 1);
+  COACHHOOK_REQUIRE(p.factor && p.inverses && p.residuals && p.solved, kSolveOp,
+                    "factor, inverses, residuals and solved", "non-null pointers", 0);
   return Status();
 }
 
@@ -50,6 +64,78 @@ Status launch_invert(const InverseParams& p, cudaStream_t stream) {
   return launched(kInvertOp, "invert_diagonal_kernel");
 }
 
+// The layout of a matrix that allows for wide accesses, or kAny.
+template <typename T>
+Layout layout_of(const void* matrix, int64_t row_stride, int64_t column_stride) {
+  const auto aligned = [matrix](int64_t unit, int64_t stride, size_t bytes) {
+    return unit == 1 && reinterpret_cast<uintptr_t>(matrix) % bytes == 0 &&
+           stride * sizeof(T) % bytes == 0;
+  };
+  if (aligned(column_stride, row_stride, sizeof(Chunk<T>))) return Layout::kRows;
+  return aligned(row_stride, column_stride, sizeof(Pair<T>)) ? Layout::kColumns : Layout::kAny;
+}
+
+template <typename T>
+Status launch_product(const NarrowProduct& p, cudaStream_t stream) {
+  using Traits = NarrowTraits<T>;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.m, Traits::kRows)),
+                  static_cast<unsigned>(p.columns / Traits::kWidth));
+  const dim3 block(Traits::kThreads);
+  switch (layout_of<T>(p.a, p.row_stride, p.column_stride)) {
+    case Layout::kRows:
+      COACHHOOK_LAUNCH((narrow_product_kernel<T, Layout::kRows>), grid, block, stream, p);
+      break;
+    case Layout::kColumns:
+      COACHHOOK_LAUNCH((narrow_product_kernel<T, Layout::kColumns>), grid, block, stream, p);
+      break;
+    case Layout::kAny:
+      COACHHOOK_LAUNCH((narrow_product_kernel<T, Layout::kAny>), grid, block, stream, p);
+      break;
+  }
+  return launched(kSolveOp, "narrow_product_kernel");
+}
+
+template <typename T>
+Status launch_solve(const SolveParams& p, cudaStream_t stream) {
+  const T* factor = static_cast<const T*>(p.factor);
+  T* solved = static_cast<T*>(p.solved);
+  const int64_t blocks = ceil_div(p.n, p.rows);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t j = p.transposed ? blocks - 1 - i : i;
+    const int64_t first = j * p.rows, last = first + p.rows < p.n ? first + p.rows : p.n;
+    T* residual = static_cast<T*>(p.residuals) + (p.keep ? j * p.n * p.columns : 0);
+
+    NarrowProduct own;
+    own.m = own.k = static_cast<int>(last - first);
+    own.columns = static_cast<int>(p.columns);
+    own.shape = p.transposed ? Shape::kUpper : Shape::kLower;
+    own.a = static_cast<const T*>(p.inverses) + j * p.rows * (p.rows + 1);
+    own.row_stride = p.transposed ? 1 : p.rows;
+    own.column_stride = p.transposed ? p.rows : 1;
+    own.b = residual + first * p.columns;
+    own.out = solved + first * p.columns;
+    Status status = launch_product<T>(own, stream);
+    if (!status.ok()) return status;
+
+    NarrowProduct rest = own;
+    rest.m = static_cast<int>(p.transposed ? first : p.n - last);
+    if (rest.m == 0) continue;
+    rest.sign = -1;
+    rest.shape = Shape::kFull;
+    rest.a = factor +
+             (p.transposed ? first * p.row_stride : last * p.row_stride + first * p.column_stride);
+    rest.row_stride = p.transposed ? p.column_stride : p.row_stride;
+    rest.column_stride = p.transposed ? p.row_stride : p.column_stride;
+    rest.b = own.out;
+    T* left = residual + (p.transposed ? 0 : last * p.columns);
+    rest.base = left;
+    rest.out = p.keep ? left + p.n * p.columns : left;
+    status = launch_product<T>(rest, stream);
+    if (!status.ok()) return status;
+  }
+  return Status();
+}
+
 template <typename T, int kColumns>
 Status launch_rotations(const RotationParams& p, cudaStream_t stream) {
   const int64_t panels = ceil_div(p.n, kPanelWidth);
@@ -77,17 +163,18 @@ Status launch_apply(const ApplyParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.n, p.chunk)),
                   static_cast<unsigned>(ceil_div(p.n, Traits::kRows)));
   const dim3 block(Traits::kThreads);
-  const auto aligned = [&p](int64_t unit, int64_t stride, size_t bytes) {
-    return unit == 1 && reinterpret_cast<uintptr_t>(p.factor) % bytes == 0 &&
-           stride * sizeof(T) % bytes == 0;
-  };
-  if (aligned(p.column_stride, p.row_stride, sizeof(Chunk<T>))) {
-    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kRows>), grid, block, stream, p);
-  } else if (aligned(p.row_stride, p.column_stride, sizeof(Pair<T>))) {
-    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kColumns>), grid, block, stream,
-                     p);
-  } else {
-    COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kAny>), grid, block, stream, p);
+  switch (layout_of<T>(p.factor, p.row_stride, p.column_stride)) {
+    case Layout::kRows:
+      COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kRows>), grid, block, stream,
+                       p);
+      break;
+    case Layout::kColumns:
+      COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kColumns>), grid, block, stream,
+                       p);
+      break;
+    case Layout::kAny:
+      COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kAny>), grid, block, stream, p);
+      break;
   }
   return launched(kApplyOp, "apply_rotations_kernel");
 }
@@ -107,6 +194,16 @@ Status cholesky_invert(const InverseParams& p) {
   const cudaStream_t stream = static_cast<cudaStream_t>(p.stream);
   return p.real == Real::kFloat64 ? launch_invert<double>(p, stream)
                                   : launch_invert<float>(p, stream);
+}
+
+Status cholesky_solve(const SolveParams& p) {
+  const Status checked = check(p);
+  if (!checked.ok()) return checked;
+  const DeviceGuard guard(p.device);
+  if (guard.error() != cudaSuccess) return cuda_error(kSolveOp, "cudaSetDevice", guard.error());
+  const cudaStream_t stream = static_cast<cudaStream_t>(p.stream);
+  return p.real == Real::kFloat64 ? launch_solve<double>(p, stream)
+                                  : launch_solve<float>(p, stream);
 }
 
 Status cholesky_rotations(const RotationParams& p) {

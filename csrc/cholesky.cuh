@@ -1,6 +1,7 @@
 // Kernels of the rank-k update of a Cholesky factor; cholesky.h has the formulas.
 //
 //   inverses of diagonal blocks of L of 64 rows                       invert_diagonal_kernel
+//   X = L^-1 K, and L^-T, step by step                                 narrow_product_kernel
 //   exclusive prefix sums of the panels' X_j^T X_j                         prefix_sums_kernel
 //   G_jj and W_j of every panel, and all that can fail                panel_rotations_kernel
 //   L <- L G, each tile read once and written once               apply_rotations_kernel
@@ -72,19 +73,25 @@ __device__ __forceinline__ int term(int step, int q) {
   return kRun * (4 * (step / kRun) + q) + step % kRun;
 }
 
+constexpr int kNoLast = 0x7fffffff;
+
+__device__ __forceinline__ int at_most(int value, int limit) {
+  return value < limit ? value : limit;
+}
+
 // sum [16, 8 kTiles] += A [16, 4 kSteps] B, by one warp. Lane l holds A at two rows, those of l / 4
 // in each half of the tile, the terms of lane l % 4, and the sum at these rows, columns
-// 8 t + 2 (l % 4) + {0, 1}. B is in shared memory; with kLower it is zero above its diagonal, and
+// 8 t + 2 (l % 4) + {0, 1}. With kLower, B is zero above its diagonal, and
 // the products of zeros are left out.
 template <int kRun, bool kLower, bool kWide, int kSteps, int kTiles>
 __device__ __forceinline__ void multiply_add(double (&sum)[2][kTiles][2],
                                              const double (&a)[2][kSteps], const double* b,
-                                             int pitch) {
+                                             int pitch, int last = kNoLast) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int step = 0; step < kSteps; step += 2) {
-    const double* first = b + term<kRun>(step, lane % 4) * pitch + lane / 4;
-    const double* second = b + term<kRun>(step + 1, lane % 4) * pitch + lane / 4;
+    const double* first = b + at_most(term<kRun>(step, lane % 4), last) * pitch + lane / 4;
+    const double* second = b + at_most(term<kRun>(step + 1, lane % 4), last) * pitch + lane / 4;
     const double left[2][2] = {{a[0][step], a[0][step + 1]}, {a[1][step], a[1][step + 1]}};
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
@@ -107,8 +114,8 @@ __device__ __forceinline__ void multiply_add(double (&sum)[2][kTiles][2],
 // lanes of its row.
 template <int kRun, bool kLower, bool kWide, int kSteps, int kTiles>
 __device__ __forceinline__ void multiply_add(float (&sum)[2][kTiles][2],
-                                             const float (&a)[2][kSteps], const float* b,
-                                             int pitch) {
+                                             const float (&a)[2][kSteps], const float* b, int pitch,
+                                             int last = kNoLast) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -116,7 +123,7 @@ __device__ __forceinline__ void multiply_add(float (&sum)[2][kTiles][2],
     for (int q = 0; q < 4; ++q) {
       const float upper = __shfl_sync(kFullWarp, a[0][step], lane / 4 * 4 + q);
       const float lower = __shfl_sync(kFullWarp, a[1][step], lane / 4 * 4 + q);
-      const float* row = b + term<kRun>(step, q) * pitch + 2 * (lane % 4);
+      const float* row = b + at_most(term<kRun>(step, q), last) * pitch + 2 * (lane % 4);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         if (kLower && term<kRun>(step, q) < 8 * tile) continue;

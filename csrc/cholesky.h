@@ -72,7 +72,30 @@ struct InverseParams {
   void* stream = nullptr;
 };
 
+// X = L^-1 K or L^-T K by blocks of `rows` rows, with the inverses of the diagonal blocks in whole.
+// All arrays of `columns` columns are contiguous and row-major.
+struct SolveParams {
+  Real real = Real::kFloat64;
+  int64_t n = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;  // 32 or 64
+  bool transposed = false;
+  bool keep = false;  // the residuals of every step, not only of the last; not transposed
+  const void* factor = nullptr;  // L [n, n], any strides
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+  const void* inverses = nullptr;  // as in InverseParams
+  // K [n, columns], which is overwritten; with `keep` [blocks, n, columns], the first K: entry j
+  // receives in the rows from the beginning of block j on what X of the blocks before leaves of K.
+  void* residuals = nullptr;
+  void* solved = nullptr;  // [n, columns] receives X
+
+  int device = 0;
+  void* stream = nullptr;
+};
+
 Status cholesky_invert(const InverseParams& params);
+Status cholesky_solve(const SolveParams& params);
 Status cholesky_rotations(const RotationParams& params);
 Status cholesky_apply(const ApplyParams& params);
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from coachhook.bench.runner import Case, benchmark
 from coachhook.ops import available_backends, cholesky_update_, cholesky_update_solve_
+from coachhook.ops.cholesky import cuda
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
 
 _LOG = logging.getLogger(__name__)
@@ -156,7 +157,8 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
 def _chain(factor: Tensor, keys: Tensor) -> Case:
     """``L^-1 K`` as a chain of products, against the library's triangular solve."""
     n, k = keys.shape
-    blocked = BlockedFactor(factor, block_rows(n, 8, 1024))
+    extension = cuda._extension(factor, keys)
+    blocked = BlockedFactor(factor, block_rows(n, 8, 1024), extension)
     return Case(
         op="BlockedFactor.solve",
         shape=f"n={n} k={k}",
@@ -165,7 +167,7 @@ def _chain(factor: Tensor, keys: Tensor) -> Case:
         run=partial(blocked.solve, keys),
         peer_name="torch.linalg.solve_triangular",
         peer=partial(torch.linalg.solve_triangular, factor, keys, upper=False),
-        more_peers={"making the inverses": partial(BlockedFactor, factor, blocked.rows)},
+        more_peers={"making the inverses": partial(BlockedFactor, factor, blocked.rows, extension)},
         bytes_moved=n * n * factor.element_size() // 2,
         graphs=("op",),
     )

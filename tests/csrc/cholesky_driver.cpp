@@ -80,6 +80,33 @@ void run_invert() {
   write(inverses.get(), inverses_size);
 }
 
+void run_solve() {
+  coachhook::SolveParams p;
+  p.real = static_cast<coachhook::Real>(read_int());
+  p.n = read_int();
+  p.rows = read_int();
+  p.columns = read_int();
+  p.transposed = read_int() != 0;
+  p.keep = read_int() != 0;
+  p.row_stride = read_int();
+  p.column_stride = read_int();
+  const int64_t offset = read_int();
+  const Bytes factor = read_array(), inverses = read_array();
+  const int64_t residuals_size = read_int();
+  const Bytes residuals(new char[residuals_size]);
+  read(residuals.get(), residuals_size);
+  const int64_t element = p.real == coachhook::Real::kFloat64 ? 8 : 4;
+  const int64_t solved_size = p.n * p.columns * element;
+  const Bytes solved = unwritten(solved_size);
+  p.factor = factor.get() + offset * element;
+  p.inverses = inverses.get();
+  p.residuals = residuals.get();
+  p.solved = solved.get();
+  finish(coachhook::cholesky_solve(p));
+  write(solved.get(), solved_size);
+  write(residuals.get(), residuals_size);
+}
+
 }  // namespace
 
 int main() {
@@ -92,6 +119,9 @@ int main() {
       return 0;
     case 2:
       run_invert();
+      return 0;
+    case 3:
+      run_solve();
       return 0;
   }
   std::fprintf(stderr, "cholesky_driver: unknown case\n");

@@ -183,11 +183,11 @@ def test_float32_products_keep_the_callers_setting():
 
 @pytest.mark.parametrize("rows", [64, 128, 512])
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
-def test_blocked_solves(n, rows):
-    factor, keys = make(n, 7)
+def test_blocked_solves(native, n, rows):
+    factor, keys = make(n, 7 if native is None else 32)
     factor = factor + torch.full((n, n), float("nan"), dtype=F64).triu(1)
     lower = factor.tril()
-    blocked = BlockedFactor(factor, rows)
+    blocked = BlockedFactor(factor, rows, native)
     forward = torch.linalg.solve_triangular(lower, keys, upper=False)
     backward = torch.linalg.solve_triangular(lower.mT, keys, upper=True)
     torch.testing.assert_close(blocked.solve(keys), forward, rtol=0, atol=1e-12)

@@ -208,6 +208,70 @@ def test_inverses(host: Host, real: str, layout: str, n: int, rows: int) -> None
     check_inverses(case, run_invert(host, case, rows, layout))
 
 
+def run_solve(
+    host: Host,
+    case: Update,
+    layout: str = "columns",
+    order: int = 0,
+    transposed: bool = False,
+    keep: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``L^-1 X``, or ``L^-T X``, in blocks of 64 rows, and the residuals."""
+    buffer, _, (down, across, offset) = stored(case, layout)
+    n, rows, real = case.n, 64, case.real
+    blocks = -(-n // rows)
+    inverses = np.full((blocks * (rows + 1) - 1) * rows, np.nan)
+    for j, first in enumerate(range(0, n, rows)):
+        last = min(first + rows, n)
+        place = inverses[j * rows * (rows + 1) :][: rows * rows].reshape(rows, rows)
+        inverse = np.linalg.inv(case.factor[first:last, first:last].astype(np.float64))
+        place[: last - first, : last - first] = np.tril(inverse)
+    right = np.full((blocks if keep else 1, n, case.columns), np.nan)
+    right[0] = case.padded()[:n]
+    header = (
+        3,
+        REALS[real],
+        n,
+        rows,
+        case.columns,
+        int(transposed),
+        int(keep),
+        down,
+        across,
+        offset,
+    )
+    arrays = (buffer, inverses.astype(real), right.astype(real))
+    out = np.frombuffer(
+        host._run(struct.pack("<10q", *header) + b"".join(map(_array, arrays)), order), real
+    )
+    size = n * case.columns
+    return out[:size].reshape(n, -1), out[size:].reshape(right.shape)
+
+
+def check_solve(case: Update, got: tuple[np.ndarray, np.ndarray], transposed: bool = False) -> None:
+    factor, x = case.factor.astype(np.float64), case.padded()[: case.n]
+    wanted = np.linalg.solve(factor.T if transposed else factor, x)
+    scale = np.linalg.cond(factor) * np.abs(wanted).max()
+    np.testing.assert_allclose(got[0], wanted, rtol=0, atol=limit(case, scale))
+    for j, residual in enumerate(got[1]):
+        left = x - factor[:, : 64 * j] @ wanted[: 64 * j]
+        np.testing.assert_allclose(
+            residual[64 * j :], left[64 * j :], rtol=0, atol=limit(case, scale * case.n)
+        )
+        assert j == 0 or np.isnan(residual[: 64 * j]).all()
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize("layout", ["aligned", "odd", "columns"])
+@pytest.mark.parametrize("n, k", [(1, 1), (64, 5), (99, 33), (400, 3)])
+def test_solves(host: Host, real: str, layout: str, n: int, k: int) -> None:
+    case = make(n, k, real)
+    check_solve(case, run_solve(host, case, layout))
+    for transposed in (False, True):
+        solved = run_solve(host, case, layout, 0, transposed, keep=False)[0]
+        check_solve(case, (solved, np.empty((0, n))), transposed)
+
+
 def limit(case: Update, scale: float) -> float:
     """Rounding of sums of n + k terms, with a margin for their tail; ``scale`` is their size."""
     return 16 * float(np.finfo(case.real).eps) * np.sqrt(case.n + case.columns) * scale
@@ -321,6 +385,9 @@ def test_thread_order_does_not_change_a_bit(host: Host) -> None:
     inverses = run_invert(host, case, 128)
     for order in ORDERS[1:]:
         np.testing.assert_array_equal(run_invert(host, case, 128, order=order), inverses)
+        np.testing.assert_array_equal(
+            run_solve(host, case, order=order)[0], run_solve(host, case)[0]
+        )
 
 
 def test_layout_and_chunks_do_not_change_the_result(host: Host) -> None:
@@ -340,6 +407,9 @@ def test_sanitizers_find_nothing(sanitized: Host, order: int) -> None:
     check_rotations(case, run_rotations(sanitized, case, order))
     run_apply(sanitized, case, layout, order)
     check_inverses(case, run_invert(sanitized, case, 128, layout, order))
+    check_solve(case, run_solve(sanitized, case, layout, order))
+    solved = run_solve(sanitized, case, layout, order, True, keep=False)[0]
+    check_solve(case, (solved, np.empty((0, case.n))), True)
     if order == ORDERS[-1]:
         case = make(33, 33, chunk=32)
         check_rotations(case, run_rotations(sanitized, case, order))
@@ -358,12 +428,13 @@ def test_sanitizer_sees_an_access_outside(tmp_path: Path) -> None:
 def everything(program: Host, case: Update, order: int) -> list[np.ndarray]:
     got = run_rotations(program, case, order)
     factor = np.tril(run_apply(program, case, order=order)[1])
-    return [got.rotations, got.inverse, factor, run_invert(program, case, 64, order=order)]
+    inverses = run_invert(program, case, 64, order=order)
+    return [got.rotations, got.inverse, factor, inverses, run_solve(program, case, order=order)[0]]
 
 
 BARRIERS = [
     (name, which)
-    for name in ("cholesky.cuh", "cholesky_panels.cuh", "cholesky_inverse.cuh")
+    for name in sorted(path.name for path in CSRC.glob("cholesky*.cuh"))
     for which in range(len(re.findall(r"__syncthreads\(\);", (CSRC / name).read_text())))
 ]
 

@@ -11,14 +11,14 @@ import pytest
 
 from tests.csrc.host import CSRC
 
-# Updates of L: 2 element types x 32 or 64 keys x 3 layouts; panels: 4; prefix sums
-# and inverses: 2 each.
-KERNELS = 12 + 4 + 2 + 2
+# Updates of L: 2 element types x 32 or 64 keys x 3 layouts; narrow products: 2 x 3; panels: 4;
+# prefix sums and inverses: 2 each.
+KERNELS = 12 + 6 + 4 + 2 + 2
 # Static shared memory of a block on every architecture.
 SHARED = 48 << 10
 # A register file holds 65,536: one block of 256 threads (of 384 and 168 registers with 32 keys),
 # three of 128, sixteen of 64.
-MAX_REGISTERS = {"apply": 255, "panel": 168, "prefix": 64, "invert": 255}
+MAX_REGISTERS = {"apply": 255, "panel": 168, "prefix": 64, "invert": 255, "narrow": 255}
 
 PATTERN = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'"

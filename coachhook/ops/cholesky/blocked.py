@@ -41,7 +41,8 @@ class BlockedFactor:
         factor: L; the strict upper triangle is not read. Not copied: after it is written to, the
             inverses are stale.
         rows: of a block, a multiple of 64 by a power of two.
-        extension: the module whose kernel inverts blocks of 64 rows; without it torch does.
+        extension: the module whose kernels invert blocks of 64 rows and solve with 32 or 64 right
+            sides; without it torch does.
 
     Nothing is read back to the host. The inverses take ``n rows`` numbers, ``n rows^2`` flops to
     make, and two launches for each doubling. What lies below and to the right of row n in the last
@@ -50,11 +51,10 @@ class BlockedFactor:
 
     def __init__(self, factor: Tensor, rows: int, extension: ModuleType | None = None) -> None:
         self.rows = rows
-        self._factor = factor
+        self._factor, self._extension = factor, extension
         self.inverses = _inverses(factor, rows, extension)
         lefts = range(0, len(factor), rows)
         self._spans = [(left, min(left + rows, len(factor))) for left in lefts]
-        self._whole = self.inverses.unbind()
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -62,7 +62,11 @@ class BlockedFactor:
 
     def solve(self, right: Tensor) -> Tensor:
         """``L^-1 right`` for right [n, k]."""
-        residual, solved = right.clone(), torch.empty_like(right)
+        residual = right.clone(memory_format=torch.contiguous_format)
+        solved = torch.empty_like(residual)
+        if self._extension is not None and right.shape[1] in native.COLUMNS:
+            native.solve(self._extension, self._factor, self.inverses, residual, solved)
+            return solved
         parts = solved.split(self.rows)
         for j, (first, last) in enumerate(self._spans):
             torch.mm(self._diagonal(j), residual[first:last], out=parts[j])
@@ -77,9 +81,12 @@ class BlockedFactor:
             residuals: [blocks, n, k], contiguous; the first holds ``right``. Receives in
                 ``residuals[j, first:]``, where block j begins at row ``first``, the rows of
                 ``right - L[:, :first] X[:first]``.
-            solved: [>= n, k] receives X in its first n rows.
+            solved: [>= n, k], contiguous, receives X in its first n rows.
         """
         _, n, k = residuals.shape
+        if self._extension is not None and k in native.COLUMNS:
+            native.solve(self._extension, self._factor, self.inverses, residuals, solved, keep=True)
+            return
         parts = solved[:n].split(self.rows)
         for j, (first, last) in enumerate(self._spans):
             mine = residuals.as_strided((last - first, k), (k, 1), (j * n + first) * k)
@@ -91,7 +98,13 @@ class BlockedFactor:
 
     def solve_transposed(self, right: Tensor) -> Tensor:
         """``L^-T right`` for right [n, k]."""
-        residual, solved = right.clone(), torch.empty_like(right)
+        residual = right.clone(memory_format=torch.contiguous_format)
+        solved = torch.empty_like(residual)
+        if self._extension is not None and right.shape[1] in native.COLUMNS:
+            native.solve(
+                self._extension, self._factor, self.inverses, residual, solved, transposed=True
+            )
+            return solved
         own, parts = residual.split(self.rows), solved.split(self.rows)
         for j in reversed(range(len(self._spans))):
             first, last = self._spans[j]
@@ -103,8 +116,8 @@ class BlockedFactor:
 
     def _diagonal(self, j: int) -> Tensor:
         first, last = self._spans[j]
-        whole, size = self._whole[j], last - first
-        return whole if size == self.rows else whole[:size, :size]
+        size, (apart, down, across) = last - first, self.inverses.stride()
+        return self.inverses.as_strided((size, size), (down, across), j * apart)
 
     def _below(self, j: int) -> Tensor:
         first, last = self._spans[j]

@@ -120,6 +120,8 @@ def modify_(
             form = _Native(factor, keys, sign, extension)
         form.rotate(blocked, solve)
         result = blocked.solve_transposed(form.shared()) if solve else None
+        if result is not None and result.shape != keys.shape:
+            result = result[:, : keys.shape[1]]
         if extension is None:
             uneven = form.read(op)
             form.apply_()
@@ -154,7 +156,7 @@ class _Form:
         raise NotImplementedError
 
     def shared(self) -> Tensor:
-        """``X (I + X^T X)^-1`` [n, k]."""
+        """``X (I + X^T X)^-1`` [n, k], perhaps with columns of zeros after it."""
         raise NotImplementedError
 
     def apply_(self) -> None:
@@ -217,9 +219,9 @@ class _Native(_Form):
         )
 
     def shared(self) -> Tensor:
-        n, k = self.keys.shape
+        n = len(self.keys)
         solved = self.solved if n == len(self.solved) else self.solved[:n]
-        return solved @ (self.inverse if k == len(self.inverse) else self.inverse[:, :k])
+        return solved @ self.inverse
 
     def apply_(self) -> None:
         native.apply_(

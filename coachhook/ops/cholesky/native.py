@@ -1,4 +1,4 @@
-"""The Cholesky kernels of ``csrc/cholesky.cuh`` on torch tensors.
+"""The Cholesky kernels of ``csrc/cholesky*.cuh`` on torch tensors.
 
 Every argument was checked by the op; what is left to this file is layout.
 """
@@ -13,9 +13,11 @@ from torch import Tensor
 # Panels of this many columns; as many keys as the kernels take at once.
 WIDTH = 32
 MAX_KEYS = 64
+# Numbers of columns that the kernels work on.
+COLUMNS = (32, 64)
 # Oldest architecture the extension is built for, and the first with float64 tensor cores.
 MIN_CAPABILITY = (8, 0)
-# Blocks of 64 rows are the second dimension of a grid.
+# Blocks of rows are the second dimension of a grid, and rows are counted in 32 bits.
 MAX_ROWS = 1 << 20
 
 
@@ -58,6 +60,45 @@ def invert_diagonal(native: ModuleType, factor: Tensor, inverses: Tensor) -> Non
         row_stride=factor.stride(0),
         column_stride=factor.stride(1),
         inverses=inverses.data_ptr(),
+        **_place(factor),
+    )
+
+
+def solve(
+    native: ModuleType,
+    factor: Tensor,
+    inverses: Tensor,
+    residuals: Tensor,
+    solved: Tensor,
+    *,
+    transposed: bool = False,
+    keep: bool = False,
+) -> None:
+    """``L^-1 right``, or ``L^-T right``, by the steps of ``BlockedFactor``.
+
+    Args:
+        native: the extension module.
+        factor: L [n, n], any strides.
+        inverses: of its diagonal blocks in whole, see :func:`invert_diagonal`.
+        residuals: ``right`` [n, c], contiguous, of 32 or 64 columns; overwritten. With ``keep``
+            [blocks, n, c], the first of them ``right``, see ``BlockedFactor.solve_keeping``.
+        solved: [>= n, c], contiguous, receives the solution.
+        transposed: whether to solve with L^T.
+        keep: whether to keep the residual before each step.
+    """
+    native.cholesky_solve(
+        real=_real(native, factor.dtype),
+        n=len(factor),
+        rows=inverses.shape[1],
+        columns=residuals.shape[-1],
+        transposed=transposed,
+        keep=keep,
+        factor=factor.data_ptr(),
+        row_stride=factor.stride(0),
+        column_stride=factor.stride(1),
+        inverses=inverses.data_ptr(),
+        residuals=residuals.data_ptr(),
+        solved=solved.data_ptr(),
         **_place(factor),
     )
 
