@@ -58,6 +58,10 @@ def square(factor: Tensor) -> Tensor:
 )
 def test_update_solve_and_downdate(form, dtype, n, k):
     factor, keys = make(n, k, dtype)
+    if dtype == torch.float32:
+        # They are taken out again: with 0.5 randn what is left of C in their direction is below
+        # the 8 n eps that a downdate needs, from n = 700 on.
+        keys *= 0.2
     before = square(factor)
     after = before + keys.double() @ keys.double().mT
     updated, solved = factor.clone(), factor.clone()
