@@ -8,16 +8,20 @@ namespace {
 
 constexpr const char* kOp = "decode_hooked_linear";
 
-// Four blocks of four warps for each of 128 to 144 multiprocessors: enough reads in flight. Short
-// matrices take half as many, since every block of the last launch reads all their partial sums.
-constexpr int64_t kWarpsWanted = 2048;
-constexpr int64_t kWarpsWantedShort = 1024;
+// Blocks of a matrix of many rows: several for each of 108 to 148 multiprocessors, so that the last
+// ones end together. A short matrix takes one for each, since every block of the last launch reads
+// all its partial sums.
+constexpr int64_t kBlocksWanted = 512;
+constexpr int64_t kBlocksWantedShort = 128;
 // Shorter slices cost more in partial sums than they hide.
-constexpr int64_t kMinSlice = 512;
-// Matrices with fewer rows cannot fill the device one warp per 16 rows: four warps share them.
+constexpr int64_t kMinSlice = 1024;
+constexpr int64_t kMinSliceShort = 512;
+// Matrices with fewer rows cannot fill the device: more warps of a block share them.
 constexpr int64_t kShortMatrix = 1024;
 // From here on reading partial sums in every block costs more than a launch that adds them up.
 constexpr int64_t kRepeatedBytes = int64_t{16} << 20;
+// Offsets in a slice are 32-bit.
+constexpr int64_t kMaxDepth = int64_t{1} << 30;
 constexpr int64_t kMaxGridY = 65535;
 
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -45,30 +49,28 @@ Width width(const DecodeParams& p) {
   return wide ? Width::kWide : Width::kNarrow;
 }
 
-template <int kTiles>
-int64_t block_rows(int depth_warps) {
-  using Traits = ProjectTraits<kTiles>;
-  return Traits::kWarps / depth_warps * Traits::kWarpRows;
-}
-
 // The slices depend on the matrix alone: neither on the number of tokens nor on the device.
 Product cut(const DecodeParams& p, const void* matrix, int64_t rows, int64_t row_stride,
-            DType dtype, Width width) {
+            DType dtype) {
+  using Traits = ProjectTraits<1>;
+  static_assert(Traits::kWarps == ProjectTraits<8>::kWarps &&
+                    Traits::kWarps % StepTraits::kDepthWarps == 0 &&
+                    Traits::kWarps % StepTraits::kDepthWarpsShort == 0,
+                "one cut for all");
+  const bool is_short = rows <= kShortMatrix;
   Product product;
   product.matrix = matrix;
   product.rows = rows;
   product.row_stride = row_stride;
-  product.depth_warps = rows <= kShortMatrix ? StepTraits::kDepthWarps : 1;
+  product.depth_warps = is_short ? StepTraits::kDepthWarpsShort : StepTraits::kDepthWarps;
+  product.tiles = ceil_div(rows, Traits::kWarps / product.depth_warps * Traits::kWarpRows);
   const int64_t step =
       dtype == DType::kFloat32 ? StepTraits::kDepth<float> : StepTraits::kDepth<__half>;
-  const int64_t warps = ceil_div(rows, 16) * product.depth_warps;
-  const int64_t wanted = product.depth_warps > 1 ? kWarpsWantedShort : kWarpsWanted;
-  const int64_t slice = ceil_div(p.depth, ceil_div(wanted, warps));
-  product.slice = round_up(slice < kMinSlice ? kMinSlice : slice, step * product.depth_warps);
+  const int64_t wanted = is_short ? kBlocksWantedShort : kBlocksWanted;
+  const int64_t slice = ceil_div(p.depth, ceil_div(wanted, product.tiles));
+  const int64_t least = is_short ? kMinSliceShort : kMinSlice;
+  product.slice = round_up(slice < least ? least : slice, step * product.depth_warps);
   product.splits = ceil_div(p.depth, product.slice);
-  const int depth_warps = product.depth_warps;
-  product.tiles = ceil_div(
-      rows, width == Width::kWide ? block_rows<8>(depth_warps) : block_rows<1>(depth_warps));
   product.pitch = round_up(rows, 4);
   return product;
 }
@@ -97,18 +99,18 @@ int64_t finish_columns(const DecodeParams& p, const DecodePlan& plan) {
   return p.out_features > 0 ? ceil_div(p.out_features, outputs) : 1;
 }
 
-DecodePlan make_plan(const DecodeParams& p, Width width, int64_t* bytes) {
+DecodePlan make_plan(const DecodeParams& p, int64_t* bytes) {
   DecodePlan plan;
   Pieces pieces{static_cast<char*>(p.workspace)};
   const int64_t tokens = p.gate.rows;
   if (p.weight != nullptr) {
-    plan.frozen = cut(p, p.weight, p.out_features, p.weight_row_stride, p.dtype, width);
+    plan.frozen = cut(p, p.weight, p.out_features, p.weight_row_stride, p.dtype);
     plan.frozen.part = pieces.take<float>(plan.frozen.splits * tokens * plan.frozen.pitch);
   }
-  plan.hook = cut(p, p.projection, p.features, p.projection_row_stride, p.projection_dtype, width);
+  plan.hook = cut(p, p.projection, p.features, p.projection_row_stride, p.projection_dtype);
   plan.hook.part = pieces.take<float>(plan.hook.splits * tokens * plan.hook.pitch);
   if (p.cues != nullptr) {
-    plan.cues = cut(p, p.cues, p.features, p.cues_row_stride, p.projection_dtype, width);
+    plan.cues = cut(p, p.cues, p.features, p.cues_row_stride, p.projection_dtype);
     plan.cues.part = pieces.take<float>(plan.cues.splits * tokens * plan.cues.pitch);
   }
   plan.selects = selects(p);
@@ -139,7 +141,7 @@ Status check(const DecodeParams& p) {
   const GateParams& gate = p.gate;
   COACHHOOK_REQUIRE(gate.rows >= 1 && gate.rows <= kDecodeTokens, kOp, "rows", "in 1..64",
                     gate.rows);
-  COACHHOOK_REQUIRE(p.depth >= 1, kOp, "depth", ">= 1", p.depth);
+  COACHHOOK_REQUIRE(p.depth >= 1 && p.depth <= kMaxDepth, kOp, "depth", "in 1..2^30", p.depth);
   COACHHOOK_REQUIRE(p.features >= 1, kOp, "features", ">= 1", p.features);
   COACHHOOK_REQUIRE(p.out_features >= 0, kOp, "out_features", ">= 0", p.out_features);
   COACHHOOK_REQUIRE(p.lift != nullptr || p.out_features == 0 || p.out_features == p.features, kOp,
@@ -247,7 +249,7 @@ void launch_finish(const DecodeParams& p, const DecodePlan& plan, cudaStream_t s
 
 int64_t decode_workspace(const DecodeParams& p) {
   int64_t bytes = 0;
-  make_plan(p, Width::kNarrow, &bytes);
+  make_plan(p, &bytes);
   return bytes;
 }
 
@@ -257,7 +259,7 @@ Status decode_hooked_linear(const DecodeParams& p) {
   const DeviceGuard guard(p.gate.device);
   if (guard.error() != cudaSuccess) return cuda_error(kOp, "cudaSetDevice", guard.error());
   const cudaStream_t stream = static_cast<cudaStream_t>(p.gate.stream);
-  DecodePlan plan = make_plan(p, width(p), nullptr);
+  DecodePlan plan = make_plan(p, nullptr);
 
   switch (p.dtype) {
     case DType::kFloat32:

@@ -91,7 +91,7 @@ def read(cubin: Path, arch: int) -> list[Row]:
         name, body = short_name(mangled), bodies[mangled]
         spills = int(stack) + len(re.findall(r"\b(?:STL|LDL)\b", body))
         tensor = len(re.findall(r"\bHMMA\b", body))
-        wide = len(re.findall(r"\bLDG\.\S*128", body))
+        wide = len(re.findall(r"\bLDG(?:STS)?\.\S*128", body))
         problems = []
         if spills:
             problems.append(f"{spills} spills (stack bytes and local accesses)")

@@ -386,7 +386,7 @@ def test_every_barrier_is_needed(host: Host, without_barrier: Path, which: int) 
 
 def test_sanitizer_sees_an_access_outside(tmp_path: Path) -> None:
     """The net has no holes: an index one too far in the kernel is reported."""
-    source = mutated(tmp_path, "decode_project.cuh", "token < tokens ? end : 0", "end")
+    source = mutated(tmp_path, "decode_project.cuh", "tile * 8 + g < tokens ? end : 0", "end")
     broken = Host(build(tmp_path / "decode", *SANITIZE, csrc=source, driver=DRIVER))
     with pytest.raises(KernelFailure, match="heap-buffer-overflow"):
         decode(broken, make(3, 1))

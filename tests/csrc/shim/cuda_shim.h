@@ -44,6 +44,14 @@ constexpr size_t kStack = 128 << 10;
 
 enum class Wait { kNothing, kBlock, kWarp };
 
+// A copy that was started and not waited for: it happens at the wait, as late as it may.
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  size_t size;
+  unsigned group;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -52,6 +60,8 @@ struct Fiber {
   Wait wait = Wait::kNothing;
   bool done = false;
   void* fake_stack = nullptr;
+  std::vector<Copy> copies;
+  unsigned groups = 0;
 };
 
 struct Warp {
@@ -171,6 +181,8 @@ inline void run_block(Block& block) {
     f.wait = Wait::kNothing;
     f.done = false;
     f.fake_stack = nullptr;
+    f.copies.clear();
+    f.groups = 0;
     if (!f.stack) f.stack.reset(new char[kStack]);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
@@ -218,6 +230,25 @@ void launch(dim3 grid, dim3 threads, Kernel kernel) {
     }
   }
   active = nullptr;
+}
+
+// Whoever reads before the wait finds NaN.
+inline void copy_async(void* to, const void* from, size_t size) {
+  Fiber& f = *active->current;
+  f.copies.push_back({to, from, size, f.groups});
+  std::memset(to, 0xff, size);
+}
+
+inline void close_copies() { ++active->current->groups; }
+
+inline void wait_for_copies(unsigned pending) {
+  Fiber& f = *active->current;
+  const auto arrives = [&f, pending](const Copy& c) { return c.group + pending < f.groups; };
+  for (const Copy& c : f.copies) {
+    if (!arrives(c)) continue;
+    c.from != nullptr ? std::memcpy(c.to, c.from, c.size) : std::memset(c.to, 0, c.size);
+  }
+  f.copies.erase(std::remove_if(f.copies.begin(), f.copies.end(), arrives), f.copies.end());
 }
 
 // C += A B by a warp, A 16 x depth and B depth x 8, in the fragments of csrc/common/mma_16x8.cuh.
