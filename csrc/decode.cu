@@ -20,6 +20,8 @@ constexpr int64_t kMinSliceShort = 512;
 constexpr int64_t kShortMatrix = 1024;
 // From here on reading partial sums in every block costs more than a launch that adds them up.
 constexpr int64_t kRepeatedBytes = int64_t{16} << 20;
+// Fewer blocks of the last launch than this leave multiprocessors idle.
+constexpr int64_t kFinishBlocks = 96;
 // Offsets in a slice are 32-bit.
 constexpr int64_t kMaxDepth = int64_t{1} << 30;
 constexpr int64_t kMaxGridY = 65535;
@@ -99,6 +101,27 @@ int64_t finish_columns(const DecodeParams& p, const DecodePlan& plan) {
   return p.out_features > 0 ? ceil_div(p.out_features, outputs) : 1;
 }
 
+int64_t finish_rows(const DecodeParams& p, const DecodePlan& plan) {
+  return p.gate.cu_seqlens != nullptr ? p.gate.sequences + 1
+                                      : ceil_div(p.gate.sequences, plan.sequences_per_block);
+}
+
+// Blocks of the last launch: each adds up the slices of its tokens, so there are few of them, but
+// enough to fill the device.
+void divide_finish(const DecodeParams& p, DecodePlan* plan) {
+  if (p.gate.cu_seqlens == nullptr) {
+    const int64_t length = p.gate.rows / p.gate.sequences;
+    const int64_t tokens =
+        p.gate.rows > FinishTraits::kGroup ? FinishTraits::kGroup : FinishTraits::kGroup / 2;
+    plan->sequences_per_block = length < tokens ? tokens / length : 1;
+  }
+  plan->outputs_per_warp = FinishTraits::kMaxOutputs;
+  while (plan->outputs_per_warp > FinishTraits::kMinOutputs &&
+         finish_columns(p, *plan) * finish_rows(p, *plan) < kFinishBlocks) {
+    plan->outputs_per_warp /= 2;
+  }
+}
+
 DecodePlan make_plan(const DecodeParams& p, int64_t* bytes) {
   DecodePlan plan;
   Pieces pieces{static_cast<char*>(p.workspace)};
@@ -119,8 +142,7 @@ DecodePlan make_plan(const DecodeParams& p, int64_t* bytes) {
     plan.best = pieces.take<Best>(tokens * plan.best_tiles);
   }
   if (p.gate.state != nullptr) plan.state = pieces.take<double>(p.gate.sequences * 3);
-  // Few tokens: many blocks. Many: each block repeats the gate, so there are fewer.
-  plan.outputs_per_warp = tokens <= 8 ? 8 : kWarpSize;
+  divide_finish(p, &plan);
   plan.summed = p.features > kDecodeKeys || p.lift == nullptr;
   const int64_t repeated = finish_columns(p, plan) * plan.hook.splits * tokens * p.features * 4;
   plan.sums_first = !plan.selects && (plan.summed || repeated > kRepeatedBytes);
@@ -128,10 +150,6 @@ DecodePlan make_plan(const DecodeParams& p, int64_t* bytes) {
     plan.square_tiles = ceil_div(p.features, SumTraits::kThreads);
     plan.features = pieces.take<float>(tokens * plan.hook.pitch);
     plan.squares = pieces.take<float>(tokens * plan.square_tiles);
-  }
-  if (p.gate.cu_seqlens == nullptr) {
-    const int64_t length = tokens / p.gate.sequences;
-    plan.sequences_per_block = length < FinishTraits::kWarps ? FinishTraits::kWarps / length : 1;
   }
   if (bytes != nullptr) *bytes = pieces.used;
   return plan;
@@ -228,10 +246,8 @@ void launch_take(const DecodeParams& p, const DecodePlan& plan, cudaStream_t str
 template <typename TY>
 void launch_finish(const DecodeParams& p, const DecodePlan& plan, cudaStream_t stream) {
   if (plan.selects) return launch_take<TY>(p, plan, stream);
-  const int64_t rows = p.gate.cu_seqlens != nullptr
-                           ? p.gate.sequences + 1
-                           : ceil_div(p.gate.sequences, plan.sequences_per_block);
-  const dim3 grid(static_cast<unsigned>(finish_columns(p, plan)), static_cast<unsigned>(rows));
+  const dim3 grid(static_cast<unsigned>(finish_columns(p, plan)),
+                  static_cast<unsigned>(finish_rows(p, plan)));
   const dim3 block(FinishTraits::kThreads);
   if (p.gate.reduction == Reduction::kMax) {
     COACHHOOK_LAUNCH_OVERLAPPED((decode_finish_kernel<TY, MaxReduction, false>), grid, block,

@@ -26,18 +26,42 @@ struct SumTraits {
 
 struct FinishTraits {
   static constexpr int kThreads = SequenceTraits::kThreads;
-  static constexpr int kWarps = kThreads / kWarpSize;  // tokens per round
+  static constexpr int kWarps = kThreads / kWarpSize;
+  static constexpr int kGroup = 8;       // tokens whose outputs are written together
+  static constexpr int kMinOutputs = 8;  // of a warp
+  static constexpr int kMaxOutputs = 32;
+  // Frozen products that a lane holds while the gate is worked out.
+  static constexpr int kHeld = kGroup * kMaxOutputs / kWarpSize;
+  static constexpr int kFeatures = kGroup * kDecodeKeys;  // in shared memory at once
   // Blocks per multiprocessor: left alone, the compiler aims at four and spills.
   static constexpr int kBlocks = 2;
 };
 
-__device__ __forceinline__ float sum_of_splits(const Product& product, int64_t tokens,
-                                               int64_t token, int64_t row) {
+__device__ __forceinline__ void add_to(float& sum, float v) { sum += v; }
+__device__ __forceinline__ void add_to(float4& sum, const float4& v) {
+  sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+}
+
+// Partial sums of `row`, or of the four from there on, in the order of the slices. A batch of them
+// is under way at once: what takes time is the way to L2, not the bytes.
+template <typename V = float, int kBatch = 8>
+__device__ __forceinline__ V sum_of_splits(const Product& product, int64_t tokens, int64_t token,
+                                           int64_t row) {
   const float* part = product.part + token * product.pitch + row;
-  float sum = part[0];
-#pragma unroll 8
-  for (int64_t split = 1; split < product.splits; ++split) {
-    sum += part[split * tokens * product.pitch];
+  const int64_t pitch = tokens * product.pitch;
+  const int splits = static_cast<int>(product.splits);
+  V sum = {};
+#pragma unroll 1
+  for (int split = 0; split < splits; split += kBatch) {
+    V batch[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      batch[i] = {};
+      if (split + i < splits) batch[i] = *reinterpret_cast<const V*>(part + i * pitch);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) add_to(sum, batch[i]);
+    part += kBatch * pitch;
   }
   return sum;
 }
@@ -133,33 +157,61 @@ __device__ __forceinline__ FinishTokens finish_tokens(const GateParams& gate,
   return {{0, 0}, {used < 0 ? 0 : used, gate.rows}};
 }
 
-// z and decision of the tokens of one sequence, by the whole block.
-__device__ __forceinline__ void judge(const DecodeParams& p, const float* magnitude, float* z,
-                                      uint8_t* fired, int64_t sequence, float alpha) {
+// What a thread needs to judge its token: read ahead of the magnitude, which takes longer.
+struct Judge {
+  int64_t token;
+  bool valid;
+  float alpha;
+  Standard standard;
+
+  // z and decision.
+  __device__ __forceinline__ void decide(Scope scope, const float* magnitude, float* z,
+                                         uint8_t* fired) const {
+    if (scope == Scope::kUngated) {
+      fired[token] = valid;
+      return;
+    }
+    float score = magnitude[token];
+    if (scope != Scope::kDirect) score = standard_score(score, without_noise(standard));
+    if (!valid) score = NAN;
+    z[token] = score;
+    fired[token] = score >= alpha;  // false for NaN
+  }
+};
+
+template <bool kStatistics>
+__device__ __forceinline__ Judge make_judge(const DecodeParams& p, const FinishTokens& work) {
   const GateParams& gate = p.gate;
-  const Span span = sequence_span(gate, sequence);
-  Standard standard = {0.0, 0.0, 1.0};
-  if (gate.scope == Scope::kSequence) {
+  const int64_t token = work.tokens.begin + threadIdx.x;
+  Judge judge = {token, false, gate.alpha_value, {0.0, 0.0, 1.0}};
+  if (gate.alpha != nullptr) judge.alpha = *gate.alpha;
+  if (token >= work.tokens.end) return judge;
+  judge.valid = gate.mask == nullptr || gate.mask[token] != 0;
+  if (kStatistics && gate.scope == Scope::kPopulation &&
+      work.sequences.begin < work.sequences.end) {
+    // One sequence of packed tokens; several of equal length otherwise.
+    const int64_t sequence =
+        gate.cu_seqlens != nullptr ? work.sequences.begin : token / (gate.rows / gate.sequences);
+    judge.standard.mean = per_sequence(p.mean, p.mean_is_double, sequence * p.mean_stride);
+    judge.standard.std = per_sequence(p.std, p.std_is_double, sequence * p.std_stride);
+  }
+  return judge;
+}
+
+// The same against the statistics of the sequence, by the whole block.
+__device__ __forceinline__ void judge_sequences(const DecodeParams& p, const FinishTokens& work,
+                                                Judge judge, const float* magnitude, float* z,
+                                                uint8_t* fired) {
+  const GateParams& gate = p.gate;
+  for (int64_t i = work.sequences.begin; i < work.sequences.end; ++i) {
+    const Span span = sequence_span(gate, i);
     const bool keeps = gate.state != nullptr && blockIdx.x == 0;
-    standard = sequence_standard(magnitude, gate.mask, keeps ? gate.state + sequence * 3 : nullptr,
-                                 span.begin, span.end);
-  } else if (gate.scope == Scope::kPopulation) {
-    standard.mean = per_sequence(p.mean, p.mean_is_double, sequence * p.mean_stride);
-    standard.std = per_sequence(p.std, p.std_is_double, sequence * p.std_stride);
+    judge.standard = sequence_standard(magnitude, gate.mask, keeps ? gate.state + i * 3 : nullptr,
+                                       span.begin, span.end);
+    if (judge.token >= span.begin && judge.token < span.end) {
+      judge.decide(gate.scope, magnitude, z, fired);
+    }
   }
-  standard = without_noise(standard);
-  const int64_t token = span.begin + threadIdx.x;
-  if (token >= span.end) return;
-  const bool valid = gate.mask == nullptr || gate.mask[token] != 0;
-  if (gate.scope == Scope::kUngated) {
-    fired[token] = valid;
-    return;
-  }
-  float score = magnitude[token];
-  if (gate.scope != Scope::kDirect) score = standard_score(score, standard);
-  if (!valid) score = NAN;
-  z[token] = score;
-  fired[token] = score >= alpha;  // false for NaN
 }
 
 // The same for the prefix scope, by one thread.
@@ -186,136 +238,284 @@ __device__ __forceinline__ void judge_prefix(const DecodeParams& p, const Decode
   }
 }
 
-// y = P, with `added` on it where the token takes its correction.
+// The bits of what the frozen layer gives for an output: of the element of `base`, or of our own
+// sum in float32.
 template <typename TY>
-__device__ __forceinline__ void write_output(const DecodeParams& p, const DecodePlan& plan,
-                                             int64_t token, int64_t out, bool takes, float added) {
-  TY* y = static_cast<TY*>(p.y) + token * p.y_row_stride + out;
+__device__ __forceinline__ uint32_t read_frozen(const DecodeParams& p, const DecodePlan& plan,
+                                                int64_t token, int64_t out) {
+  if (p.base != nullptr) {
+    return bits_of(static_cast<const TY*>(p.base)[token * p.base_row_stride + out]);
+  }
+  float sum = sum_of_splits<float, 4>(plan.frozen, p.gate.rows, token, out);
+  return __float_as_uint(p.bias != nullptr ? sum + to_float(static_cast<const TY*>(p.bias)[out])
+                                           : sum);
+}
+
+// The same of every `step`-th token from `token` on, while they are fewer than `count` behind it.
+template <typename TY, int kHeld>
+__device__ __forceinline__ void hold_frozen(uint32_t (&held)[kHeld], const DecodeParams& p,
+                                            const DecodePlan& plan, int64_t token, int step,
+                                            int count, int64_t out) {
   if (p.base != nullptr) {
     const TY* base = static_cast<const TY*>(p.base) + token * p.base_row_stride + out;
-    if (takes) {
-      *y = from_float<TY>(to_float(*base) + added);
-    } else if (y != base) {
-      *y = *base;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      held[i] = i * step < count ? bits_of(base[i * step * p.base_row_stride]) : 0u;
     }
-  } else {
-    float frozen = sum_of_splits(plan.frozen, p.gate.rows, token, out);
-    if (p.bias != nullptr) frozen += to_float(static_cast<const TY*>(p.bias)[out]);
-    *y = from_float<TY>(takes ? frozen + added : frozen);
+    return;
   }
+  // Slices outermost: as many reads under way as there are outputs, in the same order of sums.
+  float sum[kHeld] = {};
+  const float* part = plan.frozen.part + token * plan.frozen.pitch + out;
+#pragma unroll 2
+  for (int split = 0; split < static_cast<int>(plan.frozen.splits); ++split) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (i * step < count) sum[i] += part[i * step * plan.frozen.pitch];
+    }
+    part += p.gate.rows * plan.frozen.pitch;
+  }
+  const float bias =
+      p.bias != nullptr && count > 0 ? to_float(static_cast<const TY*>(p.bias)[out]) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = __float_as_uint(sum[i] + bias);
+}
+
+// y = P, with `added` on it where the token takes its correction.
+template <typename TY>
+__device__ __forceinline__ void write_output(const DecodeParams& p, int64_t token, int64_t out,
+                                             uint32_t frozen, bool takes, float added) {
+  TY* y = static_cast<TY*>(p.y) + token * p.y_row_stride + out;
+  if (p.base == nullptr) {
+    const float sum = __uint_as_float(frozen);
+    *y = from_float<TY>(takes ? sum + added : sum);
+  } else if (takes) {
+    *y = from_float<TY>(to_float(of_bits<TY>(frozen)) + added);
+  } else if (y != static_cast<const TY*>(p.base) + token * p.base_row_stride + out) {
+    *y = of_bits<TY>(frozen);
+  }
+}
+
+// Totals over the warp of eight sums a lane: lane l has the one of index l / 4. The pairs that are
+// added are those of warp_reduce.
+__device__ __forceinline__ float reduce_eight(float (&sum)[8], int lane) {
+#pragma unroll
+  for (int half = 4; half > 0; half /= 2) {
+    const bool upper = (lane & 4 * half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float other = __shfl_xor_sync(kFullWarp, upper ? sum[i] : sum[i + half], 4 * half);
+      sum[i] = (upper ? sum[i + half] : sum[i]) + other;
+    }
+  }
+  float total = sum[0] + __shfl_xor_sync(kFullWarp, sum[0], 2);
+  total += __shfl_xor_sync(kFullWarp, total, 1);
+  return total;
+}
+
+// q . f for eight rows of q, by a whole warp; of the rows, `count` exist. Alignment chooses how q
+// is loaded, not the order.
+template <typename T>
+__device__ __forceinline__ float eight_dots(const T* q, int64_t stride, int count, const float* f,
+                                            int rank, int lane) {
+  constexpr int kSize = Chunk<T>::kSize;
+  const bool aligned = is_aligned(q) && stride % kSize == 0;
+  float sum[8] = {};
+#pragma unroll 1
+  for (int start = lane * kSize; start < rank; start += kWarpSize * kSize) {
+    if (aligned && start + kSize <= rank) {
+      Chunk<T> row[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const T* address = q + (j < count ? j : 0) * stride + start;
+        row[j] = *reinterpret_cast<const Chunk<T>*>(address);
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const float factor = f[start + i];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[j] = fmaf(to_float(row[j].value[i]), factor, sum[j]);
+      }
+    } else {
+      const int end = start + kSize < rank ? start + kSize : rank;
+#pragma unroll 1
+      for (int i = start; i < end; ++i) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          sum[j] = fmaf(to_float(q[(j < count ? j : 0) * stride + i]), f[i], sum[j]);
+        }
+      }
+    }
+  }
+  return reduce_eight(sum, lane);
 }
 
 template <typename TY, typename R, bool kSummed>
 __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
     decode_finish_kernel(const DecodeParams p, const DecodePlan plan) {
-  constexpr int kWarps = FinishTraits::kWarps;
+  constexpr int kThreads = FinishTraits::kThreads, kWarps = FinishTraits::kWarps;
+  constexpr int kGroup = FinishTraits::kGroup, kHeld = FinishTraits::kHeld;
   constexpr bool kLargest = std::is_same_v<R, MaxReduction>;
   static_assert(!(kLargest && kSummed), "the membership gate reads every coefficient");
   __shared__ float magnitude[kDecodeTokens], z[kDecodeTokens];
   __shared__ uint8_t fired[kDecodeTokens];
   __shared__ int winner[kLargest ? kDecodeTokens : 1];
-  __shared__ float features[kSummed ? 1 : kWarps][kSummed ? 1 : kDecodeKeys];
+  __shared__ float4 features4[kSummed ? 1 : FinishTraits::kFeatures / 4];
+  float* features = reinterpret_cast<float*>(features4);
   __shared__ float sums[kLargest ? kWarps : 1][kLargest ? kDecodeKeys : 1];
+  __shared__ float corrections[kWarps][kGroup][FinishTraits::kMaxOutputs];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const GateParams& gate = p.gate;
   wait_for_previous_kernel();
-  const auto [sequences, tokens] = finish_tokens(gate, plan);
-
-  for (int64_t token = tokens.begin + warp; token < tokens.end; token += kWarps) {
-    Best best = {R::kIdentity, 0};
-    if constexpr (kSummed) {
-      for (int64_t i = lane; i < plan.square_tiles; i += kWarpSize) {
-        best.value += plan.squares[token * plan.square_tiles + i];
-      }
-    } else {
-      for (int64_t i = lane; i < p.features; i += kWarpSize) {
-        const float f = sum_of_splits(plan.hook, gate.rows, token, i);
-        features[warp][i] = f;
-        if constexpr (!kLargest) best.value = R::accumulate(best.value, f);
-      }
-    }
-    if constexpr (kLargest) {
-      const float* candidates = features[warp];
-      if (p.groups != nullptr) {
-        sum_groups(features[warp], p.groups, static_cast<int>(p.features), sums[warp], lane);
-        candidates = sums[warp];
-      }
-      for (int i = lane; i < p.features; i += kWarpSize) {
-        best = i == lane ? Best{candidates[i], i} : KeepBest()(best, {candidates[i], i});
-      }
-      best = warp_best(best);
-    } else {
-      best.value = warp_reduce(best.value, Add());
-    }
-    if (lane == 0) {
-      magnitude[token] = R::finish(best.value);
-      if (kLargest) winner[token] = best.index;
-      // Tokens that no sequence covers stay like this.
-      z[token] = NAN;
-      fired[token] = 0;
-    }
+  const FinishTokens work = finish_tokens(gate, plan);
+  const int begin = static_cast<int>(work.tokens.begin), end = static_cast<int>(work.tokens.end);
+  const int rank = static_cast<int>(p.features), pitch = static_cast<int>(plan.hook.pitch);
+  // Tokens whose coefficients are in shared memory at once: most blocks have no more.
+  int room = static_cast<int>(kDecodeTokens);
+  if (!kSummed && FinishTraits::kFeatures / pitch < room) {
+    room = FinishTraits::kFeatures / pitch / kGroup * kGroup;
   }
-  __syncthreads();
+  const bool all_fit = end - begin <= room;
 
-  const float alpha = gate.alpha != nullptr ? *gate.alpha : gate.alpha_value;
-  if (gate.scope == Scope::kPrefix) {
-    const int64_t sequence = sequences.begin + threadIdx.x;
-    if (sequence < sequences.end) {
-      judge_prefix(p, plan, magnitude, z, fired, sequence, alpha);
-    }
-  } else {
-    for (int64_t sequence = sequences.begin; sequence < sequences.end; ++sequence) {
-      judge(p, magnitude, z, fired, sequence, alpha);
-    }
-  }
+  // Whatever does not wait for f is on its way first.
+  const Judge judge = make_judge<!kLargest>(p, work);
+  const int per_warp = plan.outputs_per_warp;
+  const int64_t first_out = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * per_warp;
+  // The output that a lane writes, of every `step`-th token from `first_token` on of a group.
+  const int column = lane % per_warp, first_token = lane / per_warp, step = kWarpSize / per_warp;
+  const int64_t out = first_out + column;
+  const bool writes = out < p.out_features;
+  uint32_t held[kHeld];
+  const auto hold = [&](int group) {
+    const int rest = end - group < kGroup ? end - group : kGroup;
+    const int count = writes ? rest : 0;
+    hold_frozen<TY>(held, p, plan, group + first_token, step, count - first_token, out);
+  };
+  hold(begin);
 
-  const int64_t first_out =
-      (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * plan.outputs_per_warp;
-  const int64_t out = first_out + lane;
-  const bool writes = lane < plan.outputs_per_warp && out < p.out_features;
-  for (int64_t round = tokens.begin; round < tokens.end; round += kWarps) {
+  // Coefficients of the tokens of a round; with `firing`, of those alone that fire.
+  const auto add_up = [&](int round, bool firing) {
+    const int count = end - round < room ? end - round : room;
+    const int chunks = pitch / 4;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * chunks; i += kThreads) {
+      const int token = i / chunks, chunk = i % chunks;
+      if (firing && !fired[round + token]) continue;
+      features4[i] = sum_of_splits<float4>(plan.hook, gate.rows, round + token, 4 * chunk);
+    }
+  };
+
+  for (int round = begin; round < end; round += room) {
+    if constexpr (!kSummed) {
+      add_up(round, false);
+      __syncthreads();
+    }
+    for (int token = round + warp; token < end && token < round + room; token += kWarps) {
+      const float* f = features + (kSummed ? 0 : (token - round) * pitch);
+      Best best = {R::kIdentity, 0};
+      if constexpr (kSummed) {
+        for (int64_t i = lane; i < plan.square_tiles; i += kWarpSize) {
+          best.value += plan.squares[token * plan.square_tiles + i];
+        }
+      } else if constexpr (!kLargest) {
+        for (int i = lane; i < rank; i += kWarpSize) best.value = R::accumulate(best.value, f[i]);
+      }
+      if constexpr (kLargest) {
+        const float* candidates = f;
+        if (p.groups != nullptr) {
+          sum_groups(f, p.groups, rank, sums[warp], lane);
+          candidates = sums[warp];
+        }
+#pragma unroll 1
+        for (int i = lane; i < rank; i += kWarpSize) {
+          best = i == lane ? Best{candidates[i], i} : KeepBest()(best, {candidates[i], i});
+        }
+        best = warp_best(best);
+      } else {
+        best.value = warp_reduce(best.value, Add());
+      }
+      if (lane == 0) {
+        magnitude[token] = R::finish(best.value);
+        if (kLargest) winner[token] = best.index;
+        // Tokens that no sequence covers stay like this.
+        z[token] = NAN;
+        fired[token] = 0;
+      }
+    }
     __syncthreads();
-    const int64_t mine = round + warp;
-    if (mine < tokens.end) {
-      if (blockIdx.x == 0 && lane == 0) gate.z[mine] = z[mine];
-      if constexpr (!kSummed) {
-        if (fired[mine]) {
-          const float share = kLargest && magnitude[mine] != 0.0f ? magnitude[mine] : 1.0f;
-          for (int64_t i = lane; i < p.features; i += kWarpSize) {
-            float f = features[warp][i];
-            if (tokens.end - tokens.begin > kWarps) {
-              f = sum_of_splits(plan.hook, gate.rows, mine, i);
-            }
-            if (kLargest && p.own) {
-              const int64_t group = p.groups != nullptr ? p.groups[i] : i;
-              f = group == winner[mine] ? f / share : 0.0f;
-            }
-            features[warp][i] = f;
+  }
+
+  // The membership gate knows no statistics.
+  if (!kLargest && gate.scope == Scope::kPrefix) {
+    const int64_t sequence = work.sequences.begin + threadIdx.x;
+    if (sequence < work.sequences.end) {
+      judge_prefix(p, plan, magnitude, z, fired, sequence, judge.alpha);
+    }
+  } else if (!kLargest && gate.scope == Scope::kSequence) {
+    judge_sequences(p, work, judge, magnitude, z, fired);
+  } else if (judge.token < work.tokens.end && work.sequences.begin < work.sequences.end) {
+    judge.decide(kLargest ? Scope::kDirect : gate.scope, magnitude, z, fired);
+  }
+
+  for (int round = begin; round < end; round += room) {
+    __syncthreads();
+    if (blockIdx.x == 0 && judge.token >= round && judge.token < round + room &&
+        judge.token < end) {
+      gate.z[judge.token] = z[judge.token];
+    }
+    if constexpr (!kSummed) {
+      if (!all_fit) {
+        add_up(round, true);
+        __syncthreads();
+      }
+      if (kLargest && p.own) {
+        for (int token = round + warp; token < end && token < round + room; token += kWarps) {
+          if (!fired[token]) continue;
+          float* f = features + (token - round) * pitch;
+          const float share = magnitude[token] != 0.0f ? magnitude[token] : 1.0f;
+#pragma unroll 1
+          for (int i = lane; i < rank; i += kWarpSize) {
+            const int64_t group = p.groups != nullptr ? p.groups[i] : i;
+            f[i] = group == winner[token] ? f[i] / share : 0.0f;
           }
         }
+        __syncthreads();
       }
     }
-    __syncthreads();
-    for (int i = 0; i < kWarps && round + i < tokens.end; ++i) {
-      const int64_t token = round + i;
-      const bool takes = fired[token] != 0;
-      const float* f = kSummed ? plan.features + token * plan.hook.pitch : features[i];
-      float added = 0.0f;
-      if (takes && p.lift != nullptr) {
-#pragma unroll 4
-        for (int j = 0; j < plan.outputs_per_warp; ++j) {
-          if (first_out + j >= p.out_features) break;
-          const int64_t start = (first_out + j) * p.lift_row_stride;
-          const float dot =
-              p.lift_dtype == DType::kFloat32
-                  ? warp_dot(static_cast<const float*>(p.lift) + start, f, p.features, lane)
-                  : warp_dot(static_cast<const TY*>(p.lift) + start, f, p.features, lane);
-          if (lane == j) added = dot;
+    for (int group = round; group < end && group < round + room; group += kGroup) {
+      const int count = end - group < kGroup ? end - group : kGroup;
+      // The shuffles of a sum let no lane write before the others have read the last group's.
+      for (int i = 0; i < count && p.lift != nullptr; ++i) {
+        if (!fired[group + i]) continue;
+        const float* f =
+            kSummed ? plan.features + (group + i) * pitch : features + (group + i - round) * pitch;
+#pragma unroll 1
+        for (int tile = 0; tile < per_warp && first_out + tile < p.out_features; tile += 8) {
+          const int64_t rest = p.out_features - first_out - tile;
+          const int exist = rest < 8 ? static_cast<int>(rest) : 8;
+          const int64_t start = (first_out + tile) * p.lift_row_stride;
+          const float dot = p.lift_dtype == DType::kFloat32
+                                ? eight_dots(static_cast<const float*>(p.lift) + start,
+                                             p.lift_row_stride, exist, f, rank, lane)
+                                : eight_dots(static_cast<const TY*>(p.lift) + start,
+                                             p.lift_row_stride, exist, f, rank, lane);
+          if (lane % 4 == 0) corrections[warp][i][tile + lane / 4] = dot;
         }
       }
-      if (!writes) continue;
-      if (takes && p.lift == nullptr) added = f[out];
-      write_output<TY>(p, plan, token, out, takes, added);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int token = first_token + i * step;
+        if (!writes || token >= count) continue;
+        const bool takes = fired[group + token] != 0;
+        float added = 0.0f;
+        if (takes) {
+          added = p.lift != nullptr ? corrections[warp][token][column]
+                                    : plan.features[(group + token) * plan.hook.pitch + out];
+        }
+        write_output<TY>(p, group + token, out, held[i], takes, added);
+      }
+      if (group + kGroup < end) hold(group + kGroup);
     }
   }
 }

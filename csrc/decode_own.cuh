@@ -75,6 +75,10 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
   const GateParams& gate = p.gate;
   const int64_t token = blockIdx.y;
   wait_for_previous_kernel();
+  // On its way while the winner is found.
+  const int64_t out = static_cast<int64_t>(blockIdx.x) * OwnTraits::kThreads + threadIdx.x;
+  uint32_t frozen = 0u;
+  if (out < p.out_features) frozen = read_frozen<TY>(p, plan, token, out);
   const bool covered = gate.cu_seqlens == nullptr || token < gate.cu_seqlens[gate.sequences];
   const bool valid = covered && (gate.mask == nullptr || gate.mask[token] != 0);
   Best best = {-INFINITY, 0x7fffffff};
@@ -93,7 +97,6 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
                      best.index < p.features;
   if (blockIdx.x == 0 && threadIdx.x == 0) gate.z[token] = z;
 
-  const int64_t out = static_cast<int64_t>(blockIdx.x) * OwnTraits::kThreads + threadIdx.x;
   if (out < p.out_features) {
     float added = 0.0f;
     if (takes) {
@@ -102,7 +105,7 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
                                               : to_float(static_cast<const TY*>(p.lift)[at]);
       added *= best.value == 0.0f ? 0.0f : best.value / best.value;
     }
-    write_output<TY>(p, plan, token, out, takes, added);
+    write_output<TY>(p, token, out, frozen, takes, added);
   }
   if (p.seen != nullptr && blockIdx.x == 0 && token == 0) {
     for (int64_t i = threadIdx.x; i < gate.sequences; i += OwnTraits::kThreads) {

@@ -144,6 +144,12 @@ def test_many_rows_few_columns(host: Host) -> None:
     check(host, make(2, 1, n=40, m=1100, dense=True, scope=Population(25.0, 4.0)))
 
 
+def test_more_tokens_than_their_coefficients_fit_a_block(host: Host) -> None:
+    for rank in (200, 500):
+        for scope in (Sequence(), Membership(), Membership(torch.arange(rank) % 90, "own")):
+            check(host, make(1, 43, n=72, rank=rank, scope=scope))
+
+
 def waiting(case: Decode, state: bool = True) -> Decode:
     """The same with edits that add their own after a cue, some of which was read before."""
     edits, dtype = case.delta[1].shape[0], case.delta[1].dtype
@@ -372,6 +378,7 @@ def test_every_barrier_is_needed(host: Host, without_barrier: Path, which: int) 
         # The group of a key is nobody's own lane.
         crowded(Membership(torch.arange(40) % 7 + 20, "own"), rank=40, alpha=0.5),
         waiting(make(2, 3, rank=600, alpha=0.5), state=False),
+        make(1, 17, n=24, rank=500, scope=Membership(), alpha=-math.inf),
     ]
     for case in cases:
         right = decode(host, case)

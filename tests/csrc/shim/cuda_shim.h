@@ -291,6 +291,9 @@ inline void __syncwarp() { shim::sync_warp(); }
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 template <typename T>
 T __ldg(const T* address) {
   return *address;
