@@ -113,6 +113,7 @@ void divide_finish(const DecodeParams& p, DecodePlan* plan) {
     const int64_t length = p.gate.rows / p.gate.sequences;
     const int64_t tokens =
         p.gate.rows > FinishTraits::kGroup ? FinishTraits::kGroup : FinishTraits::kGroup / 2;
+    plan->sequence_length = length;
     plan->sequences_per_block = length < tokens ? tokens / length : 1;
   }
   plan->outputs_per_warp = FinishTraits::kMaxOutputs;

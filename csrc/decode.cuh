@@ -122,9 +122,20 @@ __device__ __forceinline__ void sum_groups(const float* f, const int64_t* groups
   }
 }
 
-__device__ __forceinline__ double per_sequence(const void* values, bool is_double, int64_t index) {
-  return is_double ? static_cast<const double*>(values)[index]
-                   : static_cast<const float*>(values)[index];
+// A number of a sequence as it lies in memory, float64 or float32: to convert it would be to wait
+// for it.
+struct Number {
+  uint32_t word[2];
+
+  __device__ __forceinline__ double value(bool is_double) const {
+    const uint64_t bits = static_cast<uint64_t>(word[1]) << 32 | word[0];
+    return is_double ? *reinterpret_cast<const double*>(&bits) : __uint_as_float(word[0]);
+  }
+};
+
+__device__ __forceinline__ Number per_sequence(const void* values, bool is_double, int64_t index) {
+  const uint32_t* words = static_cast<const uint32_t*>(values) + (is_double ? 2 * index : index);
+  return {{words[0], is_double ? words[1] : 0u}};
 }
 
 // Moments (count, mean, M2) of a sample and one more value: Chan, Golub, LeVeque 1983 with n = 1.
@@ -150,7 +161,7 @@ __device__ __forceinline__ FinishTokens finish_tokens(const GateParams& gate,
     const int64_t last = first + plan.sequences_per_block < gate.sequences
                              ? first + plan.sequences_per_block
                              : gate.sequences;
-    return {{first, last}, {sequence_span(gate, first).begin, sequence_span(gate, last - 1).end}};
+    return {{first, last}, {first * plan.sequence_length, last * plan.sequence_length}};
   }
   if (block < gate.sequences) return {{block, block + 1}, sequence_span(gate, block)};
   const int64_t used = gate.cu_seqlens[gate.sequences];  // tokens of no sequence
@@ -162,11 +173,11 @@ struct Judge {
   int64_t token;
   bool valid;
   float alpha;
-  Standard standard;
+  Number mean, std;
 
   // z and decision.
-  __device__ __forceinline__ void decide(Scope scope, const float* magnitude, float* z,
-                                         uint8_t* fired) const {
+  __device__ __forceinline__ void decide(Scope scope, const Standard& standard,
+                                         const float* magnitude, float* z, uint8_t* fired) const {
     if (scope == Scope::kUngated) {
       fired[token] = valid;
       return;
@@ -180,10 +191,11 @@ struct Judge {
 };
 
 template <bool kStatistics>
-__device__ __forceinline__ Judge make_judge(const DecodeParams& p, const FinishTokens& work) {
+__device__ __forceinline__ Judge make_judge(const DecodeParams& p, const DecodePlan& plan,
+                                            const FinishTokens& work) {
   const GateParams& gate = p.gate;
   const int64_t token = work.tokens.begin + threadIdx.x;
-  Judge judge = {token, false, gate.alpha_value, {0.0, 0.0, 1.0}};
+  Judge judge = {token, false, gate.alpha_value, {}, {}};
   if (gate.alpha != nullptr) judge.alpha = *gate.alpha;
   if (token >= work.tokens.end) return judge;
   judge.valid = gate.mask == nullptr || gate.mask[token] != 0;
@@ -191,25 +203,27 @@ __device__ __forceinline__ Judge make_judge(const DecodeParams& p, const FinishT
       work.sequences.begin < work.sequences.end) {
     // One sequence of packed tokens; several of equal length otherwise.
     const int64_t sequence =
-        gate.cu_seqlens != nullptr ? work.sequences.begin : token / (gate.rows / gate.sequences);
-    judge.standard.mean = per_sequence(p.mean, p.mean_is_double, sequence * p.mean_stride);
-    judge.standard.std = per_sequence(p.std, p.std_is_double, sequence * p.std_stride);
+        gate.cu_seqlens != nullptr
+            ? work.sequences.begin
+            : static_cast<unsigned>(token) / static_cast<unsigned>(plan.sequence_length);
+    judge.mean = per_sequence(p.mean, p.mean_is_double, sequence * p.mean_stride);
+    judge.std = per_sequence(p.std, p.std_is_double, sequence * p.std_stride);
   }
   return judge;
 }
 
 // The same against the statistics of the sequence, by the whole block.
 __device__ __forceinline__ void judge_sequences(const DecodeParams& p, const FinishTokens& work,
-                                                Judge judge, const float* magnitude, float* z,
-                                                uint8_t* fired) {
+                                                const Judge& judge, const float* magnitude,
+                                                float* z, uint8_t* fired) {
   const GateParams& gate = p.gate;
   for (int64_t i = work.sequences.begin; i < work.sequences.end; ++i) {
     const Span span = sequence_span(gate, i);
     const bool keeps = gate.state != nullptr && blockIdx.x == 0;
-    judge.standard = sequence_standard(magnitude, gate.mask, keeps ? gate.state + i * 3 : nullptr,
-                                       span.begin, span.end);
+    const Standard standard = sequence_standard(
+        magnitude, gate.mask, keeps ? gate.state + i * 3 : nullptr, span.begin, span.end);
     if (judge.token >= span.begin && judge.token < span.end) {
-      judge.decide(gate.scope, magnitude, z, fired);
+      judge.decide(gate.scope, standard, magnitude, z, fired);
     }
   }
 }
@@ -378,7 +392,7 @@ __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
   const bool all_fit = end - begin <= room;
 
   // Whatever does not wait for f is on its way first.
-  const Judge judge = make_judge<!kLargest>(p, work);
+  const Judge judge = make_judge<!kLargest>(p, plan, work);
   const int per_warp = plan.outputs_per_warp;
   const int64_t first_out = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * per_warp;
   // The output that a lane writes, of every `step`-th token from `first_token` on of a group.
@@ -418,6 +432,7 @@ __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
           best.value += plan.squares[token * plan.square_tiles + i];
         }
       } else if constexpr (!kLargest) {
+#pragma unroll 2
         for (int i = lane; i < rank; i += kWarpSize) best.value = R::accumulate(best.value, f[i]);
       }
       if constexpr (kLargest) {
@@ -454,7 +469,10 @@ __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
   } else if (!kLargest && gate.scope == Scope::kSequence) {
     judge_sequences(p, work, judge, magnitude, z, fired);
   } else if (judge.token < work.tokens.end && work.sequences.begin < work.sequences.end) {
-    judge.decide(kLargest ? Scope::kDirect : gate.scope, magnitude, z, fired);
+    const Scope scope = kLargest ? Scope::kDirect : gate.scope;
+    const Standard standard = {0.0, judge.mean.value(p.mean_is_double),
+                               judge.std.value(p.std_is_double)};
+    judge.decide(scope, standard, magnitude, z, fired);
   }
 
   for (int round = begin; round < end; round += room) {

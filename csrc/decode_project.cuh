@@ -49,6 +49,7 @@ struct DecodePlan {
   int64_t best_tiles = 0;
   int outputs_per_warp = 0;
   int64_t sequences_per_block = 1;
+  int64_t sequence_length = 0;  // tokens, where all sequences have as many
 };
 
 // Blocks take 8 kTiles tokens. Warps of a block take different steps of the same slice, 16 rows
