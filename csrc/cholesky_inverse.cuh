@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(InverseTraits::kThreads)
   for (int c = 0; c < kWidth; ++c) {
     half[c * kPitch + ((lane - c) & (kWidth - 1))] = lane == c ? T(1) / row[c] : row[c];
   }
-  __syncwarp();
+  // Of the block, not of the warp: numbers in front of a half are read too, and come to nothing.
+  __syncthreads();
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) row[c] = lane == c ? T(1) : T(0);
   substitute_back<kPitch>(row, half, inverted + warp * kSize + lane, kPitch);

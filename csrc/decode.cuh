@@ -502,7 +502,8 @@ __global__ void __launch_bounds__(FinishTraits::kThreads, FinishTraits::kBlocks)
     }
     for (int group = round; group < end && group < round + room; group += kGroup) {
       const int count = end - group < kGroup ? end - group : kGroup;
-      // The shuffles of a sum let no lane write before the others have read the last group's.
+      // No lane writes before the others have read the last group's.
+      __syncwarp();  // in order by shuffles, which say nothing of memory
       for (int i = 0; i < count && p.lift != nullptr; ++i) {
         if (!fired[group + i]) continue;
         const float* f =

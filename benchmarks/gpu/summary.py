@@ -13,6 +13,7 @@ import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 
 def output(*command: str) -> str | None:
@@ -50,7 +51,9 @@ def main(stages: Path, out: Path) -> int:
         merge(out / "bench.json")
     query = ("nvidia-smi", "--format=csv,noheader")
     rows = [line.split() for line in stages.read_text(encoding="utf-8").splitlines()]
-    ended = [{"stage": n, "status": int(s), "seconds": int(t)} for n, s, t in rows]
+    ended: list[dict[str, Any]] = [
+        {"stage": n, "status": int(s), "seconds": int(t)} for n, s, t in rows
+    ]
     changed = output("git", "status", "--porcelain")
     summary = {
         "gpu": output(*query, "--query-gpu=name"),
@@ -65,7 +68,7 @@ def main(stages: Path, out: Path) -> int:
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for stage in ended:
-        verdict = "ok" if stage["status"] == 0 else f"FAILED ({stage['status']})"
+        verdict = {0: "ok", 125: "left out"}.get(stage["status"], f"FAILED ({stage['status']})")
         print(f"{stage['stage']:<20}{stage['seconds']:>5} s  {verdict}")
     return int(any(stage["status"] for stage in ended))
 

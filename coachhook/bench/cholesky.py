@@ -20,8 +20,6 @@ from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
 _LOG = logging.getLogger(__name__)
 
 _RANK = 256
-# JAX's kernel takes 2 n steps across the whole GPU for each key, its scan a pass over the factor.
-_JAX_ROWS = 6400
 
 
 def synthetic_prior(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -130,13 +128,12 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
             # The least any update does: read and write one triangle.
             floor = partial(torch.ones_like(factor[: n // 2]).mul_, 1.0)
             peers = _peers(prior, keys)
-            one_by_one = jax_rank_one(factor, keys) if n <= _JAX_ROWS else None
             for op, function in functions.items():
                 able = [b for b, (can, _) in available_backends(op, device).items() if can]
                 for backend in [b for b in able if b != "reference"] or ["reference"]:
                     more: dict[str, Callable[[], object]] = {}
-                    if one_by_one is not None and op == "cholesky_update_":
-                        more[one_by_one[0]] = one_by_one[1]
+                    if op == "cholesky_update_solve_":
+                        more["torch.linalg.cholesky"] = partial(refactored, prior, keys)
                     yield Case(
                         op=op,
                         shape=f"n={n} k={k}",
@@ -152,6 +149,27 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
                     )
             if device.type == "cuda":
                 yield _chain(factor, keys)
+        # Last, since it takes as long as all the others.
+        yield from _beside_jax(*_sizes(device, quick)[0], kind, device)
+
+
+def _beside_jax(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """The update at the smallest size against JAX's, where that is installed."""
+    keys = synthetic_keys(n, k, dtype, device)
+    factor = torch.linalg.cholesky(synthetic_prior(n, dtype, device))
+    one_by_one = jax_rank_one(factor, keys)
+    if one_by_one is not None:
+        yield Case(
+            op="cholesky_update_",
+            shape=f"n={n} k={k}, beside JAX",
+            dtype=dtype,
+            backend="auto",
+            run=partial(cholesky_update_, factor, keys),
+            peer_name=one_by_one[0],
+            peer=one_by_one[1],
+            warm=1,
+            rounds=3,
+        )
 
 
 def _chain(factor: Tensor, keys: Tensor) -> Case:
@@ -159,6 +177,7 @@ def _chain(factor: Tensor, keys: Tensor) -> Case:
     n, k = keys.shape
     extension = cuda._extension(factor, keys)
     blocked = BlockedFactor(factor, block_rows(n, 8, 1024), extension)
+    library = BlockedFactor(factor, blocked.rows)
     return Case(
         op="BlockedFactor.solve",
         shape=f"n={n} k={k}",
@@ -167,7 +186,10 @@ def _chain(factor: Tensor, keys: Tensor) -> Case:
         run=partial(blocked.solve, keys),
         peer_name="torch.linalg.solve_triangular",
         peer=partial(torch.linalg.solve_triangular, factor, keys, upper=False),
-        more_peers={"making the inverses": partial(BlockedFactor, factor, blocked.rows, extension)},
+        more_peers={
+            "chain of the library's products": partial(library.solve, keys),
+            "making the inverses": partial(BlockedFactor, factor, blocked.rows, extension),
+        },
         bytes_moved=n * n * factor.element_size() // 2,
-        graphs=("op",),
+        graphs=("op", "chain of the library's products", "making the inverses"),
     )

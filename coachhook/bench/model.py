@@ -190,5 +190,5 @@ def model_cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Itera
 def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Iterator[Case]:
     """Two families; on a processor, and when quick, small ones."""
     small = quick or device.type != "cuda"
-    for shape in (SMALL_GPT_J, _SMALL_LLAMA) if small else (GPT_J, _LLAMA):
+    for shape in (SMALL_GPT_J, _SMALL_LLAMA) if small else (_LLAMA, GPT_J):
         yield from model_cases(shape, dtype or torch.bfloat16, device)

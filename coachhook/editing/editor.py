@@ -48,6 +48,7 @@ from coachhook.models import (
     fused_activations,
     get_submodule,
     linear_shape,
+    planless_attention,
     prepare_tokenizer,
     weight_of,
 )
@@ -59,7 +60,7 @@ from coachhook.store import fingerprint
 # Keys of a cue's token in other text that are taken besides those of the edit's own prompts.
 _MOST_ELSEWHERE = 32
 # Requests whose prompts are read together for their cues; bounds the memory.
-_REQUESTS_AT_ONCE = 16
+_REQUESTS_AT_ONCE = {"cpu": 16, "cuda": 64}
 
 
 class Editor:
@@ -170,7 +171,7 @@ class Editor:
         counters = {i: edits.next_group for i, edits in self._state.layers.items()}
         batches = dict(self._state.batches)
         try:
-            with fused_activations(self._model):
+            with fused_activations(self._model), planless_attention():
                 return self._edit(requests, encoded, ties, progress)
         except BaseException:
             for layer, edits in self._state.layers.items():
@@ -454,8 +455,9 @@ class Editor:
         assert isinstance(edits.memory, EditMemory)
         requests = list({id(request): request for request, _ in slots}.values())
         candidates: list[list[Tensor]] = [[] for _ in slots]
-        for first in range(0, len(requests), _REQUESTS_AT_ONCE):
-            some = requests[first : first + _REQUESTS_AT_ONCE]
+        at_once = _REQUESTS_AT_ONCE.get(edits.memory.device.type, 16)
+        for first in range(0, len(requests), at_once):
+            some = requests[first : first + at_once]
             prompts = [[*r.contexts, r.essence, *r.mentions] for r in some]
             x = self._inputs([p for mine in prompts for p in mine], layer, pad_id)
             read = x.split([len(mine) for mine in prompts])

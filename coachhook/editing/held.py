@@ -47,14 +47,14 @@ class Held:
         live = suffix.select(problem.captured, rows, first, wanted)
         if not isinstance(live, Live):
             raise TypeError(f"Held: problem must be captured for live runs, got {type(live)}")
-        self._run = Replayed(live)
+        self._run = Replayed(live, watched=suffix.replays is True)
 
     @staticmethod
     def suits(suffix: Suffix, problem: Problem) -> bool:
         """Whether runs of a problem could be captured, as far as is known."""
         captured = problem.captured
         live = isinstance(captured, Captured) and captured.kept is not None
-        return live and suffix.replays and captured.hidden.is_cuda
+        return live and suffix.replays is not False and captured.hidden.is_cuda
 
     @property
     def refused(self) -> set[str]:
@@ -105,5 +105,7 @@ class Held:
         moved = delta.new_zeros(count, *delta.shape[1:]).index_copy(0, at, delta)
         reference = None if essence_start is None else essence_start[requests]
         now = find_losses(self._suffix, view, moved, start_norm[requests], reference, config)
+        if self._suffix.replays is None:
+            self._suffix.replays = not self._run.refused
         essence = None if now.essence is None else now.essence[at]
         return Losses(now.total[at], now.correct[at], now.ended[at], essence)

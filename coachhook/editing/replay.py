@@ -60,14 +60,19 @@ class Replayed:
 
     What :meth:`run` returns is overwritten by the next replay.
 
+    Args:
+        live: the run.
+        watched: whether the blocks were seen to do nothing that cannot be captured: the first run
+            is replayed already then.
+
     Attributes:
         hidden: as of the :class:`Live`.
-        refused: operations for which it is not captured; None before the first run.
+        refused: operations for which it is not captured; None before a first run that is watched.
     """
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: Live, *, watched: bool = False) -> None:
         self._live, self.hidden = live, live.hidden
-        self.refused: set[str] | None = None
+        self.refused: set[str] | None = set() if watched else None
         self._graph: Callable[[Tensor], tuple[Tensor, ...]] | None = None
 
     @property

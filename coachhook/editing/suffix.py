@@ -117,11 +117,11 @@ class Suffix:
     """Blocks ``layer + 1 ..``, final norm and head of a model.
 
     Attributes:
-        replays: whether runs of the live tokens may be captured in CUDA graphs; False once a block
-            was seen to do what cannot be.
+        replays: whether runs of the live tokens may be captured in CUDA graphs; None before a run
+            was watched.
     """
 
-    replays = True
+    replays: bool | None = None
 
     def __init__(self, model: nn.Module, description: ModelDescription, layer: int) -> None:
         self._base = get_submodule(model, description.base_model_path)

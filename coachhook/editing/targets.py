@@ -248,7 +248,7 @@ def _optimise(
             total = now.total.sum()
         if held is not None and held.refused:
             _log.info("steps are not replayed from CUDA graphs: %s", sorted(held.refused))
-            suffix.replays, held = False, None
+            held = None
         if now.essence is not None:
             if essence_start is None:
                 essence_start = now.essence.new_full((len(lead), now.essence.shape[1]), torch.nan)

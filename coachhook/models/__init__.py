@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.discovery import describe
-from coachhook.models.fused import fused_activations
+from coachhook.models.fused import fused_activations, planless_attention
 from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer, usable_device
 from coachhook.models.modules import (
     check_finite,
@@ -27,6 +27,7 @@ __all__ = [
     "linear_shape",
     "load_model",
     "partial_forward",
+    "planless_attention",
     "prepare_tokenizer",
     "set_submodule",
     "usable_device",

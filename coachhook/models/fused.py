@@ -1,4 +1,6 @@
-"""Activations in one kernel where a model is read again and again: less to run, and less to keep.
+"""Kernels that suit a model which is read again and again.
+
+Activations in one kernel: less to run, and less to keep.
 
 GPT-2 and GPT-J write their GELU out in eight operations, which on a CPU cost as much as the product
 before them. torch has the same function whole. The two differ by rounding: in 16 bits, where every
@@ -45,3 +47,18 @@ def fused_activations(model: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             del vars(module)["forward"]
+
+
+@contextmanager
+def planless_attention() -> Iterator[None]:
+    """Run attention without cuDNN, which plans anew for every shape that it has not seen.
+
+    A plan takes longer than the attention of some hundred short prompts, and prompts, steps and
+    samples of one batch of edits have dozens of shapes. Of no effect on a CPU.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -333,7 +333,8 @@ def test_thread_order_does_not_change_a_bit(host: Host, fused: bool) -> None:
         assert all(same(decode(host, case, order), first) for order in (1, 23))
 
 
-BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+# But for one behind shuffles, which order the threads here and on a GPU say nothing of memory.
+BARRIER = re.compile(r"__sync(threads|warp)\(\);(?!  // in order by shuffles)")
 KERNELS = ("decode_project.cuh", "decode.cuh", "decode_own.cuh")
 BARRIERS = sum(len(BARRIER.findall((CSRC / name).read_text())) for name in KERNELS)
 

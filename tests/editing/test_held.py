@@ -23,7 +23,7 @@ def hold(monkeypatch) -> list[int]:
         made.append(len(requests))
         start(self, suffix, problem, there, requests)
 
-    monkeypatch.setattr(Held, "suits", staticmethod(lambda suffix, _: suffix.replays))
+    monkeypatch.setattr(Held, "suits", staticmethod(lambda suffix, _: suffix.replays is not False))
     monkeypatch.setattr(Held, "__init__", noted)
     return made
 
