@@ -63,10 +63,12 @@ __global__ void __launch_bounds__(NarrowTraits<T>::kThreads, NarrowTraits<T>::kB
   const int begin = p.shape == Shape::kUpper ? row0 / Traits::kDepth * Traits::kDepth : 0;
 
   T sum[2][Traits::kTiles][2] = {};
-  const auto load = [&](T(&a)[2][Traits::kSteps], int k0) {
+#pragma unroll 1
+  for (int k0 = begin + split * Traits::kDepth; k0 < end; k0 += Traits::kSplits * Traits::kDepth) {
     const int64_t down = opaque(p.row_stride), across = opaque(p.column_stride);
     const T* from = static_cast<const T*>(p.a) + k0 * across;
     const bool whole = whole_rows && k0 + Traits::kDepth <= p.k;
+    T a[2][Traits::kSteps];
     if (kLayout == Layout::kRows && whole) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -89,35 +91,13 @@ __global__ void __launch_bounds__(NarrowTraits<T>::kThreads, NarrowTraits<T>::kB
     } else {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const T* at = from + row[h] * down + term<kVector>(0, q) * across;
 #pragma unroll
         for (int step = 0; step < Traits::kSteps; ++step) {
-          const bool inside = row[h] < p.m && k0 + term<kVector>(step, q) < p.k;
-          a[h][step] = inside ? *at : T(0);
-          at = opaque(at + (term<kVector>(step + 1, 0) - term<kVector>(step, 0)) * across);
+          const int k = term<kVector>(step, q);
+          const bool inside = row[h] < p.m && k0 + k < p.k;
+          a[h][step] = inside ? from[row[h] * down + k * across] : T(0);
         }
       }
-    }
-  };
-  // The next run of A is on its way while this one is multiplied; for addresses of any kind there
-  // are no registers left for it.
-  constexpr int kStride = Traits::kSplits * Traits::kDepth;
-  constexpr bool kAhead = kLayout != Layout::kAny;
-  T ahead[2][Traits::kSteps];
-  int k0 = begin + split * Traits::kDepth;
-  if (kAhead && k0 < end) load(ahead, k0);
-#pragma unroll 1
-  for (; k0 < end; k0 += kStride) {
-    T a[2][Traits::kSteps];
-    if constexpr (kAhead) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int step = 0; step < Traits::kSteps; ++step) a[h][step] = ahead[h][step];
-      }
-      if (k0 + kStride < end) load(ahead, k0 + kStride);
-    } else {
-      load(a, k0);
     }
     // Terms after the last are zero in A, and take the last row of B.
     const T* b = static_cast<const T*>(p.b) + k0 * p.columns + column0;

@@ -6,7 +6,7 @@
 # Builds the extension for this card, runs the self-test, the gpu tests, compute-sanitizer on small
 # shapes and the benchmarks, and compiles the Triton kernels ahead of time for this card. A stage
 # that fails or takes too long does not stop the next ones; summary.json tells how each one ended,
-# and on which hardware, driver, versions and commit (COMMIT, where there is no repository). Without
+# and on which hardware, driver, versions and commit (that of the repository, or COMMIT). Without
 # a GPU it says so and writes nothing. What is not timed runs side by side; the limits of the
 # stages, one after another, add up to less than nine minutes. LIMIT is a number of seconds for all
 # of them: what it leaves no time for, at the end, is left out and said to be.
@@ -28,6 +28,8 @@ mkdir -p "$out"
 stages=$(mktemp)
 trap 'rm -f "$stages"' EXIT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# Scripts of this folder find the package where it is not installed.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 # A script in the background ignores the signal, and so would its commands.
 heard=()

@@ -59,7 +59,7 @@ def main(stages: Path, out: Path) -> int:
         "gpu": output(*query, "--query-gpu=name"),
         "driver": output(*query, "--query-gpu=driver_version"),
         "memory": output(*query, "--query-gpu=memory.total"),
-        "commit": output("git", "rev-parse", "HEAD") or os.environ.get("COMMIT"),
+        "commit": os.environ.get("COMMIT") or output("git", "rev-parse", "HEAD"),
         "changed_since_commit": None if changed is None else bool(changed),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

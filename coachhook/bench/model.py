@@ -141,14 +141,19 @@ def add_hooks(model: nn.Module, shape: Shape, ids: Tensor) -> HookSet:
 
 
 def _decoding(model: Any, ids: Tensor) -> Callable[[], Tensor]:
-    """One more token after ``ids [1, T]``; the cache is as before after each call."""
+    """One more token after ``ids [1, T]``, with a cache that stays as it is.
+
+    A layer of a cache replaces its tensors by longer ones, which a CUDA graph would go on to read
+    when they are gone: every call has layers of its own, around the same tensors.
+    """
     with torch.inference_mode():
         cache = copy.deepcopy(returned_cache(model(ids, use_cache=True)))
-    token, given = ids[:, -1:].clone(), cache_argument(model, cache)
+    token = ids[:, -1:].clone()
 
     def step() -> Tensor:
-        logits: Tensor = model(token, use_cache=True, **given).logits
-        cache.crop(-1)
+        own = copy.copy(cache)
+        own.layers = [copy.copy(layer) for layer in cache.layers]
+        logits: Tensor = model(token, use_cache=True, **cache_argument(model, own)).logits
         return logits
 
     return step

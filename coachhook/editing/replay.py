@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,10 @@ class Replayed:
 
         sample = hidden.detach().clone().requires_grad_(True)
         # One call before the capture readies the libraries on its stream.
-        graph: Any = torch.cuda.make_graphed_callables(call, (sample,), num_warmup_iters=1)
+        with warnings.catch_warnings():
+            # Nothing is accumulated: the gradient is asked for, and the sample is thrown away.
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+            graph: Any = torch.cuda.make_graphed_callables(call, (sample,), num_warmup_iters=1)
         return graph
 
     def select(self, rows: Tensor, first: Tensor, wanted: Tensor | None = None) -> Live:

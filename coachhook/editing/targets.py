@@ -449,6 +449,8 @@ def _collect(solutions: Sequence[tuple[list[int], _Solution]], places: list[Plac
         values = torch.cat([getattr(solution, name) for _, solution in solutions])
         return values[order.to(values.device)]
 
+    # Chunks have prompts of their own number of wordings; the bare one is the first of all.
+    bare = torch.cat([solution.correct[:, 0] for _, solution in solutions])
     losses = together("losses")
     if not torch.isfinite(losses).all():
         bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
@@ -463,7 +465,7 @@ def _collect(solutions: Sequence[tuple[list[int], _Solution]], places: list[Plac
         together("used"),
         places,
         losses.tolist(),
-        (together("correct")[:, 0] & together("ended")).tolist(),
+        (bare[order.to(bare.device)] & together("ended")).tolist(),
         together("steps").tolist(),
     )
 

@@ -124,3 +124,17 @@ def test_settings_of_the_steps_are_checked():
     for betas in [0.9, "ab", (0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, 0.9, 0.9)]:
         with pytest.raises(ValueError, match="target_betas must be two numbers from 0 to below 1"):
             EditConfig(layers=[0], target_betas=betas)
+
+
+def test_chunks_may_have_other_numbers_of_wordings(make_editor, requests):
+    """What does not fit at once is run in parts, each with prompts of its own number."""
+    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    encoded = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
+    others = [request.contexts[0] for request in encoded[1:]]
+    batch = [replace(encoded[0], rewordings=others), *encoded[1:]]
+    whole, parts = (
+        optimise_targets(model, describe(model), batch, editor.config, pad_id=0, max_tokens=most)
+        for most in (100_000, 1)
+    )
+    assert parts.converged == whole.converged and parts.steps == whole.steps
+    torch.testing.assert_close(parts.deltas, whole.deltas, rtol=1e-6, atol=1e-6)
