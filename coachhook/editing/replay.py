@@ -36,7 +36,7 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         refused: names of operations that cannot be: the host reads a result, or something is copied
-            between host and GPU.
+            between host and GPU, or two GPUs.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        devices = {x.device.type for x in (*args, result) if isinstance(x, Tensor)}
+        devices = {x.device for x in (*args, result) if isinstance(x, Tensor)}
         reads = func in _READ_BACK or (func in _COPIES and len(devices) > 1)
         if func in _INDEXING:  # by a mask: how many it chooses is the shape of the result
             reads = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])

@@ -10,9 +10,9 @@ give elsewhere, there are no rewordings.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ CHOICES = 40
 LEAST_PROBABILITY = 0.5
 # Rows of a forward; a GPU needs as long for many as for few.
 _ROWS_AT_ONCE = {"cpu": 256, "cuda": 1024}
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 @torch.no_grad()
@@ -67,30 +70,54 @@ def find_rewordings(
                 alike.setdefault((number, head), []).append(start)
     heads = list(alike)
     rows_at_once = _ROWS_AT_ONCE.get(next(model.parameters()).device.type, 256)
-    answers: list[int] = []
-    for begin in range(0, len(prompts), rows_at_once):
-        some = [prompt.ids for prompt in prompts[begin : begin + rows_at_once]]
-        answers += Reader(model, some, pad_id).logits.argmax(1).tolist()
+
+    def answered(some: Sequence[EncodedPrompt]) -> list[int]:
+        logits = Reader(model, [prompt.ids for prompt in some], pad_id).logits
+        tokens: list[int] = logits.argmax(1).tolist()
+        return tokens
+
+    answers = in_parts(answered, prompts, rows_at_once)
+
+    def sampled(some: Sequence[tuple[int, tuple[int, ...]]]) -> list[list[list[int]]]:
+        wanted = [answers[number] for number, _ in some]
+        return _sample(model, [list(head) for _, head in some], wanted, ends, pad_id)
+
     found: list[dict[tuple[int, ...], list[EncodedPrompt]]] = [{} for _ in prompts]
-    for begin in range(0, len(heads), rows_at_once // SAMPLES):
-        asked = heads[begin : begin + rows_at_once // SAMPLES]
-        rows = [list(head) for _, head in asked]
-        wanted = [answers[number] for number, _ in asked]
-        sampled = _sample(model, rows, wanted, ends, pad_id)
-        for (number, head), row, tails in zip(asked, rows, sampled, strict=True):
-            for text in tails:
-                found[number].setdefault(tuple(text), []).extend(
-                    EncodedPrompt(row + text, start.first, start.lookup)
-                    for start in alike[number, head]
-                )
+    tails = in_parts(sampled, heads, rows_at_once // SAMPLES)
+    for (number, head), here in zip(heads, tails, strict=True):
+        for tail in here:
+            found[number].setdefault(tuple(tail), []).extend(
+                EncodedPrompt([*head, *tail], start.first, start.lookup)
+                for start in alike[number, head]
+            )
     own = [tuple(prompt.ids[prompt.lookup + 1 :]) for prompt in prompts]
     return [
         [said[0] for said in sorted(others, key=len, reverse=True)][:most]
         for others in (
-            [said for tail, said in texts.items() if tail != mine]
-            for texts, mine in zip(found, own, strict=True)
+            [said for words, said in theirs.items() if words != mine]
+            for theirs, mine in zip(found, own, strict=True)
         )
     ]
+
+
+def in_parts(
+    run: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item], most: int
+) -> list[Found]:
+    """What ``run`` gives for the items, so many at a time; fewer where a GPU has no room for them.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: there is none for a single one.
+    """
+    found: list[Found] = []
+    while len(found) < len(items):
+        some = items[len(found) : len(found) + most]
+        try:
+            found += run(some)
+        except torch.cuda.OutOfMemoryError:
+            if len(some) == 1:
+                raise
+            most = len(some) // 2
+    return found
 
 
 def _sample(

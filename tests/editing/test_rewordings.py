@@ -9,7 +9,13 @@ import torch
 
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import EncodedPrompt, encode_in_context
-from coachhook.editing.rewordings import LEAST_PROBABILITY, LENGTH, Reader, find_rewordings
+from coachhook.editing.rewordings import (
+    LEAST_PROBABILITY,
+    LENGTH,
+    Reader,
+    find_rewordings,
+    in_parts,
+)
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe, end_tokens
 from tests.models.families import DISCOVERED, SUPPORTED, tiny
@@ -159,3 +165,21 @@ def test_a_context_loses_its_first_words_where_there_is_no_room(bundled, request
     assert encode_in_context(tokenizer, request, context, len(whole.ids)) == whole
     with pytest.raises(ValueError, match="context window"):
         encode_in_context(tokenizer, request, context, len(bare.ids) - 1)
+
+
+def test_fewer_at_once_where_the_memory_does_not_hold_them():
+    asked = []
+
+    def run(some):
+        asked.append(len(some))
+        if len(some) > room:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return [item * 10 for item in some]
+
+    room = 3
+    assert in_parts(run, range(20), 8) == [item * 10 for item in range(20)]
+    assert asked == [8, 4, *[2] * 10]
+    room = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        in_parts(run, range(4), 8)
+    assert in_parts(run, [], 8) == []
