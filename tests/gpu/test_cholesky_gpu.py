@@ -16,6 +16,7 @@ from coachhook.ops import (
     cholesky_update_,
     cholesky_update_solve_,
 )
+from coachhook.ops.cholesky import blocked as chains
 from coachhook.ops.cholesky import cuda
 from coachhook.ops.cholesky.blocked import BlockedFactor
 from tests.ops.linalg_oracle import F64, batches, exact, joint, relative, spd
@@ -23,7 +24,7 @@ from tests.tolerances import tol
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-FORMS = ["extension", "torch"]
+FORMS = ["extension", "as of large factors", "torch"]
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(cuda, "_loaded", lambda: None)
     elif cuda._loaded() is None:
         pytest.skip("the CUDA extension is not built or finds no device")
+    elif request.param == "as of large factors":  # chains by the library
+        monkeypatch.setattr(chains, "_OWN_PRODUCTS", 0)
     return request.param
 
 
