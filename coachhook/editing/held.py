@@ -14,11 +14,13 @@ from torch import Tensor
 
 from coachhook.editing.config import EditConfig
 from coachhook.editing.live import Live
+from coachhook.editing.packing import group_cost
 from coachhook.editing.problem import Losses, Problem, find_losses
 from coachhook.editing.replay import Replayed
 from coachhook.editing.suffix import Captured, Suffix
 
-# A smaller run is made where this many times fewer requests are left.
+# A smaller run is made where this many times fewer requests are left, unless the present one takes
+# as long as its kernels take to start: captures of .1 to .2 s each would gain nothing.
 _FEWER = 3
 
 
@@ -48,6 +50,7 @@ class Held:
         if not isinstance(live, Live):
             raise TypeError(f"Held: problem must be captured for live runs, got {type(live)}")
         self._run = Replayed(live, watched=suffix.replays is True)
+        self._is_small = live.tokens <= group_cost(live.hidden.device)
 
     @staticmethod
     def suits(suffix: Suffix, problem: Problem) -> bool:
@@ -63,7 +66,7 @@ class Held:
 
     def serves(self, active: Tensor) -> bool:
         """Whether these requests, all among its own, are enough of them."""
-        return _FEWER * len(active) >= len(self._requests)
+        return self._is_small or _FEWER * len(active) >= len(self._requests)
 
     def losses(
         self,
