@@ -86,7 +86,7 @@ cat "$out"/{memcheck,racecheck}.log >"$out/sanitizer.log" 2>/dev/null && rm "$ou
 bench() {
   stage "bench-$1" "$2" bench.json "$python" -m coachhook bench "$1" --json --device cuda --budget "$3"
 }
-bench edit 80 45
+bench edit 115 60
 bench memory 25 6
 bench cholesky 38 16
 bench statistics 30 5

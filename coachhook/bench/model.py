@@ -32,7 +32,7 @@ class Shape(NamedTuple):
         prompt: tokens of the prompt that is read.
         context: tokens in the cache when one is decoded.
         captured: whether its forward can be captured in a CUDA graph. That of transformers' GPT-J
-            copies a number to the GPU in every block, and a capture that fails spoils the process.
+            copies something from host to GPU (5.17), and a capture that fails spoils the process.
     """
 
     name: str

@@ -36,17 +36,11 @@ class Held:
 
     def __init__(self, suffix: Suffix, problem: Problem, there: Tensor, requests: Tensor) -> None:
         self._suffix, self._problem, self._requests = suffix, problem, requests
-        rows = (
-            requests[:, None] * problem.group + torch.arange(problem.group, device=requests.device)
-        ).flatten()
-        self._rows = rows
-        may = there[rows]
-        wanted = (problem.target[rows] >= 0) | problem.ends[rows]
-        if problem.group > problem.asked:
-            last = torch.arange(problem.asked, len(rows), problem.group, device=rows.device)
-            wanted[last, may[last, 0]] = True
-        first = may.masked_fill(may < 0, problem.target.shape[1]).amin(1)
-        live = suffix.select(problem.captured, rows, first, wanted)
+        self._rows = rows = problem.rows(requests)
+        self._target, self._ends, may = problem.target[rows], problem.ends[rows], there[rows]
+        self._added = None if problem.added is None else problem.added[rows]
+        wanted = problem.wanted(self._target, self._ends, may)
+        live = suffix.select(problem.captured, rows, problem.first(may), wanted)
         if not isinstance(live, Live):
             raise TypeError(f"Held: problem must be captured for live runs, got {type(live)}")
         self._run = Replayed(live, watched=suffix.replays is True)
@@ -93,13 +87,12 @@ class Held:
         asked = torch.zeros(count, group, dtype=torch.bool, device=at.device)
         first = torch.arange(group, device=at.device) < problem.contexts
         asked[at] = reworded[:, None] | first
-        target = problem.target[self._rows].masked_fill(~asked.view(-1, 1), -100)
         view = Problem(
             self._run,
             problem.places[self._rows],
-            None if problem.added is None else problem.added[self._rows],
-            target,
-            problem.ends[self._rows] & asked.view(-1, 1),
+            self._added,
+            self._target.masked_fill(~asked.view(-1, 1), -100),
+            self._ends & asked.view(-1, 1),
             problem.continuing,
             group,
             problem.contexts,

@@ -52,18 +52,13 @@ class Problem:
     def select(self, suffix: Suffix, requests: Tensor, reworded: Tensor) -> Problem:
         """Some requests, rewordings of those ``reworded`` only."""
         offsets = torch.arange(self.group, device=requests.device)
-        rows = (requests[:, None] * self.group + offsets).flatten()
+        rows = self.rows(requests)
         here = self.places[rows]
-        first = here.masked_fill(here < 0, self.target.shape[1]).amin(1)
         asked = reworded[:, None] | (offsets < self.contexts)
         target = self.target[rows].masked_fill(~asked.flatten()[:, None], -100)
         ends = self.ends[rows] & asked.flatten()[:, None]
-        wanted = (target >= 0) | ends
-        if self.group > self.asked:
-            last = torch.arange(self.asked, len(rows), self.group, device=rows.device)
-            wanted[last, here[last, 0]] = True
         return Problem(
-            suffix.select(self.captured, rows, first, wanted),
+            suffix.select(self.captured, rows, self.first(here), self.wanted(target, ends, here)),
             here,
             None if self.added is None else self.added[rows],
             target,
@@ -73,6 +68,23 @@ class Problem:
             self.contexts,
             self.asked,
         )
+
+    def rows(self, requests: Tensor) -> Tensor:
+        """All rows of some requests ``[r group]``."""
+        offsets = torch.arange(self.group, device=requests.device)
+        return (requests[:, None] * self.group + offsets).flatten()
+
+    def first(self, places: Tensor) -> Tensor:
+        """The first token that rows with places ``[R, P]`` change ``[R]``; T for none."""
+        return places.masked_fill(places < 0, self.target.shape[1]).amin(1)
+
+    def wanted(self, target: Tensor, ends: Tensor, places: Tensor) -> Tensor:
+        """The tokens of whole requests that are asked for, bool ``[R, T]``."""
+        wanted = (target >= 0) | ends
+        if self.group > self.asked:
+            last = torch.arange(self.asked, len(target), self.group, device=target.device)
+            wanted[last, places[last, 0]] = True
+        return wanted
 
     @property
     def prompts(self) -> Tensor:
