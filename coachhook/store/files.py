@@ -134,6 +134,7 @@ def load_folder(
             or one of its files is missing, truncated, damaged or of another write.
     """
     _check_kind(kind)
+    failed: bytes | None = None
     while True:
         file, text = _manifest_text(path, kind)
         manifest = _checked_manifest(file, text, kind)
@@ -144,9 +145,12 @@ def load_folder(
             problem = error
         # A writer may have replaced the folder meanwhile: then files of two writes were met.
         if _manifest_text(path, kind)[1] == text:
-            if problem is not None:
+            if problem is None:
+                return manifest, tensors
+            # Or moved it aside while its files were opened, where the manifest is as it was.
+            if failed == text:
                 raise problem
-            return manifest, tensors
+            failed = text
 
 
 def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from coachhook.store import check_writable, load_folder, save_folder, write_folder_atomically
+from coachhook.errors import FormatError
+from coachhook.store import (
+    check_writable,
+    files,
+    folders,
+    load_folder,
+    save_folder,
+    write_folder_atomically,
+)
 from coachhook.store.folders import current_folder
 
 
@@ -189,6 +197,25 @@ def test_readers_and_kills_at_any_moment_meet_whole_folders(tmp_path):
     assert len(seen) > 4
     save_folder(out, kind="edits", manifest={"n": -1}, tensors={"t": torch.zeros(1)})
     assert _leftovers(tmp_path) == []
+
+
+def test_a_folder_that_is_moved_aside_while_it_is_read_is_read_there(tmp_path, monkeypatch):
+    """Between the two renames of a writer that is then killed: the manifest is as it was."""
+    out = tmp_path / "out"
+    save_folder(out, kind="edits", manifest={"n": 3}, tensors={"t": torch.ones(5)})
+    opens, moved = files._open_checked, []
+
+    def at_the_wrong_moment(file, entry):
+        if not moved:
+            moved.append(out.rename(folders._aside(out.resolve())))
+        return opens(file, entry)
+
+    monkeypatch.setattr(files, "_open_checked", at_the_wrong_moment)
+    manifest, tensors = load_folder(out, "edits")
+    assert moved and manifest["n"] == 3 and torch.equal(tensors["t"], torch.ones(5))
+    (moved[0] / next(iter(manifest["files"]))).unlink()
+    with pytest.raises(FormatError, match="must be readable"):
+        load_folder(out, "edits")
 
 
 def test_an_empty_folder_that_is_there_already_is_filled(tmp_path):
