@@ -7,7 +7,8 @@ namespace ch = coachhook;
 namespace {
 
 void cholesky_invert(ch::Real real, int64_t n, int64_t rows, uintptr_t factor, int64_t row_stride,
-                     int64_t column_stride, uintptr_t inverses, int device, uintptr_t stream) {
+                     int64_t column_stride, uintptr_t inverses, uintptr_t arrivals, int device,
+                     uintptr_t stream) {
   ch::InverseParams p;
   p.real = real;
   p.n = n;
@@ -16,6 +17,7 @@ void cholesky_invert(ch::Real real, int64_t n, int64_t rows, uintptr_t factor, i
   p.row_stride = row_stride;
   p.column_stride = column_stride;
   p.inverses = pointer<void>(inverses);
+  p.arrivals = pointer<uint32_t>(arrivals);
   p.device = device;
   p.stream = pointer<void>(stream);
   raise_unless_ok(ch::cholesky_invert(p));
@@ -23,7 +25,8 @@ void cholesky_invert(ch::Real real, int64_t n, int64_t rows, uintptr_t factor, i
 
 void cholesky_solve(ch::Real real, int64_t n, int64_t rows, int64_t columns, bool transposed,
                     bool keep, uintptr_t factor, int64_t row_stride, int64_t column_stride,
-                    uintptr_t inverses, uintptr_t residuals, uintptr_t solved, int device,
+                    uintptr_t inverses, uintptr_t right, uintptr_t residuals, uintptr_t solved,
+                    int64_t workers, uintptr_t partial, uintptr_t arrivals, int device,
                     uintptr_t stream) {
   ch::SolveParams p;
   p.real = real;
@@ -36,8 +39,12 @@ void cholesky_solve(ch::Real real, int64_t n, int64_t rows, int64_t columns, boo
   p.row_stride = row_stride;
   p.column_stride = column_stride;
   p.inverses = pointer<const void>(inverses);
+  p.right = pointer<const void>(right);
   p.residuals = pointer<void>(residuals);
   p.solved = pointer<void>(solved);
+  p.workers = workers;
+  p.partial = pointer<void>(partial);
+  p.arrivals = pointer<uint32_t>(arrivals);
   p.device = device;
   p.stream = pointer<void>(stream);
   raise_unless_ok(ch::cholesky_solve(p));
@@ -94,13 +101,15 @@ void bind_cholesky(py::module_& m) {
       .value("float32", ch::Real::kFloat32)
       .value("float64", ch::Real::kFloat64);
   m.attr("CHOLESKY_WIDTH") = ch::kPanelWidth;
+  m.attr("CHOLESKY_ARRIVALS") = ch::kArrivals;
   m.def("cholesky_invert", &cholesky_invert, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("rows"), py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"),
-        py::arg("inverses"), py::arg("device"), py::arg("stream"));
+        py::arg("inverses"), py::arg("arrivals"), py::arg("device"), py::arg("stream"));
   m.def("cholesky_solve", &cholesky_solve, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("rows"), py::arg("columns"), py::arg("transposed"), py::arg("keep"),
         py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"), py::arg("inverses"),
-        py::arg("residuals"), py::arg("solved"), py::arg("device"), py::arg("stream"));
+        py::arg("right"), py::arg("residuals"), py::arg("solved"), py::arg("workers"),
+        py::arg("partial"), py::arg("arrivals"), py::arg("device"), py::arg("stream"));
   m.def("cholesky_rotations", &cholesky_rotations, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("keys"), py::arg("columns"), py::arg("sign"), py::arg("solved"), py::arg("sums"),
         py::arg("factor"), py::arg("diagonal_stride"), py::arg("margin"), py::arg("pivot_limit"),

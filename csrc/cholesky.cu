@@ -29,8 +29,12 @@ Status check(const SolveParams& p) {
                     kSolveOp, "rows", "a multiple of 64, at most 2^20", p.rows);
   COACHHOOK_REQUIRE(p.columns == 32 || p.columns == 64, kSolveOp, "columns", "32 or 64", p.columns);
   COACHHOOK_REQUIRE(!(p.keep && p.transposed), kSolveOp, "keep", "false where transposed", 1);
-  COACHHOOK_REQUIRE(p.factor && p.inverses && p.residuals && p.solved, kSolveOp,
-                    "factor, inverses, residuals and solved", "non-null pointers", 0);
+  COACHHOOK_REQUIRE(p.workers >= 1 && p.workers <= kMaxRows, kSolveOp, "workers", "from 1 to 2^20",
+                    p.workers);
+  COACHHOOK_REQUIRE(p.factor && p.inverses && p.right && p.residuals && p.solved, kSolveOp,
+                    "factor, inverses, right, residuals and solved", "non-null pointers", 0);
+  COACHHOOK_REQUIRE(p.partial && p.arrivals, kSolveOp, "partial and arrivals", "non-null pointers",
+                    0);
   return Status();
 }
 
@@ -64,57 +68,84 @@ Status launch_invert(const InverseParams& p, cudaStream_t stream) {
   return launched(kInvertOp, "invert_diagonal_kernel");
 }
 
-// The layout of a matrix that allows for wide accesses, or kAny.
+// The layout of a matrix that allows for accesses of 16 bytes along rows, or of so many down
+// columns; or kAny.
 template <typename T>
-Layout layout_of(const void* matrix, int64_t row_stride, int64_t column_stride) {
+Layout layout_of(size_t down_columns, const void* matrix, int64_t row_stride,
+                 int64_t column_stride) {
   const auto aligned = [matrix](int64_t unit, int64_t stride, size_t bytes) {
     return unit == 1 && reinterpret_cast<uintptr_t>(matrix) % bytes == 0 &&
            stride * sizeof(T) % bytes == 0;
   };
   if (aligned(column_stride, row_stride, sizeof(Chunk<T>))) return Layout::kRows;
-  return aligned(row_stride, column_stride, sizeof(Pair<T>)) ? Layout::kColumns : Layout::kAny;
+  return aligned(row_stride, column_stride, down_columns) ? Layout::kColumns : Layout::kAny;
 }
 
-template <typename T>
-Status launch_product(const NarrowProduct& p, cudaStream_t stream) {
-  using Traits = NarrowTraits<T>;
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.m, Traits::kRows)),
-                  static_cast<unsigned>(p.columns / Traits::kWidth));
-  const dim3 block(Traits::kThreads);
-  switch (layout_of<T>(p.a, p.row_stride, p.column_stride)) {
-    case Layout::kRows:
-      COACHHOOK_LAUNCH((narrow_product_kernel<T, Layout::kRows>), grid, block, stream, p);
-      break;
-    case Layout::kColumns:
-      COACHHOOK_LAUNCH((narrow_product_kernel<T, Layout::kColumns>), grid, block, stream, p);
-      break;
-    case Layout::kAny:
-      COACHHOOK_LAUNCH((narrow_product_kernel<T, Layout::kAny>), grid, block, stream, p);
-      break;
+// Steps that a block holds at once: four where the device's shared memory takes them.
+template <typename T, int kColumns>
+int stages_on(int device) {
+  using Traits = NarrowTraits<T, kColumns>;
+  int shared = 0;
+  if (cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+      cudaSuccess) {
+    return 2;
   }
+  for (int stages = 4; stages > 2; --stages) {
+    if (Traits::shared_bytes(stages) <= shared) return stages;
+  }
+  return 2;
+}
+
+template <typename T, int kColumns, Layout kLayout>
+Status launch_product(const NarrowProduct& p, int64_t workers, cudaStream_t stream) {
+  using Traits = NarrowTraits<T, kColumns>;
+  const int64_t steps = steps_before(p, static_cast<int>(ceil_div(p.m, kTileRows)));
+  const dim3 grid(static_cast<unsigned>(steps < workers ? steps : workers));
+  const int bytes = Traits::shared_bytes(p.stages);
+  const cudaError_t error = allow_shared(narrow_product_kernel<T, kColumns, kLayout>, bytes);
+  if (error != cudaSuccess) return cuda_error(kSolveOp, "cudaFuncSetAttribute", error);
+  COACHHOOK_LAUNCH_SHARED((narrow_product_kernel<T, kColumns, kLayout>), grid,
+                          dim3(Traits::kThreads), bytes, stream, p);
   return launched(kSolveOp, "narrow_product_kernel");
 }
 
-template <typename T>
+template <typename T, int kColumns>
+Status launch_product(const NarrowProduct& p, int64_t workers, cudaStream_t stream) {
+  switch (layout_of<T>(sizeof(Chunk<T>), p.a, p.row_stride, p.column_stride)) {
+    case Layout::kRows:
+      return launch_product<T, kColumns, Layout::kRows>(p, workers, stream);
+    case Layout::kColumns:
+      return launch_product<T, kColumns, Layout::kColumns>(p, workers, stream);
+    case Layout::kAny:
+      break;
+  }
+  return launch_product<T, kColumns, Layout::kAny>(p, workers, stream);
+}
+
+template <typename T, int kColumns>
 Status launch_solve(const SolveParams& p, cudaStream_t stream) {
   const T* factor = static_cast<const T*>(p.factor);
   T* solved = static_cast<T*>(p.solved);
+  const int stages = stages_on<T, kColumns>(p.device);
   const int64_t blocks = ceil_div(p.n, p.rows);
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t j = p.transposed ? blocks - 1 - i : i;
     const int64_t first = j * p.rows, last = first + p.rows < p.n ? first + p.rows : p.n;
-    T* residual = static_cast<T*>(p.residuals) + (p.keep ? j * p.n * p.columns : 0);
+    T* residual = static_cast<T*>(p.residuals) + (p.keep ? j * p.n * kColumns : 0);
+    const T* right = i == 0 ? static_cast<const T*>(p.right) : residual;
 
     NarrowProduct own;
     own.m = own.k = static_cast<int>(last - first);
-    own.columns = static_cast<int>(p.columns);
     own.shape = p.transposed ? Shape::kUpper : Shape::kLower;
     own.a = static_cast<const T*>(p.inverses) + j * p.rows * (p.rows + 1);
     own.row_stride = p.transposed ? 1 : p.rows;
     own.column_stride = p.transposed ? p.rows : 1;
-    own.b = residual + first * p.columns;
-    own.out = solved + first * p.columns;
-    Status status = launch_product<T>(own, stream);
+    own.b = right + first * kColumns;
+    own.out = solved + first * kColumns;
+    own.partial = p.partial;
+    own.arrivals = p.arrivals;
+    own.stages = stages;
+    Status status = launch_product<T, kColumns>(own, p.workers, stream);
     if (!status.ok()) return status;
 
     NarrowProduct rest = own;
@@ -127,13 +158,18 @@ Status launch_solve(const SolveParams& p, cudaStream_t stream) {
     rest.row_stride = p.transposed ? p.column_stride : p.row_stride;
     rest.column_stride = p.transposed ? p.row_stride : p.column_stride;
     rest.b = own.out;
-    T* left = residual + (p.transposed ? 0 : last * p.columns);
-    rest.base = left;
-    rest.out = p.keep ? left + p.n * p.columns : left;
-    status = launch_product<T>(rest, stream);
+    const int64_t left = p.transposed ? 0 : last * kColumns;
+    rest.base = right + left;
+    rest.out = residual + left + (p.keep ? p.n * kColumns : 0);
+    status = launch_product<T, kColumns>(rest, p.workers, stream);
     if (!status.ok()) return status;
   }
   return Status();
+}
+
+template <typename T>
+Status launch_solve(const SolveParams& p, cudaStream_t stream) {
+  return p.columns == 32 ? launch_solve<T, 32>(p, stream) : launch_solve<T, 64>(p, stream);
 }
 
 template <typename T, int kColumns>
@@ -163,7 +199,7 @@ Status launch_apply(const ApplyParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.n, p.chunk)),
                   static_cast<unsigned>(ceil_div(p.n, Traits::kRows)));
   const dim3 block(Traits::kThreads);
-  switch (layout_of<T>(p.factor, p.row_stride, p.column_stride)) {
+  switch (layout_of<T>(sizeof(Pair<T>), p.factor, p.row_stride, p.column_stride)) {
     case Layout::kRows:
       COACHHOOK_LAUNCH((apply_rotations_kernel<T, kColumns, Layout::kRows>), grid, block, stream,
                        p);

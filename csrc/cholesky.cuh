@@ -6,7 +6,7 @@
 //   G_jj and W_j of every panel, and all that can fail                panel_rotations_kernel
 //   L <- L G, each tile read once and written once               apply_rotations_kernel
 //
-// Every sum has one fixed order and there are no atomics: equal input gives equal bits. A failure
+// Every sum has one fixed order, and atomics only count: equal input gives equal bits. A failure
 // is a flag on the device that keeps the last kernel from writing.
 #pragma once
 

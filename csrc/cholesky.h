@@ -11,6 +11,7 @@ enum class Real : int { kFloat32 = 0, kFloat64 = 1 };
 
 constexpr int kPanelWidth = 32;    // columns of a panel
 constexpr int kInverseWidth = 64;  // rows of a diagonal block inverted by a kernel
+constexpr int kArrivals = 4;       // counters for 64 rows of a solve
 
 // With X = L^-1 K the new factor is L G, G = chol(I + s X X^T). Per panel of 32 columns, from
 // P = sum of X_i^T X_i over the panels before it and R R^T = I + s P:
@@ -67,6 +68,7 @@ struct InverseParams {
   int64_t row_stride = 0;
   int64_t column_stride = 0;
   void* inverses = nullptr;  // [blocks, rows, rows], rows (rows + 1) elements from block to block
+  uint32_t* arrivals = nullptr;  // of SolveParams, set to zero; or null
 
   int device = 0;
   void* stream = nullptr;
@@ -85,10 +87,15 @@ struct SolveParams {
   int64_t row_stride = 0;
   int64_t column_stride = 0;
   const void* inverses = nullptr;  // as in InverseParams
-  // K [n, columns], which is overwritten; with `keep` [blocks, n, columns], the first K: entry j
-  // receives in the rows from the beginning of block j on what X of the blocks before leaves of K.
+  const void* right = nullptr;     // K [n, columns]
+  // [n, columns], scratch that may be K itself. With `keep` [blocks, n, columns], the first K:
+  // entry j receives in the rows from the beginning of block j on what X of the blocks before
+  // leaves of K.
   void* residuals = nullptr;
-  void* solved = nullptr;  // [n, columns] receives X
+  void* solved = nullptr;        // [n, columns] receives X
+  int64_t workers = 0;           // blocks of threads at most: those that run at once
+  void* partial = nullptr;       // [2 workers, 64, columns], scratch
+  uint32_t* arrivals = nullptr;  // [n / 64 rounded up, kArrivals], zero before and after
 
   int device = 0;
   void* stream = nullptr;

@@ -36,6 +36,9 @@ __global__ void __launch_bounds__(InverseTraits::kThreads)
     return;
   }
 
+  if (p.arrivals != nullptr && threadIdx.x < kArrivals) {
+    p.arrivals[blockIdx.x * kArrivals + threadIdx.x] = 0;
+  }
   const T* factor = static_cast<const T*>(p.factor);
   const auto load = [&](int64_t row, int64_t column) {
     if (row >= p.n) return row == column ? T(1) : T(0);

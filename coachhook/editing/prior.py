@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coachhook.errors import NotPositiveDefiniteError
+from coachhook.ops.cholesky import native
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
 from coachhook.ops.cholesky.triangular import solve_transposed
 
@@ -70,7 +71,8 @@ class FactoredPrior:
 
     def _blocks(self) -> BlockedFactor:
         if self._blocked is None:
-            self._blocked = BlockedFactor(self.factor, kept_rows(len(self.factor)))
+            rows = kept_rows(len(self.factor))
+            self._blocked = BlockedFactor(self.factor, rows, native.kernels(self.factor))
         return self._blocked
 
 

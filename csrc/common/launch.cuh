@@ -10,6 +10,9 @@
 #include <cuda_runtime.h>
 #define COACHHOOK_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+// With `bytes` of dynamic_shared() for each block.
+#define COACHHOOK_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
 // With `overlap`, blocks may start while the kernel in front still runs: they must call
 // wait_for_previous_kernel() before they touch its memory. Compute capability 9.0 and newer.
 #define COACHHOOK_LAUNCH_OVERLAPPED(kernel, grid, block, stream, overlap, ...) \
@@ -31,7 +34,28 @@ inline Status cuda_error(const char* op, const char* what, cudaError_t error) {
 #ifdef COACHHOOK_HOST_SHIM
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_start() {}
+template <typename T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(shim::active->shared);
+}
+template <typename... Parameters>
+cudaError_t allow_shared(void (*)(Parameters...), int) {
+  return cudaSuccess;
+}
 #else
+// The shared memory of a block whose size was given at the launch; aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char shared[];
+  return reinterpret_cast<T*>(shared);
+}
+
+// Needed before a launch with more than 48 KiB of it; makes no call to the GPU.
+template <typename... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
                        bool overlap, const Arguments&... arguments) {

@@ -65,6 +65,18 @@ void run_apply() {
   write(factor.get(), factor_size);
 }
 
+int64_t arrivals_of(int64_t n) {
+  return coachhook::ceil_div(n, coachhook::kTileRows) * coachhook::kArrivals;
+}
+
+void check_zero(const char* bytes, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    if (bytes[i] == 0) continue;
+    std::fprintf(stderr, "cholesky_driver: arrivals are not zero afterwards\n");
+    std::exit(4);
+  }
+}
+
 void run_invert() {
   coachhook::InverseParams p;
   p.real = static_cast<coachhook::Real>(read_int());
@@ -74,9 +86,13 @@ void run_invert() {
   p.column_stride = read_int();
   const int64_t offset = read_int(), inverses_size = read_int();
   const Bytes factor = read_array(), inverses = unwritten(inverses_size);
+  const int64_t arrivals_size = arrivals_of(p.n) * sizeof(uint32_t);
+  const Bytes arrivals = unwritten(arrivals_size);
   p.factor = factor.get() + offset * (p.real == coachhook::Real::kFloat64 ? 8 : 4);
   p.inverses = inverses.get();
+  p.arrivals = reinterpret_cast<uint32_t*>(arrivals.get());
   finish(coachhook::cholesky_invert(p));
+  check_zero(arrivals.get(), arrivals_size);
   write(inverses.get(), inverses_size);
 }
 
@@ -91,18 +107,28 @@ void run_solve() {
   p.row_stride = read_int();
   p.column_stride = read_int();
   const int64_t offset = read_int();
+  p.workers = read_int();
   const Bytes factor = read_array(), inverses = read_array();
   const int64_t residuals_size = read_int();
   const Bytes residuals(new char[residuals_size]);
   read(residuals.get(), residuals_size);
+  // The right side is an array of its own, unless its residuals are kept.
+  const Bytes apart = unwritten(residuals_size);
   const int64_t element = p.real == coachhook::Real::kFloat64 ? 8 : 4;
   const int64_t solved_size = p.n * p.columns * element;
   const Bytes solved = unwritten(solved_size);
+  const Bytes partial = unwritten(2 * p.workers * coachhook::kTileRows * p.columns * element);
+  const int64_t arrivals_size = arrivals_of(p.n) * sizeof(uint32_t);
+  const Bytes arrivals(new char[arrivals_size]());
+  p.partial = partial.get();
+  p.arrivals = reinterpret_cast<uint32_t*>(arrivals.get());
   p.factor = factor.get() + offset * element;
   p.inverses = inverses.get();
-  p.residuals = residuals.get();
+  p.right = residuals.get();
+  p.residuals = p.keep ? residuals.get() : apart.get();
   p.solved = solved.get();
   finish(coachhook::cholesky_solve(p));
+  check_zero(arrivals.get(), arrivals_size);
   write(solved.get(), solved_size);
   write(residuals.get(), residuals_size);
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook.errors import NotPositiveDefiniteError
-from coachhook.ops.cholesky import blocked, cuda, reference
+from coachhook.ops.cholesky import cuda, reference
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
 from tests.ops.linalg_oracle import F64, batches, exact, relative, spd
 from tests.tolerances import tol
@@ -21,15 +21,9 @@ from tests.tolerances import tol
 DTYPES = [torch.float32, torch.float64]
 
 
-@pytest.fixture(params=["kernels", "kernels but for chains", "torch"])
-def native(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, nan_filled_memory: None
-) -> ModuleType | None:
-    if request.param == "torch":
-        return None
-    if request.param == "kernels but for chains":  # as of large factors
-        monkeypatch.setattr(blocked, "_OWN_PRODUCTS", 0)
-    return request.getfixturevalue("extension")
+@pytest.fixture(params=["kernels", "torch"])
+def native(request: pytest.FixtureRequest, nan_filled_memory: None) -> ModuleType | None:
+    return None if request.param == "torch" else request.getfixturevalue("extension")
 
 
 @pytest.fixture(autouse=True)

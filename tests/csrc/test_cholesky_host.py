@@ -215,10 +215,12 @@ def run_solve(
     order: int = 0,
     transposed: bool = False,
     keep: bool = True,
+    rows: int = 64,
+    workers: int = 3,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``L^-1 X``, or ``L^-T X``, in blocks of 64 rows, and the residuals."""
+    """``L^-1 X``, or ``L^-T X``, in blocks of some rows, and the residuals."""
     buffer, _, (down, across, offset) = stored(case, layout)
-    n, rows, real = case.n, 64, case.real
+    n, real = case.n, case.real
     blocks = -(-n // rows)
     inverses = np.full((blocks * (rows + 1) - 1) * rows, np.nan)
     for j, first in enumerate(range(0, n, rows)):
@@ -239,26 +241,30 @@ def run_solve(
         down,
         across,
         offset,
+        workers,
     )
     arrays = (buffer, inverses.astype(real), right.astype(real))
     out = np.frombuffer(
-        host._run(struct.pack("<10q", *header) + b"".join(map(_array, arrays)), order), real
+        host._run(struct.pack("<11q", *header) + b"".join(map(_array, arrays)), order), real
     )
     size = n * case.columns
     return out[:size].reshape(n, -1), out[size:].reshape(right.shape)
 
 
-def check_solve(case: Update, got: tuple[np.ndarray, np.ndarray], transposed: bool = False) -> None:
+def check_solve(
+    case: Update, got: tuple[np.ndarray, np.ndarray], transposed: bool = False, rows: int = 64
+) -> None:
     factor, x = case.factor.astype(np.float64), case.padded()[: case.n]
     wanted = np.linalg.solve(factor.T if transposed else factor, x)
     scale = np.linalg.cond(factor) * np.abs(wanted).max()
     np.testing.assert_allclose(got[0], wanted, rtol=0, atol=limit(case, scale))
     for j, residual in enumerate(got[1]):
-        left = x - factor[:, : 64 * j] @ wanted[: 64 * j]
+        first = rows * j
+        left = x - factor[:, :first] @ wanted[:first]
         np.testing.assert_allclose(
-            residual[64 * j :], left[64 * j :], rtol=0, atol=limit(case, scale * case.n)
+            residual[first:], left[first:], rtol=0, atol=limit(case, scale * case.n)
         )
-        assert j == 0 or np.isnan(residual[: 64 * j]).all()
+        assert j == 0 or np.isnan(residual[:first]).all()
 
 
 @pytest.mark.parametrize("real", REALS)
@@ -270,6 +276,38 @@ def test_solves(host: Host, real: str, layout: str, n: int, k: int) -> None:
     for transposed in (False, True):
         solved = run_solve(host, case, layout, 0, transposed, keep=False)[0]
         check_solve(case, (solved, np.empty((0, n))), transposed)
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize(
+    "k, shared", [(4, 227 << 10), (4, 99 << 10), (33, 227 << 10), (33, 99 << 10)]
+)
+def test_solves_dealt_out_among_blocks(host: Host, real: str, k: int, shared: int) -> None:
+    """Tiles in one run, in several, and runs of several tiles; rings of two to four stages."""
+    case = make(333, k, real)
+    with_less = Host(host.program, {"SHIM_SHARED": str(shared)})
+    for workers in (1, 2, 7, 40):
+        for transposed, layout in ((False, "aligned"), (True, "columns")):
+            solved = run_solve(
+                *(with_less, case, layout, workers % len(ORDERS), transposed),
+                keep=False,
+                rows=256,
+                workers=workers,
+            )[0]
+            check_solve(case, (solved, np.empty((0, case.n))), transposed)
+    got = run_solve(with_less, case, "odd columns", rows=256, workers=7)
+    check_solve(case, got, rows=256)
+
+
+def test_order_of_the_blocks_does_not_change_a_bit(host: Host) -> None:
+    case = make(333, 4)
+    for transposed in (False, True):
+        first, *others = (
+            run_solve(host, case, "columns", order, transposed, False, rows=256, workers=11)[0]
+            for order in ORDERS
+        )
+        for other in others:
+            np.testing.assert_array_equal(other, first)
 
 
 def limit(case: Update, scale: float) -> float:

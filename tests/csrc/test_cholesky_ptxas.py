@@ -11,9 +11,9 @@ import pytest
 
 from tests.csrc.host import CSRC
 
-# Updates of L: 2 element types x 32 or 64 keys x 3 layouts; narrow products: 2 x 3; panels: 4;
-# prefix sums and inverses: 2 each.
-KERNELS = 12 + 6 + 4 + 2 + 2
+# Updates of L and narrow products: 2 element types x 32 or 64 keys x 3 layouts; panels: 4; prefix
+# sums and inverses: 2 each.
+KERNELS = 12 + 12 + 4 + 2 + 2
 # Static shared memory of a block on every architecture.
 SHARED = 48 << 10
 # A register file holds 65,536: one block of 256 threads (of 384 and 168 registers with 32 keys),
@@ -88,3 +88,17 @@ def test_float64_runs_on_tensor_cores_and_loads_16_bytes(tmp_path: Path) -> None
         if by_columns:
             pairs = re.findall(r"ld\.global\.v2\." + (r"\w64" if is_double else r"\w32"), body)
             assert len(pairs) >= 2 * 8, name
+    kernels = {name: body for name, body in named.items() if "narrow_product_kernel" in name}
+    assert len(kernels) == 12
+    for name, body in kernels.items():
+        size = 8 if "kernelId" in name else 4
+        columns = 64 if "Li64E" in name else 32
+        # What a thread copies of A, 64 x 32, and of B, before the loop and in it.
+        numbers = 64 * 32 // 256, 32 * columns // 256
+        wide = len(re.findall(r"cp\.async\.cg\.shared\.global\S* \[%\w+\], \[%\w+\], 16,", body))
+        by_one = "LayoutE0" in name
+        assert wide == 2 * (0 if by_one else numbers[0] * size // 16) + 2 * numbers[1] * size // 16
+        assert len(re.findall(r"cp\.async\.ca", body)) == 2 * by_one * numbers[0], name
+        # 32 or 16 rows and 8 or 16 terms of a warp, on sm_80 in products of 8 x 8 x 4.
+        products = columns if size == 8 else 0
+        assert body.count("mma.sync.aligned.m8n8k4") == products, name

@@ -16,15 +16,14 @@ from coachhook.ops import (
     cholesky_update_,
     cholesky_update_solve_,
 )
-from coachhook.ops.cholesky import blocked as chains
-from coachhook.ops.cholesky import cuda
+from coachhook.ops.cholesky import native
 from coachhook.ops.cholesky.blocked import BlockedFactor
 from tests.ops.linalg_oracle import F64, batches, exact, joint, relative, spd
 from tests.tolerances import tol
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-FORMS = ["extension", "as of large factors", "torch"]
+FORMS = ["extension", "torch"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +36,9 @@ def _cuda() -> None:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the kernels, or as without them."""
     if request.param == "torch":
-        monkeypatch.setattr(cuda, "_loaded", lambda: None)
-    elif cuda._loaded() is None:
+        monkeypatch.setattr(native, "loaded", lambda: None)
+    elif native.loaded() is None:
         pytest.skip("the CUDA extension is not built or finds no device")
-    elif request.param == "as of large factors":  # chains by the library
-        monkeypatch.setattr(chains, "_OWN_PRODUCTS", 0)
     return request.param
 
 
@@ -249,15 +246,50 @@ def test_tf32_of_the_caller_is_not_used():
     assert torch.equal(exactly, allowed)
 
 
+@pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("rows", [64, 512, 2048])
-@pytest.mark.parametrize("n", [65, 2500])
-def test_blocked_solves(n, rows):
-    factor, keys = make(n, 16)
-    blocked = BlockedFactor(factor, rows)
-    forward = torch.linalg.solve_triangular(factor, keys, upper=False)
-    backward = torch.linalg.solve_triangular(factor.mT, keys, upper=True)
-    torch.testing.assert_close(blocked.solve(keys), forward, rtol=0, atol=1e-12)
-    torch.testing.assert_close(blocked.solve_transposed(keys), backward, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("n, k", [(65, 16), (2500, 32), (2501, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "odd"])
+def test_blocked_solves(form, n, k, rows, dtype, layout):
+    factor, keys = make(n, k, dtype)
+    # Sums of two or three parts of a tile's terms, and of all that fit between.
+    if layout == "rows":
+        factor = factor.contiguous()
+    elif layout == "odd":
+        storage = factor.new_full((n + 1, n + 1), float("nan"))
+        storage[1:, 1:] = factor
+        factor = storage[1:, 1:]
+    blocked = BlockedFactor(factor, rows, native.kernels(factor))
+    wide = factor.double().tril()
+    condition = float(torch.linalg.cond(wide))
+    for _ in range(3):
+        for found, matrix, upper in (
+            (blocked.solve(keys), wide, False),
+            (blocked.solve_transposed(keys), wide.mT, True),
+        ):
+            wanted = torch.linalg.solve_triangular(matrix, keys.double(), upper=upper)
+            scale = condition * float(wanted.abs().max())
+            limit = tol("solve", dtype, reduction=n, scale=scale)
+            torch.testing.assert_close(found.double(), wanted, **limit)
+    assert torch.equal(blocked.solve(keys), blocked.solve(keys))
+    assert torch.equal(blocked.solve_transposed(keys), blocked.solve_transposed(keys))
+
+
+def test_solves_of_a_large_factor():
+    """With as many tiles as blocks of threads and more; the residual is that of a substitution."""
+    n, k = 6400, 32
+    factor = torch.randn(n, n, dtype=F64, device="cuda").tril_() / n**0.5
+    factor.diagonal().abs_().add_(2.0)
+    keys = torch.randn(n, k, dtype=F64, device="cuda")
+    for rows in (1024, 4096):
+        blocked = BlockedFactor(factor, rows, native.kernels(factor))
+        for found, matrix in (
+            (blocked.solve(keys), factor),
+            (blocked.solve_transposed(keys), factor.mT),
+        ):
+            residual = (matrix @ found - keys).norm() / (factor.norm() * found.norm())
+            assert float(residual) < 4 * torch.finfo(F64).eps
 
 
 @pytest.mark.parametrize("max_keys", [None, 0, 20])

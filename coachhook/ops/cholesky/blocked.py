@@ -24,10 +24,6 @@ from coachhook.ops.cholesky import native
 
 # Rows of the blocks that one kernel or library call inverts.
 _BASE = 64
-# Largest factor whose chains are made of our own products. On an H200 a chain of them takes twice
-# the GPU time of the library's, .27 against .14 ms at n = 6400, and less of the host's, for which
-# the library's wait there: .29 against .41 ms. At n = 16384 ours take longer, 1.14 against 1.00.
-_OWN_PRODUCTS = 8192
 
 
 def block_rows(n: int, steps: int, most: int) -> int:
@@ -45,8 +41,8 @@ class BlockedFactor:
         factor: L; the strict upper triangle is not read. Not copied: after it is written to, the
             inverses are stale.
         rows: of a block, a multiple of 64 by a power of two.
-        extension: the module whose kernels invert blocks of 64 rows and, up to n = 8192, solve with
-            32 or 64 right sides; without it torch does.
+        extension: the module whose kernels invert blocks of 64 rows and solve with 32 or 64 right
+            sides; without it torch does. Such solves must follow one another.
 
     Nothing is read back to the host. The inverses take ``n rows`` numbers, ``n rows^2`` flops to
     make, and two launches for each doubling. What lies below and to the right of row n in the last
@@ -56,8 +52,8 @@ class BlockedFactor:
     def __init__(self, factor: Tensor, rows: int, extension: ModuleType | None = None) -> None:
         self.rows = rows
         self._factor = factor
-        self.inverses = _inverses(factor, rows, extension)
-        self._products = extension if len(factor) <= _OWN_PRODUCTS else None
+        self.inverses, self._arrivals = _inverses(factor, rows, extension)
+        self._extension = extension
         lefts = range(0, len(factor), rows)
         self._spans = [(left, min(left + rows, len(factor))) for left in lefts]
 
@@ -67,11 +63,11 @@ class BlockedFactor:
 
     def solve(self, right: Tensor) -> Tensor:
         """``L^-1 right`` for right [n, k]."""
-        residual = right.clone(memory_format=torch.contiguous_format)
-        solved = torch.empty_like(residual)
-        if self._products is not None and right.shape[1] in native.COLUMNS:
-            native.solve(self._products, self._factor, self.inverses, residual, solved)
+        solved = right.new_empty(right.shape)
+        if self._takes(right):
+            self._solve(right.contiguous(), torch.empty_like(solved), solved)
             return solved
+        residual = right.clone(memory_format=torch.contiguous_format)
         parts = solved.split(self.rows)
         for j, (first, last) in enumerate(self._spans):
             torch.mm(self._diagonal(j), residual[first:last], out=parts[j])
@@ -88,10 +84,10 @@ class BlockedFactor:
                 ``right - L[:, :first] X[:first]``.
             solved: [>= n, k], contiguous, receives X in its first n rows.
         """
-        _, n, k = residuals.shape
-        if self._products is not None and k in native.COLUMNS:
-            native.solve(self._products, self._factor, self.inverses, residuals, solved, keep=True)
+        if self._takes(solved):
+            self._solve(residuals[0], residuals, solved, keep=True)
             return
+        _, n, k = residuals.shape
         parts = solved[:n].split(self.rows)
         for j, (first, last) in enumerate(self._spans):
             mine = residuals.as_strided((last - first, k), (k, 1), (j * n + first) * k)
@@ -103,13 +99,11 @@ class BlockedFactor:
 
     def solve_transposed(self, right: Tensor) -> Tensor:
         """``L^-T right`` for right [n, k]."""
-        residual = right.clone(memory_format=torch.contiguous_format)
-        solved = torch.empty_like(residual)
-        if self._products is not None and right.shape[1] in native.COLUMNS:
-            native.solve(
-                self._products, self._factor, self.inverses, residual, solved, transposed=True
-            )
+        solved = right.new_empty(right.shape)
+        if self._takes(right):
+            self._solve(right.contiguous(), torch.empty_like(solved), solved, transposed=True)
             return solved
+        residual = right.clone(memory_format=torch.contiguous_format)
         own, parts = residual.split(self.rows), solved.split(self.rows)
         for j in reversed(range(len(self._spans))):
             first, last = self._spans[j]
@@ -118,6 +112,33 @@ class BlockedFactor:
                 left = self._piece((last - first, first), first, 0)
                 residual[:first].addmm_(left.mT, parts[j], alpha=-1)
         return solved
+
+    def _takes(self, right: Tensor) -> bool:
+        """Whether the kernels solve with so many columns."""
+        return self._extension is not None and right.shape[1] in native.COLUMNS
+
+    def _solve(
+        self,
+        right: Tensor,
+        residuals: Tensor,
+        solved: Tensor,
+        *,
+        transposed: bool = False,
+        keep: bool = False,
+    ) -> None:
+        """See :func:`native.solve`."""
+        assert self._extension is not None and self._arrivals is not None
+        native.solve(
+            self._extension,
+            self._factor,
+            self.inverses,
+            self._arrivals,
+            right,
+            residuals,
+            solved,
+            transposed=transposed,
+            keep=keep,
+        )
 
     def _diagonal(self, j: int) -> Tensor:
         first, last = self._spans[j]
@@ -135,8 +156,10 @@ class BlockedFactor:
         return self._factor.as_strided(shape, (down, across), offset)
 
 
-def _inverses(factor: Tensor, rows: int, extension: ModuleType | None) -> Tensor:
-    """Inverses of the diagonal blocks [blocks, rows, rows].
+def _inverses(
+    factor: Tensor, rows: int, extension: ModuleType | None
+) -> tuple[Tensor, Tensor | None]:
+    """Inverses of the diagonal blocks [blocks, rows, rows], and what the kernels solve with.
 
     Between two blocks there is a gap of ``rows`` numbers: with it, all the pairs that a doubling
     takes lie at one distance from each other, also across blocks, as those of L do.
@@ -144,9 +167,10 @@ def _inverses(factor: Tensor, rows: int, extension: ModuleType | None) -> Tensor
     n, (down, across) = len(factor), factor.stride()
     blocks, step = -(-n // rows), rows + 1
     shape, strides = (blocks, rows, rows), (rows * step, rows, 1)
+    arrivals = None
     if extension is not None:
         inverses = factor.new_empty(blocks * rows * step).as_strided(shape, strides)
-        native.invert_diagonal(extension, factor, inverses)
+        arrivals = native.invert_diagonal(extension, factor, inverses)
     else:
         inverses = factor.new_zeros(blocks * rows * step).as_strided(shape, strides)
         _invert_diagonal(factor, inverses)
@@ -174,7 +198,7 @@ def _inverses(factor: Tensor, rows: int, extension: ModuleType | None) -> Tensor
                 between, upper, under, below = pairs(size, many, lower)
                 below.baddbmm_(under, torch.bmm(between, upper), beta=0, alpha=-1)
         size *= 2
-    return inverses
+    return inverses, arrivals
 
 
 def _invert_diagonal(factor: Tensor, inverses: Tensor) -> None:

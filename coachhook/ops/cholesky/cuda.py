@@ -19,14 +19,12 @@ solution is never cheaper than solving in float64.
 
 from __future__ import annotations
 
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from coachhook.errors import NotPositiveDefiniteError
-from coachhook.ops import _backends
 from coachhook.ops._precision import float32_products
 from coachhook.ops.cholesky import _panels, native
 from coachhook.ops.cholesky._checks import (
@@ -69,18 +67,7 @@ def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
 
 def _extension(factor: Tensor, keys: Tensor) -> ModuleType | None:
     """The kernels, where they can take these sizes on this device."""
-    if keys.shape[1] > native.MAX_KEYS or len(factor) > native.MAX_ROWS:
-        return None
-    if torch.cuda.get_device_capability(factor.device) < native.MIN_CAPABILITY:
-        return None
-    return _loaded()
-
-
-@cache
-def _loaded() -> ModuleType | None:
-    """The extension, where its CUDA runtime can use this machine's driver."""
-    module = _backends.native()
-    return module if module is not None and module.build_info()["devices"] > 0 else None
+    return native.kernels(factor) if keys.shape[1] <= native.MAX_KEYS else None
 
 
 def modify_(

@@ -5,10 +5,13 @@ Every argument was checked by the op; what is left to this file is layout.
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from coachhook.ops import _backends
 
 # Panels of this many columns; as many keys as the kernels take at once.
 WIDTH = 32
@@ -19,6 +22,26 @@ COLUMNS = (32, 64)
 MIN_CAPABILITY = (8, 0)
 # Blocks of rows are the second dimension of a grid, and rows are counted in 32 bits.
 MAX_ROWS = 1 << 20
+# Rows of a tile of a solve's products.
+_TILE_ROWS = 64
+# Blocks of threads of the kernels built for the host, which run one after another.
+_HOST_WORKERS = 3
+
+
+def kernels(factor: Tensor) -> ModuleType | None:
+    """The extension, where its kernels can take a factor [n, n] on its device."""
+    if not factor.is_cuda or len(factor) > MAX_ROWS:
+        return None
+    if torch.cuda.get_device_capability(factor.device) < MIN_CAPABILITY:
+        return None
+    return loaded()
+
+
+@cache
+def loaded() -> ModuleType | None:
+    """The extension, where its CUDA runtime can use this machine's driver."""
+    module = _backends.native()
+    return module if module is not None and module.build_info()["devices"] > 0 else None
 
 
 def padded_keys(k: int) -> int:
@@ -43,7 +66,15 @@ def _real(native: ModuleType, dtype: torch.dtype) -> object:
     return native.Real.float64 if dtype == torch.float64 else native.Real.float32
 
 
-def invert_diagonal(native: ModuleType, factor: Tensor, inverses: Tensor) -> None:
+@cache
+def _workers(device: torch.device) -> int:
+    """Blocks of threads that run at once, of a kernel that fills a multiprocessor."""
+    if device.type != "cuda":
+        return _HOST_WORKERS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def invert_diagonal(native: ModuleType, factor: Tensor, inverses: Tensor) -> Tensor:
     """Inverses of the diagonal blocks of 64 rows of L, in their places, and zeros above them.
 
     Args:
@@ -51,7 +82,12 @@ def invert_diagonal(native: ModuleType, factor: Tensor, inverses: Tensor) -> Non
         factor: L [n, n], any strides.
         inverses: [blocks, rows, rows] with ``rows`` elements between two blocks. Its lower
             triangles are left as they are outside of the blocks of 64 rows.
+
+    Returns:
+        int32 [n / 64, 4], zeros: what :func:`solve` needs.
     """
+    tiles = -(-len(factor) // _TILE_ROWS)
+    arrivals = factor.new_empty(tiles, native.CHOLESKY_ARRIVALS, dtype=torch.int32)
     native.cholesky_invert(
         real=_real(native, factor.dtype),
         n=len(factor),
@@ -60,14 +96,18 @@ def invert_diagonal(native: ModuleType, factor: Tensor, inverses: Tensor) -> Non
         row_stride=factor.stride(0),
         column_stride=factor.stride(1),
         inverses=inverses.data_ptr(),
+        arrivals=arrivals.data_ptr(),
         **_place(factor),
     )
+    return arrivals
 
 
 def solve(
     native: ModuleType,
     factor: Tensor,
     inverses: Tensor,
+    arrivals: Tensor,
+    right: Tensor,
     residuals: Tensor,
     solved: Tensor,
     *,
@@ -80,25 +120,33 @@ def solve(
         native: the extension module.
         factor: L [n, n], any strides.
         inverses: of its diagonal blocks in whole, see :func:`invert_diagonal`.
-        residuals: ``right`` [n, c], contiguous, of 32 or 64 columns; overwritten. With ``keep``
+        arrivals: from there; zeros again when all is done, so that no two solves may overlap.
+        right: [n, c], contiguous, of 32 or 64 columns.
+        residuals: [n, c], contiguous, for what is left of it meanwhile. With ``keep``
             [blocks, n, c], the first of them ``right``, see ``BlockedFactor.solve_keeping``.
         solved: [>= n, c], contiguous, receives the solution.
         transposed: whether to solve with L^T.
         keep: whether to keep the residual before each step.
     """
+    workers, columns = _workers(factor.device), residuals.shape[-1]
+    partial = factor.new_empty(2 * workers, _TILE_ROWS, columns)
     native.cholesky_solve(
         real=_real(native, factor.dtype),
         n=len(factor),
         rows=inverses.shape[1],
-        columns=residuals.shape[-1],
+        columns=columns,
         transposed=transposed,
         keep=keep,
         factor=factor.data_ptr(),
         row_stride=factor.stride(0),
         column_stride=factor.stride(1),
         inverses=inverses.data_ptr(),
+        right=right.data_ptr(),
         residuals=residuals.data_ptr(),
         solved=solved.data_ptr(),
+        workers=workers,
+        partial=partial.data_ptr(),
+        arrivals=arrivals.data_ptr(),
         **_place(factor),
     )
 

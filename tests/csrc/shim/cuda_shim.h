@@ -1,9 +1,9 @@
 // The part of CUDA that csrc/ uses, on the host. A CUDA thread is a fiber (ucontext) that runs
 // until it waits at a barrier or a shuffle; blocks run one after another. Which of the runnable
 // fibers goes next is a priority list chosen by SHIM_ORDER (0 ascending, 1 descending, else a
-// seeded permutation of warps and of the lanes in them). The first in the list always runs as far
-// as it can, so that a missing barrier lets one warp overtake another. Warps are converged at
-// shuffles only, as on a GPU.
+// seeded permutation of warps and of the lanes in them), and so is the order of the blocks. The
+// first in the list always runs as far as it can, so that a missing barrier lets one warp overtake
+// another. Warps are converged at shuffles only, as on a GPU.
 //
 // Not modelled: several blocks at once, the GPU's memory model, timing.
 #pragma once
@@ -47,8 +47,8 @@ enum class Wait { kNothing, kBlock, kWarp };
 // A copy that was started and not waited for: it happens at the wait, as late as it may.
 struct Copy {
   void* to;
-  const void* from;  // null: zeros
-  size_t size;
+  const void* from;
+  size_t size, read;  // zeros after what is read
   unsigned group;
 };
 
@@ -83,6 +83,7 @@ struct Block {
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
+  unsigned char* shared = nullptr;
 };
 
 inline Block* active = nullptr;
@@ -211,31 +212,43 @@ inline void run_block(Block& block) {
   }
 }
 
-template <typename Kernel>
-void launch(dim3 grid, dim3 threads, Kernel kernel) {
+inline unsigned order() {
   const char* seed = std::getenv("SHIM_ORDER");
+  return seed ? std::strtoul(seed, nullptr, 10) : 0;
+}
+
+template <typename Kernel>
+void launch(dim3 grid, dim3 threads, size_t shared, Kernel kernel) {
   Block block;
   block.grid = grid;
   block.block = threads;
   block.body = kernel;
-  block.order =
-      priorities(threads.x * threads.y * threads.z, seed ? std::strtoul(seed, nullptr, 10) : 0);
+  block.order = priorities(threads.x * threads.y * threads.z, order());
   active = &block;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block.index = dim3(x, y, z);
-        run_block(block);
-      }
-    }
+  std::vector<unsigned> indices(grid.x * grid.y * grid.z);
+  for (unsigned i = 0; i < indices.size(); ++i) indices[i] = i;
+  std::mt19937 random(order());
+  if (order() == 1) std::reverse(indices.begin(), indices.end());
+  if (order() > 1) std::shuffle(indices.begin(), indices.end(), random);
+  for (unsigned i : indices) {
+    block.index = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
+    // Of its own, so that whoever reads beyond it is seen; not zero.
+    const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
+    std::memset(memory.get(), 0xff, shared);
+    block.shared = memory.get();
+    run_block(block);
   }
   active = nullptr;
 }
 
 // Whoever reads before the wait finds NaN.
-inline void copy_async(void* to, const void* from, size_t size) {
+inline void copy_async(void* to, const void* from, size_t size, size_t read) {
   Fiber& f = *active->current;
-  f.copies.push_back({to, from, size, f.groups});
+  if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size) {
+    std::fprintf(stderr, "shim: a copy of %zu bytes is not aligned\n", size);
+    std::abort();
+  }
+  f.copies.push_back({to, from, size, read, f.groups});
   std::memset(to, 0xff, size);
 }
 
@@ -246,7 +259,8 @@ inline void wait_for_copies(unsigned pending) {
   const auto arrives = [&f, pending](const Copy& c) { return c.group + pending < f.groups; };
   for (const Copy& c : f.copies) {
     if (!arrives(c)) continue;
-    c.from != nullptr ? std::memcpy(c.to, c.from, c.size) : std::memset(c.to, 0, c.size);
+    std::memset(c.to, 0, c.size);
+    std::memcpy(c.to, c.from, c.read);
   }
   f.copies.erase(std::remove_if(f.copies.begin(), f.copies.end(), arrives), f.copies.end());
 }
@@ -281,12 +295,20 @@ void mma_16x8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int
 #define blockDim (shim::active->block)
 #define gridDim (shim::active->grid)
 #define COACHHOOK_LAUNCH(kernel, grid, block, stream, ...) \
-  ((void)(stream), shim::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
+  COACHHOOK_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define COACHHOOK_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  ((void)(stream), shim::launch(grid, block, bytes, [&] { kernel(__VA_ARGS__); }))
 #define COACHHOOK_LAUNCH_OVERLAPPED(kernel, grid, block, stream, overlap, ...) \
   ((void)(overlap), COACHHOOK_LAUNCH(kernel, grid, block, stream, __VA_ARGS__))
 
 inline void __syncthreads() { shim::sync_block(); }
 inline void __syncwarp() { shim::sync_warp(); }
+inline void __threadfence() {}
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
+  const uint32_t before = *address;
+  *address += value;
+  return before;
+}
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -296,6 +318,10 @@ struct alignas(16) float4 {
 };
 template <typename T>
 T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
   return *address;
 }
 template <typename T>
@@ -400,6 +426,12 @@ inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+// SHIM_SHARED: bytes, else those of an H200.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* bytes = std::getenv("SHIM_SHARED");
+  return *value = bytes ? std::atoi(bytes) : 227 << 10, cudaSuccess;
+}
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 0, cudaSuccess; }
