@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent
 CUDA, CPU = "coachhook._C", "coachhook._cpu"
 CUDA_SOURCES = [
     *("csrc/bindings.cpp", "csrc/gate.cu"),
-    *("csrc/bindings_cholesky.cpp", "csrc/cholesky.cu"),
+    *("csrc/bindings_cholesky.cpp", "csrc/cholesky.cu", "csrc/append.cu"),
     *("csrc/bindings_decode.cpp", "csrc/decode.cu"),
 ]
 CPU_SOURCES = ["csrc/cpu/bindings.cpp", "csrc/cpu/pair_product.cpp"]

@@ -1,4 +1,5 @@
-// The Cholesky kernels in the module coachhook._C; see bindings.cpp.
+// The kernels of the edit memory in the module coachhook._C; see bindings.cpp.
+#include "append.h"
 #include "bindings.h"
 #include "cholesky.h"
 
@@ -94,6 +95,33 @@ void cholesky_apply(ch::Real real, int64_t n, int64_t columns, uintptr_t factor,
   raise_unless_ok(ch::cholesky_apply(p));
 }
 
+void load_batch(ch::Real real, int64_t columns, int64_t size, uintptr_t keys, int64_t features,
+                int64_t keys_row_stride, int64_t keys_column_stride, uintptr_t key_rows,
+                uintptr_t right, uintptr_t targets, int64_t out_features,
+                int64_t targets_row_stride, int64_t targets_column_stride, uintptr_t target_rows,
+                int64_t row, uintptr_t at, int device, uintptr_t stream) {
+  ch::BatchParams p;
+  p.real = real;
+  p.columns = columns;
+  p.size = size;
+  p.keys.from = pointer<const void>(keys);
+  p.keys.length = features;
+  p.keys.row_stride = keys_row_stride;
+  p.keys.column_stride = keys_column_stride;
+  p.keys.by_row = pointer<void>(key_rows);
+  p.keys.by_column = pointer<void>(right);
+  p.targets.from = pointer<const void>(targets);
+  p.targets.length = out_features;
+  p.targets.row_stride = targets_row_stride;
+  p.targets.column_stride = targets_column_stride;
+  p.targets.by_row = pointer<void>(target_rows);
+  p.row = row;
+  p.at = pointer<int64_t>(at);
+  p.device = device;
+  p.stream = pointer<void>(stream);
+  raise_unless_ok(ch::load_batch(p));
+}
+
 }  // namespace
 
 void bind_cholesky(py::module_& m) {
@@ -119,4 +147,10 @@ void bind_cholesky(py::module_& m) {
         py::arg("columns"), py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"),
         py::arg("residuals"), py::arg("chunk"), py::arg("solved"), py::arg("rotations"),
         py::arg("status"), py::arg("device"), py::arg("stream"));
+  m.def("load_batch", &load_batch, py::kw_only(), py::arg("real"), py::arg("columns"),
+        py::arg("size"), py::arg("keys"), py::arg("features"), py::arg("keys_row_stride"),
+        py::arg("keys_column_stride"), py::arg("key_rows"), py::arg("right"), py::arg("targets"),
+        py::arg("out_features"), py::arg("targets_row_stride"), py::arg("targets_column_stride"),
+        py::arg("target_rows"), py::arg("row"), py::arg("at"), py::arg("device"),
+        py::arg("stream"));
 }

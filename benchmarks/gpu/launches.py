@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from coachhook.bench.cholesky import synthetic_keys, synthetic_prior
 from coachhook.bench.hooked_linear import ALPHA, Layer, with_switches
-from coachhook.bench.memory import append, filled
+from coachhook.bench.memory import append, filled, targets_of
 from coachhook.ops import cholesky_update_solve_, gram_update_, hooked_linear
 from coachhook.ops.hooked_linear.products import ENVIRONMENT_SWITCH as PRODUCTS
 
@@ -139,7 +139,7 @@ def calls() -> Iterator[Call]:
             yield (
                 "EditMemory.append",
                 f"n={n} k=32 keys={count}",
-                partial(append, memory, keys.roll(-1, 0)),
+                partial(append, memory, keys.roll(-1, 0), targets_of(keys)),
             )
     n = 4096
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)

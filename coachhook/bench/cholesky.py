@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook.bench.runner import Case, benchmark
+from coachhook.editing.prior import kept_rows
 from coachhook.ops import available_backends, cholesky_update_, cholesky_update_solve_
 from coachhook.ops.cholesky import cuda
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
@@ -148,7 +149,9 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
                         graphs=("op",) if backend == "cuda" else (),
                     )
             if device.type == "cuda":
-                yield _chain(factor, keys)
+                # The blocks of an update, which are inverted each time, and those that are kept.
+                for rows in (block_rows(n, 8, 1024), kept_rows(n)):
+                    yield _chain(factor, keys, rows)
         # Last, since it takes as long as all the others.
         yield from _beside_jax(*_sizes(device, quick)[0], kind, device)
 
@@ -172,15 +175,15 @@ def _beside_jax(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Ite
         )
 
 
-def _chain(factor: Tensor, keys: Tensor) -> Case:
+def _chain(factor: Tensor, keys: Tensor, rows: int) -> Case:
     """``L^-1 K`` as a chain of products, against the library's triangular solve."""
     n, k = keys.shape
     extension = cuda._extension(factor, keys)
-    blocked = BlockedFactor(factor, block_rows(n, 8, 1024), extension)
-    library = BlockedFactor(factor, blocked.rows)
+    blocked = BlockedFactor(factor, rows, extension)
+    library = BlockedFactor(factor, rows)
     return Case(
         op="BlockedFactor.solve",
-        shape=f"n={n} k={k}",
+        shape=f"n={n} k={k} rows={rows}",
         dtype=factor.dtype,
         backend="cuda",
         run=partial(blocked.solve, keys),
@@ -188,8 +191,9 @@ def _chain(factor: Tensor, keys: Tensor) -> Case:
         peer=partial(torch.linalg.solve_triangular, factor, keys, upper=False),
         more_peers={
             "chain of the library's products": partial(library.solve, keys),
-            "making the inverses": partial(BlockedFactor, factor, blocked.rows, extension),
+            "transposed": partial(blocked.solve_transposed, keys),
+            "making the inverses": partial(BlockedFactor, factor, rows, extension),
         },
         bytes_moved=n * n * factor.element_size() // 2,
-        graphs=("op", "chain of the library's products", "making the inverses"),
+        graphs=("op", "transposed", "chain of the library's products", "making the inverses"),
     )

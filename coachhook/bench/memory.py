@@ -14,23 +14,27 @@ from coachhook.bench.cholesky import lu_solve, synthetic_keys, synthetic_prior
 from coachhook.bench.runner import Case, benchmark
 from coachhook.editing.memory import EditMemory
 
-_OUT_FEATURES = 16  # targets are only copied
+_OUT_FEATURES = 16
 
 
 def filled(prior: Tensor, keys: Tensor, count: int) -> EditMemory:
     """A memory with ``count`` keys, appended in batches as large as ``keys``."""
     memory = EditMemory(prior, _OUT_FEATURES, dtype=prior.dtype, max_keys=sys.maxsize)
-    targets = keys.new_ones(_OUT_FEATURES, keys.shape[1])
     for batch in range(count // keys.shape[1]):
-        memory.append(keys.roll(batch, 0), targets)
+        memory.append(keys.roll(batch, 0), targets_of(keys))
     return memory
 
 
-def append(memory: EditMemory, keys: Tensor) -> None:
+def append(memory: EditMemory, keys: Tensor, targets: Tensor) -> None:
     """Adds a batch and forgets it again, so that every call finds the same number of keys."""
     before = memory.snapshot()
-    memory.append(keys, keys.new_ones(_OUT_FEATURES, keys.shape[1]))
+    memory.append(keys, targets)
     memory.restore(before)
+
+
+def targets_of(keys: Tensor) -> Tensor:
+    """Some for keys [n, k]: they are only copied."""
+    return keys.new_ones(_OUT_FEATURES, keys.shape[1])
 
 
 @benchmark("memory")
@@ -49,7 +53,7 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
                 shape=f"n={n} k={k} keys={count}",
                 dtype=kind,
                 backend="auto",
-                run=partial(append, filled(prior, keys, count), keys.roll(-1, 0)),
+                run=partial(append, filled(prior, keys, count), keys.roll(-1, 0), targets_of(keys)),
                 floor=floor,
                 peer_name="torch.linalg.solve",
                 peer=partial(lu_solve, prior, keys),

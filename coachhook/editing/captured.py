@@ -5,7 +5,7 @@ that they are captured once and replayed. A graph has fixed addresses and shapes
 
 * It works on the whole capacity of the space's buffers. How many keys there are is a number on the
   device, ``at``: overlaps with rows from there on are masked, and new rows are written by index.
-* Keys are padded by zeros to 16, 32, 64 or 128. A zero key has ``y = 0``, a zero border and a unit
+* Keys are padded by zeros to 32, 64 or 128. A zero key has ``y = 0``, a zero border and a unit
   corner: it changes nothing, and lies behind the last key, where the next batch overwrites it.
 * The border ``R^-1 K^T Y`` of the root R is a product with the explicit inverse, which grows by
   bordering like R itself, instead of a solve whose steps wait for one another. R is well
@@ -31,9 +31,10 @@ from torch import Tensor
 
 from coachhook.editing.edit_space import PIVOT_LIMIT, Buffers, EditSpace
 from coachhook.editing.prior import FactoredPrior, by_row, check_finite
+from coachhook.ops.cholesky import native
 
 # Batches are padded to a power of two between these. Larger ones keep a GPU busy without a graph.
-_LEAST_KEYS, _MOST_KEYS = 16, 128
+_LEAST_KEYS, _MOST_KEYS = 32, 128
 # Rows of the buffers: few captures while the first batches come.
 _LEAST_ROWS, _MULTIPLE = 256, 64
 # The run of a step that is followed by a capture, which costs about ten of them.
@@ -105,10 +106,11 @@ def _in_fixed_shapes(
     buffers.inverted, buffers.harmless = at, False
     summary = step.run(buffers)
     # While a GPU works.
-    least, largest = space.pivots()
-    values = summary.tolist()  # the one time that the host waits for it
+    longer, (least, largest) = space.extended(count), space.pivots()
+    values = step.read(summary)  # the one time that the host waits for it
     squares, roots = values[:count], values[size : size + count]
     if not all(map(math.isfinite, (*squares, values[-3], values[-2]))):
+        del longer  # a traceback would keep it, and with it the rows
         _refuse(step.keys[:count], step.targets[:count])
     positive = values[-1] == 0 and all(map(math.isfinite, roots))
     if positive:
@@ -120,7 +122,8 @@ def _in_fixed_shapes(
         part = slice(at, at + count)
         buffers.root[part, part] = torch.full_like(buffers.root[part, part], math.nan).tril_()
     conditioned = positive and largest <= PIVOT_LIMIT[prior.factor.dtype] * least
-    return space.extended(count, (least, largest)), conditioned
+    longer.know_pivots(least, largest)
+    return longer, conditioned
 
 
 class _InTurn:
@@ -166,6 +169,7 @@ class Step:
         keys: K^T [s, n], zero from the first padded row on.
         targets: V^T [s, m], likewise.
         at: int64 [1], the row of the buffers that the first key goes to.
+        right: the same keys as columns, where solves want them so: K [n, s].
     """
 
     def __init__(self, prior: FactoredPrior, buffers: Buffers, size: int) -> None:
@@ -174,15 +178,29 @@ class Step:
         self.targets = buffers.targets.new_zeros(size, buffers.targets.shape[1])
         self.unit = torch.eye(size, dtype=self.keys.dtype, device=self.keys.device)
         self.at = torch.zeros(1, dtype=torch.int64, device=self.keys.device)
+        self.right = self.keys.mT
+        self._kernels = native.kernels(prior.factor) if size in native.COLUMNS else None
+        if self._kernels is not None:
+            self.right = self.keys.new_zeros(self.right.shape)
         self.places = torch.arange(len(buffers.keys), device=self.keys.device)
         self._at = self._count = self._runs = 0
         self._views = self.keys.mT, self.targets.mT
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._summary = self.at
+        # Of a replay, in memory that the GPU writes to itself.
+        self.summary = self.keys.new_empty(0)
+        if self.keys.is_cuda:
+            length, dtype = summary_length(size), self.keys.dtype
+            self.summary = torch.empty(length, dtype=dtype, pin_memory=True)
 
     def load(self, keys: Tensor, targets: Tensor, at: int) -> None:
         """Takes keys [n, k], k <= s, and targets [m, k] to be written from row ``at`` on."""
         count = keys.shape[1]
+        plain = keys.dtype == targets.dtype == self.keys.dtype
+        if self._kernels is not None and plain and not (keys.is_neg() or targets.is_neg()):
+            places = self.keys, self.right, self.targets
+            native.load_batch(self._kernels, keys, targets, *places, at, self.at)
+            self._count, self._at = 0, at
+            return
         if count != self._count:
             for rows in (self.keys, self.targets):
                 rows[count:] = 0
@@ -193,20 +211,28 @@ class Step:
         if at != self._at:
             self.at.fill_(at)
             self._at = at
+        if self._kernels is not None:
+            self.right.copy_(self.keys.mT)
 
     def run(self, buffers: Buffers) -> Tensor:
         """Writes the rows; see :func:`write_rows` for what it returns."""
         if self._graph is not None:
             self._graph.replay()
-            return self._summary
+            return self.summary
         self._runs += 1
         summary = write_rows(self, buffers, _InTurn())
         if self._runs == _CAPTURED_RUN and self.keys.is_cuda:
             try:
-                self._graph, self._summary = _captured(self, buffers)
+                self._graph = _captured(self, buffers)
             except RuntimeError as error:
                 _warn_of_no_graph(error)
         return summary
+
+    def read(self, summary: Tensor) -> list[float]:
+        """The numbers that :meth:`run` returned, when they are there."""
+        if summary is self.summary:
+            torch.cuda.current_stream(self.keys.device).synchronize()
+        return summary.tolist()
 
 
 def _warn_of_no_graph(error: RuntimeError) -> None:
@@ -215,6 +241,11 @@ def _warn_of_no_graph(error: RuntimeError) -> None:
         f"append: a CUDA graph could not be captured, so that appends take longer ({error})",
         stacklevel=6,
     )
+
+
+def summary_length(size: int) -> int:
+    """Of what :func:`write_rows` returns for so many rows."""
+    return 2 * size + 3
 
 
 def write_rows(step: Step, buffers: Buffers, streams: _InTurn) -> Tensor:
@@ -238,7 +269,7 @@ def write_rows(step: Step, buffers: Buffers, streams: _InTurn) -> Tensor:
         buffers.keys.index_copy_(0, there, rows)
         buffers.targets.index_copy_(0, there, step.targets)
         lowest, highest = torch.aminmax(step.targets)
-    half = step.prior.solve(rows.mT)
+    half = step.prior.solve(step.right)
     with streams.aside():
         corner = half.mT @ half
         corner.diagonal().add_(1)
@@ -282,8 +313,8 @@ def _workplace(device: torch.device) -> _Workplace:
     return _Workplace(first, second, pool, keeper)
 
 
-def _captured(step: Step, buffers: Buffers) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The graph of :func:`write_rows` and the tensor that a replay leaves its result in.
+def _captured(step: Step, buffers: Buffers) -> torch.cuda.CUDAGraph:
+    """The graph of :func:`write_rows`, whose replay leaves the result in ``step.summary``.
 
     Not by ``torch.cuda.graph``, which gives all cached memory back to the driver first. Nothing
     else runs on the two streams, so that the workspaces that libraries have for them lie in the
@@ -297,6 +328,7 @@ def _captured(step: Step, buffers: Buffers) -> tuple[torch.cuda.CUDAGraph, Tenso
             graph.capture_begin(place.pool, capture_error_mode="thread_local")
             try:
                 summary = write_rows(step, buffers, _TwoStreams(place.second))
+                step.summary.copy_(summary, non_blocking=True)
             finally:
                 graph.capture_end()
-    return graph, summary
+    return graph

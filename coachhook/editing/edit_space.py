@@ -181,7 +181,7 @@ class EditSpace:
                 squares = self.root.diagonal().square()
                 least, largest = torch.stack(torch.aminmax(squares)).tolist()
                 pivots = least, largest
-            object.__setattr__(self, "_pivots", pivots)  # what follows from the rest is no change
+            self.know_pivots(*pivots)
         assert self._pivots is not None
         return self._pivots
 
@@ -213,9 +213,7 @@ class EditSpace:
         buffers.inverted = min(buffers.inverted, old)
         return self._followed_by(buffers, total), finite
 
-    def _followed_by(
-        self, buffers: Buffers, total: int, pivots: tuple[float, float] | None = None
-    ) -> EditSpace:
+    def _followed_by(self, buffers: Buffers, total: int) -> EditSpace:
         """The space of the first ``total`` rows of buffers whose first rows are this space's."""
         return EditSpace(
             buffers.keys[:total],
@@ -224,7 +222,6 @@ class EditSpace:
             buffers.root[:total, :total],
             buffers,
             weakref.ref(self),
-            pivots,
         )
 
     def with_room(self, rows: int, least: int, multiple: int) -> Buffers:
@@ -251,14 +248,13 @@ class EditSpace:
         grown.users.add(self)
         return grown
 
-    def extended(self, keys: int, pivots: tuple[float, float]) -> EditSpace:
-        """This space and the ``keys`` rows after it, which were written in its buffers.
+    def extended(self, keys: int) -> EditSpace:
+        """This space and the ``keys`` rows after it, which are written in its buffers."""
+        return self._followed_by(self._buffers, len(self) + keys)
 
-        Args:
-            keys: how many.
-            pivots: least and largest squared pivot of G with them.
-        """
-        return self._followed_by(self._buffers, len(self) + keys, pivots)
+    def know_pivots(self, least: float, largest: float) -> None:
+        """Takes the squared pivots that :meth:`pivots` would have to look for."""
+        object.__setattr__(self, "_pivots", (least, largest))  # what follows from the rest
 
     def _bordered(
         self, prior: FactoredPrior, keys: Tensor

@@ -235,3 +235,46 @@ def apply_(
         status=status.data_ptr(),
         **_place(factor),
     )
+
+
+def load_batch(
+    native: ModuleType,
+    keys: Tensor,
+    targets: Tensor,
+    key_rows: Tensor,
+    right: Tensor,
+    target_rows: Tensor,
+    row: int,
+    at: Tensor,
+) -> None:
+    """Copies a batch to where an append works on it, in one launch.
+
+    Args:
+        native: the extension module.
+        keys: K [n, k], any strides, of the dtype of all others.
+        targets: V [m, k], likewise.
+        key_rows: [s, n], contiguous, receives K^T and zeros below it.
+        right: [n, s], contiguous, receives K and zeros to its right.
+        target_rows: [s, m], contiguous, receives V^T and zeros below it.
+        row: a number,
+        at: int64 [1], that goes here.
+    """
+    native.load_batch(
+        real=_real(native, keys.dtype),
+        columns=keys.shape[1],
+        size=len(key_rows),
+        keys=keys.data_ptr(),
+        features=len(keys),
+        keys_row_stride=keys.stride(0),
+        keys_column_stride=keys.stride(1),
+        key_rows=key_rows.data_ptr(),
+        right=right.data_ptr(),
+        targets=targets.data_ptr(),
+        out_features=len(targets),
+        targets_row_stride=targets.stride(0),
+        targets_column_stride=targets.stride(1),
+        target_rows=target_rows.data_ptr(),
+        row=row,
+        at=at.data_ptr(),
+        **_place(keys),
+    )
