@@ -8,8 +8,8 @@ namespace ch = coachhook;
 namespace {
 
 void cholesky_invert(ch::Real real, int64_t n, int64_t rows, uintptr_t factor, int64_t row_stride,
-                     int64_t column_stride, uintptr_t inverses, uintptr_t arrivals, int device,
-                     uintptr_t stream) {
+                     int64_t column_stride, uintptr_t inverses, uintptr_t scratch,
+                     uintptr_t arrivals, int device, uintptr_t stream) {
   ch::InverseParams p;
   p.real = real;
   p.n = n;
@@ -18,6 +18,7 @@ void cholesky_invert(ch::Real real, int64_t n, int64_t rows, uintptr_t factor, i
   p.row_stride = row_stride;
   p.column_stride = column_stride;
   p.inverses = pointer<void>(inverses);
+  p.scratch = pointer<void>(scratch);
   p.arrivals = pointer<uint32_t>(arrivals);
   p.device = device;
   p.stream = pointer<void>(stream);
@@ -132,7 +133,8 @@ void bind_cholesky(py::module_& m) {
   m.attr("CHOLESKY_ARRIVALS") = ch::kArrivals;
   m.def("cholesky_invert", &cholesky_invert, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("rows"), py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"),
-        py::arg("inverses"), py::arg("arrivals"), py::arg("device"), py::arg("stream"));
+        py::arg("inverses"), py::arg("scratch"), py::arg("arrivals"), py::arg("device"),
+        py::arg("stream"));
   m.def("cholesky_solve", &cholesky_solve, py::kw_only(), py::arg("real"), py::arg("n"),
         py::arg("rows"), py::arg("columns"), py::arg("transposed"), py::arg("keep"),
         py::arg("factor"), py::arg("row_stride"), py::arg("column_stride"), py::arg("inverses"),

@@ -16,10 +16,10 @@ constexpr int64_t kMaxRows = int64_t{1} << 20;  // blocks of rows are a second g
 
 Status check(const InverseParams& p) {
   COACHHOOK_REQUIRE(p.n >= 1 && p.n <= kMaxRows, kInvertOp, "n", "from 1 to 2^20", p.n);
-  COACHHOOK_REQUIRE(p.rows >= kInverseWidth && p.rows % kInverseWidth == 0 && p.rows <= kMaxRows,
-                    kInvertOp, "rows", "a multiple of 64, at most 2^20", p.rows);
-  COACHHOOK_REQUIRE(p.factor && p.inverses, kInvertOp, "factor and inverses", "non-null pointers",
-                    0);
+  COACHHOOK_REQUIRE(p.rows >= kInverseWidth && (p.rows & (p.rows - 1)) == 0 && p.rows <= kMaxRows,
+                    kInvertOp, "rows", "a power of two from 64 to 2^20", p.rows);
+  COACHHOOK_REQUIRE(p.factor && p.inverses && p.scratch && p.arrivals, kInvertOp,
+                    "factor, inverses, scratch and arrivals", "non-null pointers", 0);
   return Status();
 }
 
@@ -60,14 +60,6 @@ Status check(const ApplyParams& p) {
   return Status();
 }
 
-template <typename T>
-Status launch_invert(const InverseParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.n, kInverseWidth)),
-                  static_cast<unsigned>(p.rows / kInverseWidth));
-  COACHHOOK_LAUNCH(invert_diagonal_kernel<T>, grid, dim3(InverseTraits::kThreads), stream, p);
-  return launched(kInvertOp, "invert_diagonal_kernel");
-}
-
 // The layout of a matrix that allows for accesses of 16 bytes along rows, or of so many down
 // columns; or kAny.
 template <typename T>
@@ -94,6 +86,48 @@ int stages_on(int device) {
     if (Traits::shared_bytes(stages) <= shared) return stages;
   }
   return 2;
+}
+
+template <typename T, Layout kLayout>
+Status launch_doubling(const InverseParams& p, int64_t size, bool second, cudaStream_t stream) {
+  using Traits = NarrowTraits<T, 64>;
+  const unsigned tiles = static_cast<unsigned>(size / kTileRows);
+  const dim3 grid(tiles, tiles, static_cast<unsigned>(ceil_div(p.n - size, 2 * size)));
+  const int stages = stages_on<T, 64>(p.device), bytes = Traits::shared_bytes(stages);
+  const cudaError_t error = allow_shared(double_inverses_kernel<T, kLayout>, bytes);
+  if (error != cudaSuccess) return cuda_error(kInvertOp, "cudaFuncSetAttribute", error);
+  COACHHOOK_LAUNCH_SHARED((double_inverses_kernel<T, kLayout>), grid, dim3(Traits::kThreads), bytes,
+                          stream, p, static_cast<int>(size), second, stages);
+  return launched(kInvertOp, "double_inverses_kernel");
+}
+
+template <typename T>
+Status launch_doubling(const InverseParams& p, int64_t size, cudaStream_t stream) {
+  Status status;
+  switch (layout_of<T>(sizeof(Chunk<T>), p.factor, p.row_stride, p.column_stride)) {
+    case Layout::kRows:
+      status = launch_doubling<T, Layout::kRows>(p, size, false, stream);
+      break;
+    case Layout::kColumns:
+      status = launch_doubling<T, Layout::kColumns>(p, size, false, stream);
+      break;
+    case Layout::kAny:
+      status = launch_doubling<T, Layout::kAny>(p, size, false, stream);
+      break;
+  }
+  return status.ok() ? launch_doubling<T, Layout::kRows>(p, size, true, stream) : status;
+}
+
+template <typename T>
+Status launch_invert(const InverseParams& p, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.n, kInverseWidth)),
+                  static_cast<unsigned>(p.rows / kInverseWidth));
+  COACHHOOK_LAUNCH(invert_diagonal_kernel<T>, grid, dim3(InverseTraits::kThreads), stream, p);
+  Status status = launched(kInvertOp, "invert_diagonal_kernel");
+  for (int64_t size = kInverseWidth; status.ok() && size < p.rows && size < p.n; size *= 2) {
+    status = launch_doubling<T>(p, size, stream);
+  }
+  return status;
 }
 
 template <typename T, int kColumns, Layout kLayout>
@@ -141,6 +175,7 @@ Status launch_solve(const SolveParams& p, cudaStream_t stream) {
     own.row_stride = p.transposed ? 1 : p.rows;
     own.column_stride = p.transposed ? p.rows : 1;
     own.b = right + first * kColumns;
+    own.b_stride = kColumns;
     own.out = solved + first * kColumns;
     own.partial = p.partial;
     own.arrivals = p.arrivals;

@@ -1,6 +1,7 @@
 // Kernels of the rank-k update of a Cholesky factor; cholesky.h has the formulas.
 //
-//   inverses of diagonal blocks of L of 64 rows                       invert_diagonal_kernel
+//   inverses of diagonal blocks of L: of 64 rows, of twice as many     invert_diagonal_kernel
+//                                                                      double_inverses_kernel
 //   X = L^-1 K, and L^-T, step by step                                 narrow_product_kernel
 //   exclusive prefix sums of the panels' X_j^T X_j                         prefix_sums_kernel
 //   G_jj and W_j of every panel, and all that can fail                panel_rotations_kernel

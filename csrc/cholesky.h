@@ -57,18 +57,18 @@ struct ApplyParams {
   void* stream = nullptr;
 };
 
-// Inverses of the diagonal blocks of 64 rows of L, each in its place on the diagonal of a block of
-// `rows` rows. The rest of the blocks' upper triangles becomes zero, the lower is left as it is;
-// rows from n on count as those of I.
+// Inverses of the diagonal blocks of L of `rows` rows, zero above their diagonals. What lies below
+// and to the right of row n in the last of them is for nobody to read.
 struct InverseParams {
   Real real = Real::kFloat64;
   int64_t n = 0;
-  int64_t rows = 0;              // a multiple of 64
+  int64_t rows = 0;              // a power of two from 64 on
   const void* factor = nullptr;  // L [n, n], any strides
   int64_t row_stride = 0;
   int64_t column_stride = 0;
   void* inverses = nullptr;  // [blocks, rows, rows], rows (rows + 1) elements from block to block
-  uint32_t* arrivals = nullptr;  // of SolveParams, set to zero; or null
+  void* scratch = nullptr;   // [blocks, rows / 2, rows / 2]
+  uint32_t* arrivals = nullptr;  // of SolveParams, set to zero
 
   int device = 0;
   void* stream = nullptr;

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(InverseTraits::kThreads)
     return;
   }
 
-  if (p.arrivals != nullptr && threadIdx.x < kArrivals) {
+  if (threadIdx.x < kArrivals) {
     p.arrivals[blockIdx.x * kArrivals + threadIdx.x] = 0;
   }
   const T* factor = static_cast<const T*>(p.factor);

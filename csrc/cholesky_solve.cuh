@@ -1,4 +1,5 @@
-// Products with few columns, of which the chains that solve with L are made.
+// Products with few columns at a time, of which the chains that solve with L are made, and the
+// inverses of its diagonal blocks.
 #pragma once
 
 #include "cholesky.cuh"
@@ -10,8 +11,8 @@ namespace coachhook {
 enum class Shape : int { kFull, kLower, kUpper };
 
 // out [m, columns] = base + sign A B, with A [m, k] and B [k, columns]; base is `out` or another
-// array, or null for zeros. All but A are contiguous and row-major. With kLower or kUpper A is
-// square.
+// array, or null for zeros. All but A are row-major, and contiguous but for B. With kLower or
+// kUpper A is square.
 struct NarrowProduct {
   int m = 0;
   int k = 0;
@@ -21,6 +22,7 @@ struct NarrowProduct {
   int64_t row_stride = 0;
   int64_t column_stride = 0;
   const void* b = nullptr;
+  int64_t b_stride = 0;  // from row to row
   const void* base = nullptr;
   void* out = nullptr;
   void* partial = nullptr;       // [2 blocks, 64, columns] sums of a part of the terms
@@ -154,13 +156,25 @@ __device__ __forceinline__ void load_step(const NarrowProduct& p, const NarrowSt
   const int right_term = threadIdx.x / kRightCopies;
   const int column = threadIdx.x % kRightCopies * kVector;
   const int right_terms = p.k - term0 - right_term;
-  const T* const right_from =
-      opaque(static_cast<const T*>(p.b) + (term0 + right_term) * kColumns + column);
+  const T* right_from =
+      opaque(static_cast<const T*>(p.b) + (term0 + right_term) * p.b_stride + column);
   T* const right_to = stage + Traits::kLeft + right_term * Traits::kPitch + column;
 #pragma unroll
   for (int i = 0; i < kStepTerms / kRightApart; ++i) {
-    copy_async(right_to + i * kRightApart * Traits::kPitch, right_from + i * kRightApart * kColumns,
+    copy_async(right_to + i * kRightApart * Traits::kPitch, right_from,
                i * kRightApart < right_terms);
+    right_from += kRightApart * p.b_stride;
+  }
+}
+
+// Returns when the oldest of the steps under way has arrived.
+__device__ __forceinline__ void wait_for_step(int stages) {
+  if (stages == 4) {
+    wait_for_copies<2>();
+  } else if (stages == 3) {
+    wait_for_copies<1>();
+  } else {
+    wait_for_copies<0>();
   }
 }
 
@@ -280,13 +294,7 @@ __global__ void __launch_bounds__(NarrowTraits<T, kColumns>::kThreads, 1)
   T sum[kEights][kTiles][2] = {};
   T* const mine = &sum[0][0][0];
   for (int now = begin, from = 0; now < end; ++now, from = from + 1 < p.stages ? from + 1 : 0) {
-    if (p.stages == 4) {
-      wait_for_copies<2>();
-    } else if (p.stages == 3) {
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
-    }
+    wait_for_step(p.stages);
     __syncthreads();
     load();
     multiply<kColumns, kLayout>(sum, ring + from * Traits::kStage, strip * Traits::kStripRows,
@@ -365,6 +373,103 @@ __global__ void __launch_bounds__(NarrowTraits<T, kColumns>::kThreads, 1)
     }
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) mine[i] = T(0);
+  }
+}
+
+// The inverses of blocks of 2 size rows from those of size rows, all in their places:
+//   [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]].
+// The first launch leaves B A^-1 in scratch [pairs, size, size], the second multiplies by -C^-1.
+// blockIdx.x is a tile of rows, blockIdx.y 64 columns, blockIdx.z a pair; the lower block of the
+// last pair may end early. kLayout is that of L, and kRows in the second launch.
+template <typename T, Layout kLayout>
+__global__ void __launch_bounds__(NarrowTraits<T, 64>::kThreads, 1)
+    double_inverses_kernel(const InverseParams p, int size, bool second, int stages) {
+  constexpr int kColumns = 64;
+  using Traits = NarrowTraits<T, kColumns>;
+  constexpr int kEights = Traits::kEights, kTiles = Traits::kTiles, kNumbers = Traits::kNumbers;
+  static_assert(Traits::kSplits == 2, "one half is added to the other");
+  T* const sums = dynamic_shared<T>();
+  T* const ring = sums + Traits::kSums;
+
+  const int64_t top = int64_t{2} * size * blockIdx.z, middle = top + size;
+  const int lower = middle + size <= p.n ? size : static_cast<int>(p.n - middle);
+  if (static_cast<int>(blockIdx.x) * kTileRows >= lower) return;
+  T* const upper = static_cast<T*>(p.inverses) + top * (p.rows + 1);  // A^-1
+  T* const between = static_cast<T*>(p.scratch) + int64_t{blockIdx.z} * size * size;
+  const int column0 = blockIdx.y * kColumns;
+  NarrowProduct product;
+  product.m = lower;
+  NarrowStep at = {static_cast<int>(blockIdx.x), 0, 0};
+  T* out = nullptr;
+  if (second) {
+    product.k = lower;
+    product.a = upper + size * (p.rows + 1);
+    product.row_stride = p.rows;
+    product.column_stride = 1;
+    product.b = between + column0;
+    product.b_stride = size;
+    const int depth = (lower + kStepTerms - 1) / kStepTerms;
+    at.end = at_most(kTileSteps * (at.tile + 1), depth);
+    out = upper + size * p.rows + column0;
+  } else {
+    product.k = size;
+    product.a = static_cast<const T*>(p.factor) + middle * p.row_stride + top * p.column_stride;
+    product.row_stride = p.row_stride;
+    product.column_stride = p.column_stride;
+    product.b = upper + column0;
+    product.b_stride = p.rows;
+    at.step = column0 / kStepTerms;  // above its diagonal A^-1 is zero
+    at.end = size / kStepTerms;
+    out = between + column0;
+  }
+  const int64_t out_stride = second ? p.rows : size;
+
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int strip = warp % Traits::kStrips, split = warp / Traits::kStrips;
+  const int end = at.end;
+  int now = at.step, slot = 0;
+  const auto load = [&] {
+    if (at.step < end) {
+      load_step<T, kColumns, kLayout>(product, at, ring + slot * Traits::kStage);
+      ++at.step;
+    }
+    slot = slot + 1 < stages ? slot + 1 : 0;
+    close_copies();
+  };
+#pragma unroll 1
+  for (int stage = 1; stage < stages; ++stage) load();
+  T sum[kEights][kTiles][2] = {};
+  for (int from = 0; now < end; ++now, from = from + 1 < stages ? from + 1 : 0) {
+    wait_for_step(stages);
+    __syncthreads();
+    load();
+    multiply<kColumns, kLayout>(sum, ring + from * Traits::kStage, strip * Traits::kStripRows,
+                                split * Traits::kTerms);
+  }
+
+  T* const numbers = &sum[0][0][0];
+  T* const shared = sums + strip * kNumbers * kWarpSize + lane;
+  if (split == 1) {
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) shared[i * kWarpSize] = numbers[i];
+  }
+  __syncthreads();
+  if (split == 1) return;
+  const T sign = second ? T(-1) : T(1);
+#pragma unroll
+  for (int h = 0; h < kEights; ++h) {
+    const int row = at.tile * kTileRows + strip * Traits::kStripRows + strip_row<kLayout>(h, lane);
+    if (row >= lower) continue;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      Pair<T> pair;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int number = (h * kTiles + t) * 2 + i;
+        pair.value[i] = sign * (sum[h][t][i] + shared[number * kWarpSize]);
+      }
+      *reinterpret_cast<Pair<T>*>(out + row * out_stride + 8 * t + 2 * (lane % 4)) = pair;
+    }
   }
 }
 

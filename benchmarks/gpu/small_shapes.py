@@ -12,6 +12,7 @@ import sys
 import torch
 from torch import Tensor
 
+from coachhook.editing.memory import EditMemory
 from coachhook.ops import (
     Membership,
     Population,
@@ -135,9 +136,22 @@ def cholesky() -> int:
     return calls
 
 
+def memory() -> int:
+    """Appends as they are, captured and replayed; inverses of larger blocks; both widths."""
+    calls = 0
+    for dtype in (torch.float64,) if FEW else (torch.float32, torch.float64):
+        edits = EditMemory(torch.eye(200, dtype=torch.float64, device="cuda"), 9, dtype=dtype)
+        for k in (20, 40):
+            keys = torch.randn(200, k, dtype=dtype, device="cuda") / 200
+            for _ in range(4):
+                edits.append(keys, keys[:9])
+                calls += 1
+    return calls
+
+
 def main() -> None:
     torch.manual_seed(0)
-    calls = gate() + decoding() + cholesky() + (0 if FEW else triton())
+    calls = gate() + decoding() + cholesky() + memory() + (0 if FEW else triton())
     torch.cuda.synchronize()
     print(f"{calls} calls done")
 

@@ -90,6 +90,10 @@ void run_invert() {
   const Bytes arrivals = unwritten(arrivals_size);
   p.factor = factor.get() + offset * (p.real == coachhook::Real::kFloat64 ? 8 : 4);
   p.inverses = inverses.get();
+  const int64_t blocks = coachhook::ceil_div(p.n, p.rows);
+  const int64_t element = p.real == coachhook::Real::kFloat64 ? 8 : 4;
+  const Bytes scratch = unwritten(blocks * p.rows * p.rows / 4 * element);
+  p.scratch = scratch.get();
   p.arrivals = reinterpret_cast<uint32_t*>(arrivals.get());
   finish(coachhook::cholesky_invert(p));
   check_zero(arrivals.get(), arrivals_size);

@@ -11,14 +11,21 @@ import pytest
 
 from tests.csrc.host import CSRC
 
-# Updates of L and narrow products: 2 element types x 32 or 64 keys x 3 layouts; panels: 4; prefix
-# sums and inverses: 2 each.
-KERNELS = 12 + 12 + 4 + 2 + 2
+# Updates of L and narrow products: 2 element types x 32 or 64 keys x 3 layouts; doubled inverses:
+# 2 x 3; panels: 4; prefix sums and inverses: 2 each.
+KERNELS = 12 + 12 + 6 + 4 + 2 + 2
 # Static shared memory of a block on every architecture.
 SHARED = 48 << 10
 # A register file holds 65,536: one block of 256 threads (of 384 and 168 registers with 32 keys),
 # three of 128, sixteen of 64.
-MAX_REGISTERS = {"apply": 255, "panel": 168, "prefix": 64, "invert": 255, "narrow": 255}
+MAX_REGISTERS = {
+    "apply": 255,
+    "panel": 168,
+    "prefix": 64,
+    "invert": 255,
+    "narrow": 255,
+    "double": 255,
+}
 
 PATTERN = re.compile(
     r"Compiling entry function '(?P<kernel>\w+)' for '(?P<arch>\w+)'"
@@ -29,12 +36,12 @@ PATTERN = re.compile(
 )
 
 
-def nvcc(*arguments: str) -> str:
+def nvcc(*arguments: str, source: str = "cholesky.cu") -> str:
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("needs nvcc")
     result = subprocess.run(
-        [compiler, "-std=c++17", "-O3", f"-I{CSRC}", *arguments, str(CSRC / "cholesky.cu")],
+        [compiler, "-std=c++17", "-O3", f"-I{CSRC}", *arguments, str(CSRC / source)],
         capture_output=True,
         text=True,
     )
@@ -102,3 +109,13 @@ def test_float64_runs_on_tensor_cores_and_loads_16_bytes(tmp_path: Path) -> None
         # 32 or 16 rows and 8 or 16 terms of a warp, on sm_80 in products of 8 x 8 x 4.
         products = columns if size == 8 else 0
         assert body.count("mma.sync.aligned.m8n8k4") == products, name
+
+
+def test_a_batch_is_loaded_without_spills(tmp_path: Path) -> None:
+    arches = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100")]
+    log = nvcc(*arches, "-Xptxas=-v", "-c", "-o", str(tmp_path / "append.o"), source="append.cu")
+    found = [match.groupdict() for match in PATTERN.finditer(log)]
+    assert len(found) == 2 * len(arches)
+    for kernel in found:
+        assert (kernel["stack"], kernel["stores"], kernel["loads"]) == ("0", "0", "0"), kernel
+        assert int(kernel["registers"]) <= 64, kernel

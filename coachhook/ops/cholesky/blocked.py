@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coachhook.ops.cholesky import native
 
-# Rows of the blocks that one kernel or library call inverts.
+# Rows of the blocks that one call of the library inverts.
 _BASE = 64
 
 
@@ -41,8 +41,8 @@ class BlockedFactor:
         factor: L; the strict upper triangle is not read. Not copied: after it is written to, the
             inverses are stale.
         rows: of a block, a multiple of 64 by a power of two.
-        extension: the module whose kernels invert blocks of 64 rows and solve with 32 or 64 right
-            sides; without it torch does. Such solves must follow one another.
+        extension: the module whose kernels invert the blocks and solve with 32 or 64 right sides;
+            without it torch does. Such solves must follow one another.
 
     Nothing is read back to the host. The inverses take ``n rows`` numbers, ``n rows^2`` flops to
     make, and two launches for each doubling. What lies below and to the right of row n in the last
@@ -167,13 +167,11 @@ def _inverses(
     n, (down, across) = len(factor), factor.stride()
     blocks, step = -(-n // rows), rows + 1
     shape, strides = (blocks, rows, rows), (rows * step, rows, 1)
-    arrivals = None
     if extension is not None:
         inverses = factor.new_empty(blocks * rows * step).as_strided(shape, strides)
-        arrivals = native.invert_diagonal(extension, factor, inverses)
-    else:
-        inverses = factor.new_zeros(blocks * rows * step).as_strided(shape, strides)
-        _invert_diagonal(factor, inverses)
+        return inverses, native.invert_diagonal(extension, factor, inverses)
+    inverses = factor.new_zeros(blocks * rows * step).as_strided(shape, strides)
+    _invert_diagonal(factor, inverses)
 
     def pairs(size: int, count: int, lower: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the last ``count`` from row ``top`` on: B in L, then A^-1, C^-1, the place of B."""
@@ -198,11 +196,11 @@ def _inverses(
                 between, upper, under, below = pairs(size, many, lower)
                 below.baddbmm_(under, torch.bmm(between, upper), beta=0, alpha=-1)
         size *= 2
-    return inverses, arrivals
+    return inverses, None
 
 
 def _invert_diagonal(factor: Tensor, inverses: Tensor) -> None:
-    """What the kernel of that name does, into zeros."""
+    """Inverses of the diagonal blocks of 64 rows, in their places among zeros."""
     n, (down, across), rows = len(factor), factor.stride(), inverses.shape[1]
     unit = torch.eye(_BASE, dtype=factor.dtype, device=factor.device)
     whole, rest = divmod(n, _BASE)

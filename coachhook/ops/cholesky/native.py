@@ -75,27 +75,30 @@ def _workers(device: torch.device) -> int:
 
 
 def invert_diagonal(native: ModuleType, factor: Tensor, inverses: Tensor) -> Tensor:
-    """Inverses of the diagonal blocks of 64 rows of L, in their places, and zeros above them.
+    """Inverses of the diagonal blocks of L.
 
     Args:
         native: the extension module.
         factor: L [n, n], any strides.
-        inverses: [blocks, rows, rows] with ``rows`` elements between two blocks. Its lower
-            triangles are left as they are outside of the blocks of 64 rows.
+        inverses: [blocks, rows, rows] with ``rows`` elements between two blocks, ``rows`` 64 by a
+            power of two. What lies below and to the right of row n in the last is not to be read.
 
     Returns:
         int32 [n / 64, 4], zeros: what :func:`solve` needs.
     """
+    blocks, rows, _ = inverses.shape
     tiles = -(-len(factor) // _TILE_ROWS)
     arrivals = factor.new_empty(tiles, native.CHOLESKY_ARRIVALS, dtype=torch.int32)
+    scratch = factor.new_empty(blocks, rows // 2, rows // 2)
     native.cholesky_invert(
         real=_real(native, factor.dtype),
         n=len(factor),
-        rows=inverses.shape[1],
+        rows=rows,
         factor=factor.data_ptr(),
         row_stride=factor.stride(0),
         column_stride=factor.stride(1),
         inverses=inverses.data_ptr(),
+        scratch=scratch.data_ptr(),
         arrivals=arrivals.data_ptr(),
         **_place(factor),
     )
