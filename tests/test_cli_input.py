@@ -331,7 +331,7 @@ def test_text_that_is_no_text(world, refused, tmp_path):
         ([], "COMMAND"),
         (["nonsense"], "invalid choice"),
         (["edit", "m", "f", "--out", "o", "--batch-size", "0"], "must be at least 1, got 0"),
-        (["edit", "m", "f", "--out", "o", "--limit", "x"], "invalid positive_int"),
+        (["edit", "m", "f", "--out", "o", "--limit", "x"], "must be an integer, got 'x'"),
         (["edit", "m", "f", "--out", "o", "--layers", "a"], "layer indices such as 0,1,2"),
         (["edit", "m", "f", "--out", "o", "--layers=-1"], "must not be negative"),
         (["edit", "m", "f", "--out", "o", "--preset", "best"], "invalid choice"),

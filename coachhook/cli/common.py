@@ -63,7 +63,10 @@ def show(text: str = "") -> None:
 
 def positive_int(text: str) -> int:
     """Argument type: an integer of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
