@@ -100,7 +100,9 @@ class EditRequest:
     def to_dict(self) -> dict[str, Any]:
         """The request as JSON-ready values; empty fields are left out."""
         record = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items() if v}
+        # An id may be 0: that of CounterFact's first record is.
+        kept = {k: v for k, v in record.items() if v or (k == "id" and v is not None)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> EditRequest:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from coachhook.editing import Editor
+from coachhook.editing import Editor, EditRequest
 from coachhook.editing.folder import load_state
 from coachhook.store import folder_sizes, load_folder, save_folder
 
@@ -108,3 +108,9 @@ def test_a_damaged_triangle_is_refused(make_editor, requests, tmp_path):
     save_folder(tmp_path / "edits", kind="edits", manifest=manifest, tensors=everything)
     with pytest.raises(FormatError, match="must hold complete edits"):
         load_state(tmp_path / "edits")
+
+
+@pytest.mark.parametrize("name", [0, 7, "", "a", None])
+def test_ids_come_back(name):
+    request = EditRequest("{} is", "A", "new", id=name)
+    assert EditRequest.from_dict(request.to_dict()) == request
