@@ -309,6 +309,10 @@ def test_damaged_config_and_missing_model(world, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     argv[1] = tmp_path / "empty"
     refused(*argv, message="config.json")
+    argv[1] = world / "model" / "config.json"
+    refused(*argv, message="must be a folder with config.json, got the file")
+    argv[1] = world / "facts.json"
+    refused(*argv, message="must be a folder with config.json, got the file")
 
 
 def test_text_that_is_no_text(world, refused, tmp_path):

@@ -99,6 +99,10 @@ def _checked_name(name_or_path: str | Path) -> str:
                 f"load_model: name_or_path must be a folder with config.json, got {path}"
             )
         return str(path)
+    if path.is_file():
+        raise FileNotFoundError(
+            f"load_model: name_or_path must be a folder with config.json, got the file {path}"
+        )
     name = str(name_or_path)
     # A hub name is "name" or "organisation/name"; everything else was meant as a folder.
     if isinstance(name_or_path, Path) or name.count("/") > 1 or name.startswith(("/", ".", "~")):
