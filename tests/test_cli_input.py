@@ -95,6 +95,10 @@ BAD_FACTS = {
     "empty target": ([{**FACT, "target_new": ""}], "field 'target_new' must not be empty"),
     "blank target": ([{**FACT, "target_new": " \n"}], "field 'target_new' must not be empty"),
     "wrong type": ([{**FACT, "target_new": 3}], "field 'target_new' must be a string, got int"),
+    "half a character": (
+        [FACT, {**FACT, "paraphrases": ["a \ud83d b"]}],
+        "record 1 (line 7): EditRequest: paraphrases must be Unicode text, got 'a \\ud83d b'",
+    ),
 }
 
 
@@ -201,6 +205,13 @@ def test_records_longer_than_the_context_window_can_be_left_out(
     found = json.loads(out)
     assert found["facts" if command == "suggest-layers" else "edits"] == 1
     assert "left out" in err and "line 2: " in err and "line 3: " in err
+
+
+def test_prompts_that_are_not_text(world, refused):
+    model, edits = world / "model", world / "edits"
+    message = "must be Unicode text, got 'caf\\udce9'"
+    refused("generate", model, "--edits", edits, "Bob", "caf\udce9", message=message)
+    refused("inspect", edits, "--model", model, "--text", "caf\udce9", message=message)
 
 
 def test_nan_weights(world, refused, tmp_path):

@@ -228,10 +228,14 @@ def check_window(model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
     """Refuses prompts that leave no room in the context window.
 
     Raises:
-        InputError: naming every such prompt.
+        InputError: naming every such prompt; or one is not text.
     """
+    from coachhook.editing.requests import is_text
     from coachhook.models import describe
 
+    for prompt in prompts:  # what is no UTF-8 on the command line comes as surrogates
+        if not is_text(prompt):
+            raise InputError(f"prompts must be Unicode text, got {prompt!r}")
     window = describe(model).max_positions
     if window is None:
         return

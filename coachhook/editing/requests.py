@@ -47,11 +47,13 @@ class EditRequest:
                 raise TypeError(f"EditRequest: {name} must be a string, got {type(value).__name__}")
             if not value.strip():
                 raise ValueError(f"EditRequest: {name} must not be empty, got {value!r}")
+            _check_text(name, value)
         if self.target_true is not None and not isinstance(self.target_true, str):
             raise TypeError(
                 "EditRequest: target_true must be a string or None, got "
                 f"{type(self.target_true).__name__}"
             )
+        _check_text("target_true", self.target_true or "")
         for name in (
             "paraphrases",
             "neighborhood",
@@ -61,6 +63,8 @@ class EditRequest:
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(v, str) for v in value):
                 raise TypeError(f"EditRequest: {name} must be a list of strings, got {value!r}")
+            for text in value:
+                _check_text(name, text)
             object.__setattr__(self, name, tuple(value))
         if self.neighborhood_targets and len(self.neighborhood_targets) != len(self.neighborhood):
             raise ValueError(
@@ -108,6 +112,16 @@ class EditRequest:
     def from_dict(cls, record: dict[str, Any]) -> EditRequest:
         """The inverse of :meth:`to_dict`."""
         return cls(**record)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string has a form in UTF-8; half of a surrogate pair has none for a tokenizer."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _check_text(name: str, value: str) -> None:
+    if not is_text(value):
+        raise ValueError(f"EditRequest: {name} must be Unicode text, got {value!r}")
 
 
 def check_requests(requests: Sequence[EditRequest]) -> list[EditRequest]:
