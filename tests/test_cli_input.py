@@ -134,8 +134,9 @@ def test_every_bad_record_is_named_and_can_be_left_out(world, refused, tmp_path,
 
 
 def test_a_facts_file_that_is_not_there(world, refused):
-    refused(*edit(world, world / "none.json"), message="none.json")
-    refused(*edit(world, world / "model"), message="model")
+    message = "none.json must be a file, got: No such file"
+    refused(*edit(world, world / "none.json"), message=message)
+    refused(*edit(world, world / "model"), message="model must be a file, got: Is a directory")
 
 
 LONG = "Spain " * 70

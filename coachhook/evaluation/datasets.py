@@ -291,6 +291,8 @@ def read_facts(path: str | PathLike[str], format: str | None = None) -> FactsFil
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FactsError(f"facts: {name} must be UTF-8 text, got {error}") from error
+    except OSError as error:
+        raise type(error)(f"facts: {name} must be a file, got: {error.strerror}") from error
     if not text.strip():
         raise FactsError(f"facts: {name} must hold at least one record, got an empty file")
     rows, problems = _rows(text, name)
