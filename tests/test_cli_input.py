@@ -310,7 +310,12 @@ def test_output_folders_that_cannot_be_written(world, refused, command):
     refused(*argv(world / "facts.json"), message="must be a folder")
     refused(*argv(world / "facts.json" / "below"), message="facts.json")
     refused(*argv(world / "model"), message="other files in it")
-    refused(*argv(world / "edits"), message="a finished one")
+    finished = argv(world / ("edits" if command == "edit" else "stats-model"))
+    refused(*finished, message="a finished one")
+    if command == "edit":
+        refused(*finished, message="go on with it (--resume)")
+    else:  # which --resume does not go on with
+        refused(*finished, message="choose another name, or delete it")
     if Path("/proc").is_dir():
         refused(*argv("/proc/coachhook"), message="writable")
 

@@ -224,11 +224,15 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def check_output(path: Path, *, resume: bool = False) -> bool:
+def check_output(path: Path, *, resume: bool | None = None) -> bool:
     """Whether ``--out`` already holds a finished folder; refuses one that cannot be used.
 
+    Args:
+        path: the folder.
+        resume: of a command that can go on with a finished folder, whether it was asked to.
+
     Raises:
-        InputError: it holds a finished folder and ``resume`` is off.
+        InputError: it holds a finished folder and ``resume`` is not on.
         ValueError: it is a file, holds files that are not ours, or cannot be written.
     """
     from coachhook.store import check_writable
@@ -237,9 +241,10 @@ def check_output(path: Path, *, resume: bool = False) -> bool:
     check_writable(path)
     finished = (current_folder(path) / MANIFEST).is_file()
     if finished and not resume:
+        remedy = "or delete it" if resume is None else "delete it, or go on with it (--resume)"
         raise InputError(
             f"--out must be a new or empty folder, got a finished one at {path}; choose another "
-            "name, delete it, or go on with it (--resume)"
+            f"name, {remedy}"
         )
     return finished
 
