@@ -134,8 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.experiment == "run":
         from benchmarks.experiments import worker
 
-        with plan.locked(args.folder):
-            worker.main(args.folder)
+        try:
+            with plan.locked(args.folder):
+                worker.main(args.folder)
+        except plan.ExperimentError as error:
+            return refuse(args, error)
         return 0
     from benchmarks.experiments.report import write_report
 

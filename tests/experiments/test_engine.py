@@ -148,6 +148,10 @@ def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, 
     assert "another seed" in capsys.readouterr().err
     assert main(words(world, "consecutive", out, *CONSECUTIVE, "--set", "ours.alpha=0.6")) == 2
     assert "begun with another options" in capsys.readouterr().err
+    (folder,) = (out / "runs").iterdir()
+    with plan.locked(folder):  # by a run whose experiment was killed
+        assert main(["run", str(folder)]) == 2
+    assert capsys.readouterr().err == f"run: {folder} is in use by another process\n"
     with plan.locked(out):
         assert main(words(world, "consecutive", out, *CONSECUTIVE)) == 2
     assert "in use by another process" in capsys.readouterr().err
