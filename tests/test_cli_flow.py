@@ -170,6 +170,19 @@ def test_generate_shows_both_answers(world, output, capsys):
     assert f"{prompts[0]}\n  unedited:" in capsys.readouterr().out
 
 
+def test_output_where_stdout_is_not_unicode(world):
+    prompt = "François"
+    argv = ["generate", bundled.model_path(), "--edits", world / "edits", prompt]
+    shown = []
+    for more in ([], ["--json"]):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        with contextlib.redirect_stdout(out):
+            assert call(*argv, *more) == 0
+        shown.append(out.buffer.getvalue().decode())
+    assert shown[0].startswith("Fran\\xe7ois\n")
+    assert json.loads(shown[1])[0]["prompt"] == prompt
+
+
 def tensors_of(folder):
     from safetensors.torch import load_file
 

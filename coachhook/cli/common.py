@@ -45,7 +45,16 @@ def log(message: str) -> None:
 
 def emit(value: Any) -> None:
     """Writes the result of ``--json`` to stdout; numbers that are not finite become null."""
-    print(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    text = json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False)
+    if _as_stdout_can(text) != text:
+        text = json.dumps(_strict(value), indent=2, allow_nan=False)
+    print(text, flush=True)
+
+
+def _as_stdout_can(text: str) -> str:
+    """Text with escapes for what the encoding of stdout lacks, such as that of a Windows pipe."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _strict(value: Any) -> Any:
@@ -58,7 +67,7 @@ def _strict(value: Any) -> Any:
 
 def show(text: str = "") -> None:
     """Writes a result for people to stdout."""
-    print(text, flush=True)
+    print(_as_stdout_can(text), flush=True)
 
 
 def positive_int(text: str) -> int:
