@@ -82,6 +82,7 @@ class Editor:
     Raises:
         FingerprintMismatchError: the statistics belong to other weights.
         NotPositiveDefiniteError: a covariance is singular (too few tokens).
+        TypeError: statistics or config are something else.
         UnsupportedModelError: nothing editable was found.
         ValueError: a layer or its statistics are missing, or a weight is not finite.
     """
@@ -94,7 +95,15 @@ class Editor:
         statistics: Statistics,
         config: EditConfig | None = None,
     ) -> None:
-        config = config or EditConfig.for_model(model)
+        if config is None:
+            config = EditConfig.for_model(model)
+        for name, value, kind in (
+            ("statistics", statistics, Statistics),
+            ("config", config, EditConfig),
+        ):
+            if not isinstance(value, kind):
+                got = type(value).__name__
+                raise TypeError(f"Editor: {name} must be {kind.__name__}, got {got}")
         description = describe(model)
         for layer in config.layers:
             description.layer(layer)

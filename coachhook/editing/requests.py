@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def check_requests(requests: Sequence[EditRequest]) -> list[EditRequest]:
         TypeError: something else than a list of requests was given.
         ValueError: there is none.
     """
-    if isinstance(requests, EditRequest | str):
+    if isinstance(requests, EditRequest | str) or not isinstance(requests, Iterable):
         raise TypeError(
             f"edit: requests must be a list of EditRequest, got one {type(requests).__name__}"
         )

@@ -319,6 +319,7 @@ def test_bad_input_changes_nothing(make_editor, requests):
     for bad, error, match in (
         ([], ValueError, "at least one request, got none"),
         (good, TypeError, "must be a list"),
+        (None, TypeError, "must be a list of EditRequest, got one NoneType"),
         ([good, "text"], TypeError, "a str in it"),
         ([good, long], ValueError, "context window"),
     ):
@@ -340,6 +341,10 @@ def test_wrong_statistics_and_layers_are_refused(bundled):
     other = Statistics(dict(statistics.covariances), statistics.tokens, fingerprint="0" * 16)
     with pytest.raises(FingerprintMismatchError):
         Editor(model, tokenizer, statistics=other, config=config)
+    with pytest.raises(TypeError, match="statistics must be Statistics, got NoneType"):
+        Editor(model, tokenizer, statistics=None)
+    with pytest.raises(TypeError, match="config must be EditConfig, got dict"):
+        Editor(model, tokenizer, statistics=statistics, config={})
 
 
 def test_nan_weights_are_refused(make_editor, bundled):
