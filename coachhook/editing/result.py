@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class EditResult:
 
     batch: int
     alphas: dict[int, float]
-    targets: Tensor
+    targets: Tensor = field(repr=False)  # thousands of numbers
     converged: list[bool]
     losses: list[float]
     steps: list[int]

@@ -53,6 +53,7 @@ def test_writes_facts_into_the_answers_and_leaves_weights_alone(make_editor, req
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     before = [answer(model, tokenizer, r.text) for r in requests[:4]]
     result = editor.edit(requests[:4])
+    assert "tensor" not in repr(result)
     for request, old, ok in zip(requests, before, result.converged, strict=False):
         assert not old.startswith(request.target_new)
         assert ok
