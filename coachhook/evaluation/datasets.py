@@ -295,7 +295,12 @@ def read_facts(path: str | PathLike[str], format: str | None = None) -> FactsFil
         raise type(error)(f"facts: {name} must be a file, got: {error.strerror}") from error
     if not text.strip():
         raise FactsError(f"facts: {name} must hold at least one record, got an empty file")
-    rows, problems = _rows(text, name)
+    try:
+        rows, problems = _rows(text, name)
+    except RecursionError as error:
+        raise FactsError(
+            f"facts: {name} must hold records, got brackets a thousand deep"
+        ) from error
     facts = FactsFile(problems=problems)
     if not rows and not problems:
         raise FactsError(f"facts: {name} must hold at least one record, got an empty list")

@@ -228,6 +228,7 @@ def test_every_line_that_is_not_json_is_named(tmp_path):
         (b" \n\n", "got an empty file"),
         (b"[]", "got an empty list"),
         (b'[{"prompt": "x"', "must be JSON or JSON Lines"),
+        (b"[" * 100_000, "must hold records, got brackets"),
         (b'"text"', "must hold records, got str"),
         (b"\xff\xfe\x00", "must be UTF-8"),
     ],
