@@ -28,7 +28,10 @@ from benchmarks.experiments.systems import TITLES, known_systems
 
 def numbers(text: str) -> list[int]:
     """Argument type: positive integers such as ``1,10,30``."""
-    found = [int(part) for part in text.split(",") if part]
+    try:
+        found = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers such as 1,10, got {text!r}") from None
     if min(found, default=1) < 1:
         raise argparse.ArgumentTypeError(f"must be positive, got {text!r}")
     return found

@@ -273,6 +273,7 @@ def test_unrelated_text_names_no_edited_subject(world):
     [
         (["--set", "nobody.x=1"], "must be SYSTEM.NAME=VALUE"),
         (["--batch-sizes", "0"], "must be positive"),
+        (["--batch-sizes", "x"], "must be integers such as 1,10, got 'x'"),
     ],
 )
 def test_bad_arguments(world, capsys, argv, message):
