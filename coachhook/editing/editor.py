@@ -24,7 +24,7 @@ from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import States, answered, read_inputs, read_states
 from coachhook.editing.records import BatchRecord
-from coachhook.editing.requests import EditRequest, check_requests
+from coachhook.editing.requests import EditRequest, check_kind, check_requests
 from coachhook.editing.result import (
     EditResult,
     contradictory,
@@ -95,15 +95,9 @@ class Editor:
         statistics: Statistics,
         config: EditConfig | None = None,
     ) -> None:
-        if config is None:
-            config = EditConfig.for_model(model)
-        for name, value, kind in (
-            ("statistics", statistics, Statistics),
-            ("config", config, EditConfig),
-        ):
-            if not isinstance(value, kind):
-                got = type(value).__name__
-                raise TypeError(f"Editor: {name} must be {kind.__name__}, got {got}")
+        config = EditConfig.for_model(model) if config is None else config
+        check_kind("Editor: statistics", statistics, Statistics)
+        check_kind("Editor: config", config, EditConfig)
         description = describe(model)
         for layer in config.layers:
             description.layer(layer)

@@ -116,12 +116,26 @@ class EditRequest:
 
 def is_text(value: str) -> bool:
     """Whether a string has a form in UTF-8; half of a surrogate pair has none for a tokenizer."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_text(name: str, value: str) -> None:
     if not is_text(value):
         raise ValueError(f"EditRequest: {name} must be Unicode text, got {value!r}")
+
+
+def check_kind(what: str, value: Any, kind: type) -> None:
+    """Refuses an argument of another class.
+
+    Raises:
+        TypeError: ``what`` must be a ``kind`` and is none.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{what} must be {kind.__name__}, got {type(value).__name__}")
 
 
 def check_requests(requests: Sequence[EditRequest]) -> list[EditRequest]:
