@@ -110,13 +110,16 @@ def check_picture_path(path: Path) -> None:
     """Refuses a picture that could not be written later.
 
     Raises:
-        ValueError: the name does not end in .html or .png, or its folder does not exist.
+        ValueError: the name does not end in .html or .png, its folder does not exist, or it is
+            the name of a folder.
         ImportError: matplotlib is needed for ``.png`` and is not there.
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"inspect: --out must end in .html or .png, got {path}")
     if not path.parent.is_dir():
         raise ValueError(f"inspect: --out must be in an existing folder, got {path}")
+    if path.is_dir():
+        raise ValueError(f"inspect: --out must be a file, got the folder {path}")
     if path.suffix == ".png":
         _matplotlib()
 

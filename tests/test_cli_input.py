@@ -443,6 +443,8 @@ def test_inspect_and_revert(world, refused):
     argv = ["inspect", edits, "--model", model, "--text", "Bob", "--out"]
     refused(*argv, world / "x.gif", message="must end in .html or .png")
     refused(*argv, world / "none" / "x.html", message="existing folder")
+    (world / "x.html").mkdir()
+    refused(*argv, world / "x.html", message="must be a file, got the folder")
     argv = ["inspect", edits, "--model", model, "--text", "Bob", "--text"]
     for text in ("", " "):
         refused(*argv, text, message="--text must not be empty")
