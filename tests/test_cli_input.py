@@ -428,10 +428,10 @@ def test_a_backend_that_does_not_exist(world, refused, monkeypatch, command):
     refused(*argv, message="COACHHOOK_BACKEND must be one of")
 
 
-@pytest.mark.parametrize("budget", ["nan", "inf", "-inf"])
-def test_a_budget_that_never_ends(world, refused, budget):
+@pytest.mark.parametrize("budget", ["nan", "inf", "-inf", "-1.0", "0.0"])
+def test_a_budget_that_never_ends_or_never_begins(world, refused, budget):
     argv = ["bench", "gram", "--quick", f"--budget={budget}"]
-    refused(*argv, message=f"--budget must be finite, got {budget}")
+    refused(*argv, message=f"--budget must be positive and finite, got {budget}")
 
 
 def test_inspect_and_revert(world, refused):

@@ -111,9 +111,10 @@ def run_bench(args: argparse.Namespace) -> int:
         names = bench.benchmarked_ops()
         if args.op is not None and args.op not in names:
             raise InputError(f"OP must be one of {', '.join(names)}, got {args.op!r}")
-        if args.budget is not None and not math.isfinite(args.budget):
+        if args.budget is not None and not 0 < args.budget < math.inf:
             raise InputError(
-                f"--budget must be finite, got {args.budget}; leave it out to measure all"
+                f"--budget must be positive and finite, got {args.budget}; leave it out to "
+                "measure all"
             )
     rows = bench.run(args.op, device=device, dtype=dtype, quick=args.quick, budget=args.budget)
     failed = [row for row in rows if row["error"] is not None]
