@@ -297,6 +297,71 @@ def test_revert_takes_one_batch_back(world, tmp_path, output):
     assert sum(row["edited"] != row["unedited"] for row in kept) >= EDITS - BATCH - 2
 
 
+PLAIN = """
+import json, sys
+sys.modules["coachhook"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompts = sys.argv[1], sys.argv[2:]
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+for prompt in prompts:
+    ids = tokenizer(prompt, return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    print(json.dumps(tokenizer.decode(new[0, ids["input_ids"].shape[1]:])))
+"""
+
+
+def test_export_makes_a_model_for_transformers_alone(world, tmp_path):
+    out = tmp_path / "merged"
+    argv = ["export", world / "edits", "--model", bundled.model_path(), "--format", "merged"]
+    options = ["--out", out, "--text", world / "text" / "a.txt", "--text-tokens", 200, "--json"]
+    options += ["--measure", BATCH]
+    done = subprocess.run(
+        [sys.executable, "-m", "coachhook", *map(str, [*argv, *options])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert found["edits"] == EDITS and found["measured"]["facts"] == BATCH
+    assert found["gate"] is False and "every token" in found["note"]
+    states = [found["measured"][state] for state in ("unedited", "gated", "exported")]
+    scores = [state["generated"]["reliability"] for state in states]
+    assert scores[:2] == [0, 1]
+    lines = (world / "facts.jsonl").read_text().splitlines()[:: EDITS // BATCH]
+    facts = [json.loads(line) for line in lines]
+    prompts = [f["prompt"].replace("{}", f["subject"]) for f in facts]
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN, out, *prompts], capture_output=True, text=True, check=True
+    )
+    answers = [json.loads(line).strip() for line in plain.stdout.splitlines()]
+    right = [a.startswith(f["target_new"]) for a, f in zip(answers, facts, strict=True)]
+    assert scores[2] == sum(right) / BATCH > scores[0]
+
+
+def test_export_says_what_is_lost(world, tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "lora"
+    argv = ["export", world / "edits", "--model", bundled.model_path(), "--format", "lora"]
+    more = ["--out", out, "--rank", 3, "--measure", 2, "--text-tokens", 200]
+    assert call(*argv, *more) == 0
+    text, err = capsys.readouterr()
+    for words in (
+        f"LoRA adapter with {EDITS} edited facts",
+        "The rank 3 leaves out",
+        "The gate is not part of an export: the correction acts on every token of every text.",
+        "2 of the facts, ",
+        "unedited  with the gate  exported",
+        "edited facts answered as wanted",
+        "tokens of the bundled text",
+        "coachhook.attach(model, EDITS)",
+        "--covariance-weight 450",
+    ):
+        assert words in text
+    assert "scoring" in err
+    assert {p.name for p in out.iterdir()} > {"adapter_config.json", "adapter_model.safetensors"}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_other_dtypes(world, tmp_path, output, dtype):
     out = tmp_path / "edits"

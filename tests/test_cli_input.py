@@ -452,11 +452,47 @@ def test_inspect_and_revert(world, refused):
     refused("revert", world / "none", "--batch", 1, message="none")
 
 
-def test_export_says_that_it_comes_later(world, refused, capsys):
-    argv = ["export", world / "edits", "--model", world / "model", "--format", "merged"]
-    refused(*argv, "--out", world / "new", message="not in this version")
-    assert call("export", "--help") == 0
-    assert "later" in capsys.readouterr().out
+def export(world, out="new", edits="edits", model="model", format="merged"):
+    argv = ["export", world / edits, "--model", world / model, "--format", format]
+    return [*argv, "--out", world / out]
+
+
+def test_export_checks_everything_first(world, refused, tmp_path, monkeypatch):
+    refused(*export(world, edits="none"), message="none")
+    refused(*export(world, edits="stats-model"), message="must hold coachhook edits")
+    refused(*export(world, out="model"), message="other files in it")
+    refused(*export(world, out="edits"), message="new or empty folder")
+    refused(*export(world, out="facts.json"), message="must be a folder")
+    refused(*export(world, model="none"), message="none")
+    refused(*export(world, model="other"), message=fingerprint_of(world / "stats-other"))
+    refused(*export(world, format="gguf"), message="invalid choice: 'gguf'")
+    refused(*export(world), "--rank", 2, message="rank must be None for format 'merged'")
+    refused(*export(world, format="lora"), "--rank", 0, message="must be at least 1")
+    refused(*export(world), "--covariance-weight", "nan", message="must be positive and finite")
+    refused(*export(world), "--measure", -1, message="measure must be an integer from 0")
+    refused(*export(world), "--text", tmp_path / "none.txt", message="must be an existing file")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    refused(*export(world), "--text", tmp_path / "blank.txt", message="must hold text")
+    refused(*export(world), "--device", "nonsense", message="--device must be")
+    refused("export", world / "edits", "--out", world / "new", message="required: --model")
+    copy = damaged(world / "edits", tmp_path)
+    refused(*export(world, edits=copy), message="truncated")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused(*export(world, format="lora"), message="pip install 'coachhook[lora]'")
+
+
+def test_a_failed_export_leaves_nothing(world, tmp_path, monkeypatch, capsys):
+    from transformers import GPT2LMHeadModel
+
+    def fail(self, folder, **options):
+        (Path(folder) / "half").write_text("")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", fail)
+    assert call(*export(world, out=tmp_path / "out"), "--measure", 0) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "disk full" in err and "nothing was written" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_real_process_has_the_same_status(world, tmp_path):

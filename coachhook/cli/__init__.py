@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from coachhook._version import __version__
-from coachhook.cli import ask, demo, diagnose, edit, folder, stats, suggest
+from coachhook.cli import ask, demo, diagnose, edit, export, folder, stats, suggest
 from coachhook.cli.common import FailedError, InputError, log
 from coachhook.errors import CoachhookError, FactsError
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"coachhook {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, stats, suggest, edit, ask, folder, diagnose):
+    for module in (demo, stats, suggest, edit, ask, folder, export, diagnose):
         module.register(commands)
     return parser
 

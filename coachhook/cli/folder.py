@@ -1,4 +1,4 @@
-"""``coachhook inspect``, ``revert`` and ``export``: what is done with a folder of ours."""
+"""``coachhook inspect`` and ``revert``: what is done with a folder of ours."""
 
 from __future__ import annotations
 
@@ -54,19 +54,6 @@ def register(commands: Any) -> None:
         "--batch", type=positive_int, required=True, metavar="N", help="number shown by `inspect`"
     )
     parser.set_defaults(run=run_revert)
-
-    parser = add_command(
-        commands,
-        "export",
-        "write the edits as merged weights or LoRA (comes with a later version)",
-        "Writes the edits, without their gate, as merged weights or as a LoRA adapter.\n"
-        "Not in this version: it comes with a later one.",
-    )
-    parser.add_argument("edits", type=Path, metavar="EDITS")
-    parser.add_argument("--model", metavar="MODEL")
-    parser.add_argument("--format", choices=("merged", "lora"))
-    parser.add_argument("--out", type=Path, metavar="DIR")
-    parser.set_defaults(run=run_export)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -285,11 +272,3 @@ def run_revert(args: argparse.Namespace) -> int:
         taken = before["edits"] - after["edits"]
         show(f"batch {args.batch} taken back ({taken} edits); {after['edits']} edits are left")
     return 0
-
-
-def run_export(args: argparse.Namespace) -> int:
-    """Says that this command comes later."""
-    raise InputError(
-        "not in this version; to use the edits, load them beside the model with "
-        "coachhook.attach(model, EDITS)"
-    )

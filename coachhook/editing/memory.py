@@ -378,6 +378,16 @@ class EditMemory:
         rows = self._by_row("coefficients_of", "keys", keys, self.in_features)
         return self._space.coefficients_of(self._prior, rows)
 
+    def prior(self) -> Tensor:
+        """C0 [n, n], without the keys folded into it: a new tensor.
+
+        Raises:
+            ValueError: keys were folded and not kept.
+        """
+        prior = self._factor.tril() @ self._factor.tril().mT
+        keys = self._rows_of("prior", self._folded)[0] if self._folded else None
+        return prior if keys is None else torch.addmm(prior, keys.mT, keys, alpha=-1)
+
     def prior_solve(self, keys: Tensor) -> Tensor:
         """``C^-1 K`` [n, k] for keys K [n, k], C being the prior and the keys folded into it."""
         rows = self._by_row("prior_solve", "keys", keys, self.in_features)

@@ -20,6 +20,7 @@ from coachhook.editing.prompts import PLACES, SUBJECT_PLACES
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.unrelated import Ending, SampleTokens
+from coachhook.errors import NotPositiveDefiniteError
 from coachhook.hooks import HookedLinear
 from coachhook.ops import Membership, Population, gate_scores, hook_output
 from coachhook.ops._precision import float32_products
@@ -411,6 +412,34 @@ class EditState:
         pair = self._make_pair(layer)
         edits.made = source, pair
         return pair
+
+    def fitted_again(self, layer: int, covariance_weight: float) -> tuple[Tensor, Tensor]:
+        """Delta of the membership edits fitted with another lambda, in factors [m, E], [E, n].
+
+        The same least squares over the keys of all edits, whose targets are those of the pair (of
+        several facts about one subject the latest counts), without thresholds.
+
+        Raises:
+            ValueError: keys were folded and not kept.
+            NotPositiveDefiniteError: the prior is singular to rounding, beside the keys.
+        """
+        memory = self.layers[layer].memory
+        assert isinstance(memory, EditMemory)
+        keys = memory.keys().double()
+        prior = memory.prior().double() * (covariance_weight / self.config.covariance_weight)
+        factor, info = torch.linalg.cholesky_ex(prior + keys @ keys.mT)
+        if int(info):
+            raise NotPositiveDefiniteError(
+                f"export: covariance_weight must leave the keys' covariance positive definite, got "
+                f"{covariance_weight:g}; take a larger one"
+            )
+        left, _ = self.pair(layer)
+        group = self._columns(layer).group.to(keys.device)
+        kept = (group >= 0).nonzero().flatten()
+        _, position = torch.unique(group[kept], return_inverse=True)
+        at = torch.cholesky_solve(keys, factor).mT
+        rows = at.new_zeros(left.shape[1], at.shape[1]).index_add_(0, position, at[kept])
+        return left, rows
 
     def _make_pair(self, layer: int) -> tuple[Tensor, Tensor]:
         edits = self.layers[layer]
