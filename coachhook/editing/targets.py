@@ -482,19 +482,20 @@ def _chunks(
     for i in range(len(encoded)) if among is None else among:
         bundles.setdefault(ties[i], []).append(i)
     chunks: list[list[int]] = []
-    width = 0
+    width = most = 0
     for bundle in bundles.values():
         longest = max(
             len(prompt.ids) + len(encoded[i].target)
             for i in bundle
             for prompt in encoded[i].prompts
         )
+        # Every request of a chunk takes as many rows as the one with the most prompts.
         rows = max(len(encoded[i].prompts) for i in bundle) + 1
         count = len(chunks[-1]) + len(bundle) if chunks else 0
-        fits = chunks and count * rows * max(width, longest) <= max_tokens
+        fits = chunks and count * max(most, rows) * max(width, longest) <= max_tokens
         if not fits:
             chunks.append([])
-            width = 0
+            width = most = 0
         chunks[-1] += bundle
-        width = max(width, longest)
+        width, most = max(width, longest), max(most, rows)
     return chunks

@@ -138,3 +138,19 @@ def test_chunks_may_have_other_numbers_of_wordings(make_editor, requests):
     )
     assert parts.converged == whole.converged and parts.steps == whole.steps
     torch.testing.assert_close(parts.deltas, whole.deltas, rtol=1e-6, atol=1e-6)
+
+
+def test_a_chunk_has_room_for_the_rows_of_its_largest_request(make_editor, requests):
+    """Each of its requests takes as many, whichever of them comes first."""
+    editor, _, tokenizer = make_editor()
+    batch = encode_requests(tokenizer, requests[:8], ("{}",), None)
+    others = [request.contexts[0] for request in batch]
+    batch[0] = replace(batch[0], rewordings=others)
+    for order in (batch, batch[::-1]):
+        chunks = targets._chunks(order, range(8), 250)
+        assert sorted(i for chunk in chunks for i in chunk) == list(range(8)) and len(chunks) < 8
+        for chunk in chunks:
+            prompts = [(order[i], prompt) for i in chunk for prompt in order[i].prompts]
+            width = max(len(prompt.ids) + len(request.target) for request, prompt in prompts)
+            rows = max(len(order[i].prompts) for i in chunk) + 1
+            assert len(chunk) == 1 or len(chunk) * rows * width <= 250
