@@ -389,37 +389,25 @@ def optimise_targets(
     bar = tqdm(
         total=len(encoded), desc=progress, disable=progress is None, unit="fact", leave=False
     )
-    while waiting:
-        chunk = waiting.pop(0)
 
-        def admit_here(pairs: list[tuple[int, Place]], chunk: list[int] = chunk) -> list[bool]:
+    def solved(chunk: list[int]) -> _Solution:
+        # The problem, which holds most of the memory, is gone before the next chunk's is made.
+        some = [earlier[i] for i in chunk]
+
+        def admit_here(pairs: list[tuple[int, Place]]) -> list[bool]:
             if admit is None:
                 return [True] * len(pairs)
             return admit([(chunk[i], place) for i, place in pairs])
 
+        requests, device = [encoded[i] for i in chunk], parameter.device
+        problem = make_problem(suffix, requests, places, some, config, pad_id, device, continuing)
+        tied = torch.tensor([ties[i] for i in chunk], device=device)
+        return _optimise_chunk(suffix, problem, config, places, some, tied, dtype, admit_here, bar)
+
+    while waiting:
+        chunk = waiting.pop(0)
         try:
-            problem = make_problem(
-                suffix,
-                [encoded[i] for i in chunk],
-                places,
-                [earlier[i] for i in chunk],
-                config,
-                pad_id,
-                parameter.device,
-                continuing,
-            )
-            tied = torch.tensor([ties[i] for i in chunk], device=parameter.device)
-            solution = _optimise_chunk(
-                suffix,
-                problem,
-                config,
-                places,
-                [earlier[i] for i in chunk],
-                tied,
-                dtype,
-                admit_here,
-                bar,
-            )
+            solution = solved(chunk)
         except torch.cuda.OutOfMemoryError:
             smaller = [chunk]
             while len(smaller) == 1 and max_tokens > 0:

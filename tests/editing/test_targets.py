@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -154,3 +155,30 @@ def test_a_chunk_has_room_for_the_rows_of_its_largest_request(make_editor, reque
             width = max(len(prompt.ids) + len(request.target) for request, prompt in prompts)
             rows = max(len(order[i].prompts) for i in chunk) + 1
             assert len(chunk) == 1 or len(chunk) * rows * width <= 250
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_the_problem_of_a_chunk_is_gone_when_the_next_is_made(
+    make_editor, requests, monkeypatch, short
+):
+    """Also one that the device had no room for."""
+    editor, model, tokenizer = make_editor(rewordings=0)
+    batch = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
+    make, optimise, made, alive = targets.make_problem, targets._optimise_chunk, [], []
+
+    def making(*args):
+        alive.extend(problem() is not None for problem in made)
+        problem = make(*args)
+        made.append(weakref.ref(problem))
+        return problem
+
+    def optimising(*args):
+        if short and len(made) == 1:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return optimise(*args)
+
+    monkeypatch.setattr(targets, "make_problem", making)
+    monkeypatch.setattr(targets, "_optimise_chunk", optimising)
+    most = 10_000 if short else 1
+    optimise_targets(model, describe(model), batch, editor.config, pad_id=0, max_tokens=most)
+    assert len(made) >= 3 and not any(alive)
