@@ -296,9 +296,10 @@ class Editor:
                     continue
                 prompts = [*request.prompts, request.essence]
                 there = [i for i, p in enumerate(prompts) if p.position((name, 0), ()) is not None]
-                x = self._inputs([prompts[i].at((name, 0), ()) for i in there], layer, pad_id)
                 added = value.new_zeros(len(prompts), len(value))
-                added[there] = self._state.present(layer, x[:, -1], x.__getitem__)
+                if there:  # a subject of several tokens elsewhere may be of one in all of these
+                    x = self._inputs([prompts[i].at((name, 0), ()) for i in there], layer, pad_id)
+                    added[there] = self._state.present(layer, x[:, -1], x.__getitem__)
                 found[-1][name, 0] = Earlier(value, added)
         return found
 

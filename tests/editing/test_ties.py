@@ -229,3 +229,14 @@ def test_contradictions_with_keys_of_their_own_are_named(make_editor, requests):
     ours, _, _ = make_editor()
     (named,) = ours.edit([requests[0], other]).warnings
     assert "is not written" in named
+
+
+def test_a_subject_that_is_one_token_at_the_start_of_a_text(make_editor):
+    """What was written at its token before the last has no token in prompts that begin with it."""
+    editor, _, tokenizer = make_editor(contexts=("{}",), rewordings=0, target_steps=2)
+    subject = "Customers"
+    pieces = [tokenizer(text)["input_ids"] for text in (subject, f" {subject}")]
+    assert [len(ids) for ids in pieces] == [1, 4]
+    editor.edit([request("The home of {} is", subject, "Lyon")])
+    assert "subject_previous" in {editor.config.places[p] for _, p in editor.batches[1].slots}
+    assert editor.edit([request("{} lives in", subject, "Paris")]).batch == 2
