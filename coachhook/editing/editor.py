@@ -332,7 +332,12 @@ class Editor:
             pad_id=pad_id,
             max_positions=self._description.max_positions,
         )
-        return [replace(r, rewordings=f) for r, f in zip(encoded, found, strict=True)]
+        # A wording may be longer than the prompt, and the target follows it.
+        window = self._description.max_positions or sys.maxsize
+        return [
+            replace(r, rewordings=[p for p in f if len(p.ids) + len(r.target) - 1 <= window])
+            for r, f in zip(encoded, found, strict=True)
+        ]
 
     def _edit(
         self,

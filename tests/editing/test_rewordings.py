@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from coachhook.editing import editor as editing
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import EncodedPrompt, encode_in_context
 from coachhook.editing.rewordings import (
@@ -183,3 +184,17 @@ def test_fewer_at_once_where_the_memory_does_not_hold_them():
     with pytest.raises(torch.cuda.OutOfMemoryError):
         in_parts(run, range(4), 8)
     assert in_parts(run, [], 8) == []
+
+
+def test_a_rewording_has_room_for_the_target(make_editor, requests, monkeypatch):
+    editor, model, _ = make_editor()
+    request = replace(requests[0], target_new="Marie Antoinette Fontaine")
+    (encoded,) = editor._encoded([request])
+    prompt, room = encoded.contexts[0], describe(model).max_positions - len(encoded.target) + 1
+    fits, long = (
+        EncodedPrompt(prompt.ids + [prompt.ids[-1]] * more, prompt.first, prompt.lookup)
+        for more in (room - len(prompt.ids), room - len(prompt.ids) + 1)
+    )
+    monkeypatch.setattr(editing, "find_rewordings", lambda *_, **__: [[long, fits]])
+    assert editor._reworded([encoded], 0)[0].rewordings == [fits]
+    editor.edit([request])
