@@ -45,6 +45,7 @@ from coachhook.models import (
     check_finite,
     describe,
     end_tokens,
+    evaluating,
     fused_activations,
     get_submodule,
     linear_shape,
@@ -347,9 +348,7 @@ class Editor:
         progress: str | None,
     ) -> EditResult:
         pad_id = self._tokenizer.pad_token_id
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with evaluating(self._model):
             reminders = self._encoded(ties.reminders)
             targets, earlier = self._targets(requests, encoded, ties, reminders, pad_id, progress)
             record = BatchRecord(
@@ -362,8 +361,6 @@ class Editor:
                 self._model,
                 [(p.contexts[0].ids, p.target) for p in reminders],
             )
-        finally:
-            self._model.train(was_training)
         # Two requests that replace one fact would say so twice.
         warnings = [
             *unwritten(record, ties),

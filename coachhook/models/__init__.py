@@ -8,6 +8,7 @@ from coachhook.models.fused import fused_activations, planless_attention
 from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer, usable_device
 from coachhook.models.modules import (
     check_finite,
+    evaluating,
     get_submodule,
     linear_shape,
     set_submodule,
@@ -22,6 +23,7 @@ __all__ = [
     "check_finite",
     "describe",
     "end_tokens",
+    "evaluating",
     "fused_activations",
     "get_submodule",
     "linear_shape",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -104,3 +107,16 @@ def check_finite(model: nn.Module) -> None:
             f"got NaN or infinity in {', '.join(bad[:3])}{more}. The checkpoint is damaged or was "
             "loaded in a dtype it overflows; load it again, for instance in bfloat16 or float32"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block with ``model`` in evaluation mode; every module then has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        # Parents come first. Not by the attribute: a hook hands its mode on to what it wraps.
+        for module, training in modes:
+            module.train(training)

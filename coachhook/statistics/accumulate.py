@@ -14,6 +14,7 @@ from coachhook.models import (
     EditableLayer,
     ForwardEnded,
     ModelDescription,
+    evaluating,
     get_submodule,
     partial_forward,
 )
@@ -293,15 +294,10 @@ class KeySums:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Run a block with `model` in evaluation mode, without gradients and without its edits."""
-    modes = [(module, module.training) for module in model.modules()]
     hooks = attached_hooks(model)
-    model.eval()
-    try:
-        with torch.no_grad(), hooks.disabled() if hooks is not None else nullcontext():
+    with evaluating(model), torch.no_grad():
+        with hooks.disabled() if hooks is not None else nullcontext():
             yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _not_finite(layer: EditableLayer) -> ValueError:

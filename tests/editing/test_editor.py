@@ -390,3 +390,19 @@ def test_an_edit_leaves_the_activations_as_they_were(make_editor, requests):
     assert activations
     editor.edit(requests[:2])
     assert not any("forward" in vars(module) for module in activations)
+
+
+def test_every_module_has_its_own_mode_again(make_editor, requests):
+    """A model that is trained in part, with what the hook wraps."""
+    editor, model, _ = make_editor()
+    model.train()
+    model.get_submodule("transformer.h.0").eval()
+    modules = [*model.named_modules(), *((f"base {i}", h.base) for i, h in editor.hooks.items())]
+    before = {name: module.training for name, module in modules}
+    assert set(before.values()) == {True, False}
+    editor.edit(requests[:1])
+    assert {name: module.training for name, module in modules} == before
+    model.transformer.wpe.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="finite"):
+        editor.edit(requests[1:2])
+    assert {name: module.training for name, module in modules} == before

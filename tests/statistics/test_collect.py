@@ -163,6 +163,13 @@ def test_the_model_is_left_as_it_was(model, tokenizer, make_texts):
     model(torch.tensor([[4, 5]])).logits.sum().backward()
 
 
+def test_what_a_hook_wraps_has_its_own_mode_again(model, tokenizer, make_texts):
+    model.train()
+    with attach_hooks(model, [0]) as hooks:
+        _collect(model, tokenizer, make_texts(5))
+        assert hooks[0].training and hooks[0].base.training
+
+
 def test_max_tokens_is_exact_and_cuts_the_last_text(model, tokenizer, make_texts):
     model, texts = model.double(), make_texts(300)
     statistics = _collect(model, tokenizer, texts, max_tokens=777, batch_tokens=64)
