@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -168,31 +168,19 @@ class Editor:
         requests = check_requests(requests)
         encoded = self._encoded(requests)
         ties = self._ties(requests)
-        hooks = {layer: self.hooks[layer].snapshot() for layer in self.config.layers}
-        memories: dict[int, Any] = {
-            i: edits.memory.snapshot() for i, edits in self._state.layers.items()
-        }
-        counters = {i: edits.next_group for i, edits in self._state.layers.items()}
-        batches = dict(self._state.batches)
-        try:
-            with fused_activations(self._model), planless_attention():
-                return self._edit(requests, encoded, ties, progress)
-        except BaseException:
-            for layer, edits in self._state.layers.items():
-                edits.memory.restore(memories[layer])
-                edits.next_group = counters[layer]
-                self.hooks[layer].restore(hooks[layer])
-            self._state.batches = batches
-            raise
+        with self._all_or_nothing(), fused_activations(self._model), planless_attention():
+            return self._edit(requests, encoded, ties, progress)
 
     def revert(self, batch: int) -> None:
         """Takes a batch back, in any order, as if its keys and targets had never been there.
 
         Raises:
-            ValueError: there is no such batch, or it cannot be taken back any more.
+            ValueError: there is no such batch, or it cannot be taken back any more. After any
+                exception nothing was changed.
         """
-        self._state.remove(batch)
-        self._refresh()
+        with self._all_or_nothing():
+            self._state.remove(batch)
+            self._refresh()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an EDITS folder, whole or not at all; an earlier one there is replaced.
@@ -219,6 +207,25 @@ class Editor:
     def detach(self) -> None:
         """Takes the hooks off; the model answers as before, to the bit."""
         self.hooks.detach()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Brings hooks, memories and records back if the block fails."""
+        hooks = {layer: self.hooks[layer].snapshot() for layer in self.config.layers}
+        memories: dict[int, Any] = {
+            i: edits.memory.snapshot() for i, edits in self._state.layers.items()
+        }
+        counters = {i: edits.next_group for i, edits in self._state.layers.items()}
+        batches = dict(self._state.batches)
+        try:
+            yield
+        except BaseException:
+            for layer, edits in self._state.layers.items():
+                edits.memory.restore(memories[layer])
+                edits.next_group = counters[layer]
+                self.hooks[layer].restore(hooks[layer])
+            self._state.batches = batches
+            raise
 
     def _refresh(self) -> None:
         for layer in self.config.layers:

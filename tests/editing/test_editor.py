@@ -105,6 +105,27 @@ def test_an_exception_leaves_everything_as_it_was(make_editor, requests, monkeyp
     assert torch.equal(again.edit(requests[2:4]).targets, result.targets)
 
 
+def test_a_batch_is_taken_back_whole_or_not_at_all(make_editor, requests, monkeypatch):
+    """Also where a hook has no room for what is left."""
+    editor, model, tokenizer = make_editor(layers=[1, 2], rewordings=0, target_steps=2)
+    for first in (0, 2):
+        editor.edit(requests[first : first + 2])
+    before, plain = state_bits(editor), logits(model, tokenizer, requests[0].text)
+
+    def fail(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(editor.hooks[2], "set_pair", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        editor.revert(1)
+    monkeypatch.undo()
+    assert list(editor.batches) == [1, 2]
+    assert_same_bits(state_bits(editor), before)
+    assert torch.equal(logits(model, tokenizer, requests[0].text), plain)
+    editor.revert(1)
+    assert list(editor.batches) == [2]
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_taking_a_batch_back_equals_never_adding_its_keys(make_editor, requests, batch):
     editor, model, tokenizer = make_editor()
