@@ -19,13 +19,24 @@ _READ_BACK = {
     torch.ops.aten.masked_select.default,
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.equal.default,
+    torch.ops.aten.allclose.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.unique_dim.default,
+    torch.ops.aten.unique_consecutive.default,
+    torch.ops.aten.bincount.default,
+    torch.ops.aten.repeat_interleave.Tensor,  # unless it is told the length of the result
 }
 _INDEXING = {
     torch.ops.aten.index.Tensor,
     torch.ops.aten.index_put.default,
     torch.ops.aten.index_put_.default,
 }
-_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+# The last takes a number on the host to the GPU; products and sums read it as they start.
+_COPIES = {
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.where.self,
+}
 
 
 class Watch(TorchDispatchMode):
@@ -46,12 +57,15 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         devices = {x.device for x in (*args, result) if isinstance(x, Tensor)}
-        reads = func in _READ_BACK or (func in _COPIES and len(devices) > 1)
+        reads = func in _READ_BACK and kwargs.get("output_size") is None
         if func in _INDEXING:  # by a mask: how many it chooses is the shape of the result
-            reads = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if reads:
+            indices = [i for i in args[1] if i is not None]
+            devices.update(i.device for i in indices)
+            reads = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if reads or (func in _COPIES | _INDEXING and len(devices) > 1):
             self.refused.add(str(func))
         return result
 

@@ -77,11 +77,36 @@ def test_without_graphs_nobody_is_held(make_editor, requests, monkeypatch):
         (lambda x: x[x > 0], True),
         (lambda x: x.to("meta"), True),
         (lambda x: bool(torch.equal(x, x)), True),
+        (lambda x: torch.allclose(x, x), True),
+        (lambda x: x.unique(), True),
+        (lambda x: x.unique(dim=0), True),
+        (lambda x: x.flatten().unique_consecutive(), True),
+        (lambda x: x.flatten().int().bincount(), True),
+        (lambda x: x.repeat_interleave(torch.tensor([1, 0, 2]), 0), True),
+        (lambda x: x.repeat_interleave(torch.tensor([1, 0, 2]), 0, output_size=3), False),
     ],
 )
 def test_what_the_host_must_know_is_seen(call, refused):
     with Watch() as watch:
         call(torch.eye(3))
+    assert bool(watch.refused) is refused
+
+
+@pytest.mark.parametrize(
+    ("call", "refused"),
+    [
+        (lambda x: x * torch.tensor(2.0), False),
+        (lambda x: torch.where(x > 0, x, torch.tensor(0.0)), True),
+        (lambda x: torch.where(x > 0, x, 0.0), False),
+        (lambda x: x[torch.tensor([0, 1])], True),
+        (lambda x: x[:, torch.tensor([0, 1])], True),
+        (lambda x: x.index_put((torch.zeros(1, dtype=int, device="meta"),), torch.ones(())), True),
+    ],
+)
+def test_what_lies_on_the_host_is_seen(call, refused):
+    """Numbers and indices that an operation takes to the GPU by itself."""
+    with Watch() as watch:
+        call(torch.empty(3, 3, device="meta"))
     assert bool(watch.refused) is refused
 
 
