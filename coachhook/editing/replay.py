@@ -119,7 +119,8 @@ class Replayed:
         with warnings.catch_warnings():
             # Nothing is accumulated: the gradient is asked for, and the sample is thrown away.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-            graph: Any = torch.cuda.make_graphed_callables(call, (sample,), num_warmup_iters=1)
+            with torch.cuda.device(hidden.device):  # what another GPU does would not be captured
+                graph: Any = torch.cuda.make_graphed_callables(call, (sample,), num_warmup_iters=1)
         return graph
 
     def select(self, rows: Tensor, first: Tensor, wanted: Tensor | None = None) -> Live:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -126,3 +127,31 @@ def test_a_run_is_watched_once(make_editor):
         at_loss, last = replayed.run(run.hidden, 1)
         assert torch.equal(at_loss, last + 1)
     assert replayed.refused == set() and not replayed.replays and run.calls == 3
+
+
+def test_a_run_is_captured_on_its_own_device(monkeypatch):
+    """The present one may be another: a graph of its stream would hold nothing."""
+    present, captured = [], []
+
+    @contextmanager
+    def device(wanted):
+        present.append(wanted)
+        yield
+        present.pop()
+
+    def capture(call, samples, **_):
+        captured.append((list(present), samples[0].device))
+        return call
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+
+    class Run:
+        hidden = torch.ones(2, 3, device="meta")
+
+        def run(self, hidden, loss_index):
+            return hidden, hidden
+
+    replayed = Replayed(Run(), watched=True)
+    replayed._captured(Run.hidden, 0)
+    assert captured == [([Run.hidden.device], Run.hidden.device)]
