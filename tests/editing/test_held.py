@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -67,6 +69,43 @@ def test_without_graphs_nobody_is_held(make_editor, requests, monkeypatch):
         handle.remove()
     assert made == [4]
     torch.testing.assert_close(together.deltas, alone.deltas, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_what_was_captured_is_gone_with_its_chunk(make_editor, requests, monkeypatch, short):
+    """Though torch's wrapper of a graph refers to itself; also where the memory has run out."""
+    editor, model, tokenizer = make_editor(rewordings=0)
+    batch = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
+    hold(monkeypatch)
+    graphs, alive, start = [], [], Replayed.__init__
+
+    class Graph:
+        pass
+
+    def noted(self, live, **options):
+        start(self, live, **options)
+        alive.append([graph() is not None for graph in graphs])
+        self.captured = Graph()
+        self.captured.itself = self.captured
+        graphs.append(weakref.ref(self.captured))
+
+    run = Replayed.run
+
+    def running(self, *args):
+        if short and len(graphs) == 1 and self.refused is not None:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        return run(self, *args)
+
+    monkeypatch.setattr(Replayed, "__init__", noted)
+    monkeypatch.setattr(Replayed, "run", running)
+    most = 10_000 if short else 1
+    gc.disable()
+    try:
+        optimise_targets(model, describe(model), batch, editor.config, pad_id=0, max_tokens=most)
+    finally:
+        gc.enable()
+    assert len(graphs) >= 3 and not any(graph() is not None for graph in graphs)
+    assert not any(alive[1])
 
 
 @pytest.mark.parametrize(
