@@ -171,8 +171,10 @@ def _sample(
 
 def _gumbel(seed: int) -> Tensor:
     """Gumbel noise of one text ``[LENGTH, CHOICES]``."""
-    generator = torch.Generator().manual_seed(seed)
-    return -torch.empty(LENGTH, CHOICES).exponential_(generator=generator).log()
+    # Whatever dtype and device the caller made the default ones.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.empty(LENGTH, CHOICES, dtype=torch.float32, device="cpu")
+    return -noise.exponential_(generator=generator).log()
 
 
 class Reader:

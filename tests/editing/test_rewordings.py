@@ -14,6 +14,7 @@ from coachhook.editing.rewordings import (
     LEAST_PROBABILITY,
     LENGTH,
     Reader,
+    _gumbel,
     find_rewordings,
     in_parts,
 )
@@ -198,3 +199,14 @@ def test_a_rewording_has_room_for_the_target(make_editor, requests, monkeypatch)
     monkeypatch.setattr(editing, "find_rewordings", lambda *_, **__: [[long, fits]])
     assert editor._reworded([encoded], 0)[0].rewordings == [fits]
     editor.edit([request])
+
+
+def test_noise_is_the_same_whatever_the_defaults_are():
+    wanted = _gumbel(7)
+    with torch.device("meta"):
+        assert torch.equal(_gumbel(7), wanted)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(_gumbel(7), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
