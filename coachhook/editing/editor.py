@@ -168,8 +168,10 @@ class Editor:
         requests = check_requests(requests)
         encoded = self._encoded(requests)
         ties = self._ties(requests)
-        with self._all_or_nothing(), fused_activations(self._model), planless_attention():
-            return self._edit(requests, encoded, ties, progress)
+        # Targets need gradients, whatever mode the caller is in.
+        with self._all_or_nothing(), torch.inference_mode(False):
+            with fused_activations(self._model), planless_attention():
+                return self._edit(requests, encoded, ties, progress)
 
     def revert(self, batch: int) -> None:
         """Takes a batch back, in any order, as if its keys and targets had never been there.

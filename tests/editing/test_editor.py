@@ -427,3 +427,16 @@ def test_every_module_has_its_own_mode_again(make_editor, requests):
     with pytest.raises(ValueError, match="finite"):
         editor.edit(requests[1:2])
     assert {name: module.training for name, module in modules} == before
+
+
+def test_edits_in_inference_mode(make_editor, requests):
+    """As taking them back does; what they leave can be changed outside of it."""
+    outside, _, _ = make_editor()
+    wanted = outside.edit(requests[:2])
+    editor, model, tokenizer = make_editor()
+    with torch.inference_mode():
+        found = editor.edit(requests[:2])
+        assert answer(model, tokenizer, requests[0].text).startswith(requests[0].target_new)
+    assert torch.equal(found.targets, wanted.targets)
+    assert editor.edit(requests[2:3]).converged == [True]
+    editor.revert(1)
