@@ -9,6 +9,7 @@ import pkgutil
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -334,8 +335,11 @@ def run(
     names = sorted(factories) if op is None else [op]
     end = time.perf_counter() + (math.inf if budget is None else budget)
     rows: list[dict[str, Any]] = []
+    # Events, and streams to capture on, are of the present device.
+    present = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        _run(names, device, dtype, quick, seconds, end, rows)
+        with present:
+            _run(names, device, dtype, quick, seconds, end, rows)
     except KeyboardInterrupt:
         _LOG.warning("bench: interrupted after %d cases", len(rows))
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -219,3 +220,25 @@ def test_hooks_of_the_model_benchmark_fire():
         longer = model(torch.cat([ids, ids[:, -1:]], 1), use_cache=False).logits[:, -1:]
     torch.testing.assert_close(again, first)
     torch.testing.assert_close(first, longer, rtol=1e-3, atol=1e-3)
+
+
+def test_the_device_measured_is_the_present_one(monkeypatch):
+    """Events are recorded on its stream, not on that of the first GPU."""
+    present, seen = [], []
+
+    @contextmanager
+    def device(wanted):
+        present.append(wanted)
+        yield
+        present.pop()
+
+    def cases(*_):
+        seen.extend(present)
+        return []
+
+    second = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(runner, "usable_device", lambda *_: second)
+    monkeypatch.setitem(runner._load_factories(), "gram", cases)
+    assert bench.run("gram", device="cuda:1") == []
+    assert seen == [second] and not present
