@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from coachhook.editing.config import EditConfig
 from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
-from coachhook.editing.folder import load_state, save_state
+from coachhook.editing.folder import load_state, memory_device, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.packing import MODEL_COST, group_cost, pack
 from coachhook.editing.problem import Earlier
@@ -201,7 +201,7 @@ class Editor:
             FingerprintMismatchError: the edits belong to other weights.
         """
         check_finite(model)
-        state = load_state(path, expected=fingerprint(model))
+        state = load_state(path, expected=fingerprint(model), model=model)
         editor = cls.__new__(cls)
         editor._start(model, tokenizer, state)
         return editor
@@ -581,10 +581,7 @@ def _new_memory(
     model: nn.Module, layer: EditableLayer, statistics: Statistics, config: EditConfig
 ) -> EditMemory | PublishedMemory:
     module = get_submodule(model, layer.path)
-    device = next(module.parameters()).device
-    if device.type == "mps":  # has no float64
-        device = torch.device("cpu")
-    covariance = statistics.covariances[layer.index].to(device)
+    covariance = statistics.covariances[layer.index].to(memory_device(model, layer.index))
     if config.state_dtype == "float32":
         frozen = weight_of(module)
         if frozen is None:

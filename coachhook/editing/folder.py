@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from coachhook._version import __version__
@@ -23,6 +24,7 @@ from coachhook.editing.records import BatchRecord
 from coachhook.editing.state import EditState, HookPayload, LayerEdits
 from coachhook.editing.unrelated import SampleTokens
 from coachhook.errors import FingerprintMismatchError, FormatError
+from coachhook.models import describe, get_submodule
 from coachhook.statistics.packed import pack_lower, unpack_triangle
 from coachhook.store import check_fields, fingerprint, load_folder, save_folder
 
@@ -108,12 +110,15 @@ def _open(
     return manifest, tensors
 
 
-def load_state(path: str | os.PathLike[str], expected: str | None = None) -> EditState:
+def load_state(
+    path: str | os.PathLike[str], expected: str | None = None, model: nn.Module | None = None
+) -> EditState:
     """Reads an EDITS folder to go on editing.
 
     Args:
         path: the folder.
         expected: fingerprint the edits must carry; None does not check.
+        model: each memory is put where its layer is; None leaves them on the CPU.
 
     Raises:
         FormatError: not an EDITS folder, damaged, or of a newer version.
@@ -131,6 +136,10 @@ def load_state(path: str | os.PathLike[str], expected: str | None = None) -> Edi
             kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
             if "factor" in kept and kept["factor"].dim() == 1:  # in version 1 it was square
                 kept["factor"] = unpack_triangle(kept["factor"], kept["factor"].dtype)
+            if model is not None:
+                device = memory_device(model, int(key))
+                # Keys in the prior stay on the CPU, wherever the memory is.
+                kept |= {k: v.to(device) for k, v in kept.items() if not k.startswith("folded.")}
             state.layers[int(key)] = LayerEdits(
                 kind.from_state_dict(kept, entry["memory"]),
                 tensors[f"layer.{key}.sample"] if f"layer.{key}.sample" in tensors else None,
@@ -147,6 +156,13 @@ def load_state(path: str | os.PathLike[str], expected: str | None = None) -> Edi
             f"load: {os.fspath(path)} must hold complete edits, got {type(error).__name__}: {error}"
         ) from error
     return state
+
+
+def memory_device(model: nn.Module, layer: int) -> torch.device:
+    """Where the memory of a layer belongs: beside the layer, or where there is float64."""
+    module = get_submodule(model, describe(model).layer(layer).path)
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def load_payloads(

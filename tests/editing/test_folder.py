@@ -114,3 +114,18 @@ def test_a_damaged_triangle_is_refused(make_editor, requests, tmp_path):
 def test_ids_come_back(name):
     request = EditRequest("{} is", "A", "new", id=name)
     assert EditRequest.from_dict(request.to_dict()) == request
+
+
+def test_memories_are_put_where_their_layers_are(make_editor, requests, tmp_path):
+    """As those of a new Editor; keys in the prior stay on the CPU."""
+    path = tmp_path / "edits"
+    editor, model, _ = make_editor(scope="population", max_keys=4, rewordings=0, target_steps=2)
+    editor.edit(requests[:2])
+    editor.save(path)
+    editor.detach()
+    alone = load_state(path).layers[0].memory
+    assert alone.num_folded and alone.device.type == "cpu"
+    beside = load_state(path, model=model.to("meta")).layers[0].memory
+    assert beside.device.type == "meta" and beside.num_keys == alone.num_keys
+    for name, tensor in beside.state_dict()[0].items():
+        assert tensor.device.type == ("cpu" if name.startswith("folded.") else "meta")
