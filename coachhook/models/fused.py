@@ -9,6 +9,7 @@ operation rounds, by enough to show in keys, so only wider models are changed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,10 @@ from torch.nn import functional as F
 from transformers.activations import NewGELUActivation
 
 _WIDE = (torch.float32, torch.float64)
+
+# torch has one setting for all threads: the last to leave brings back what the first one found.
+_TURN = threading.Lock()
+_found: list[bool] = []
 
 
 def _gelu(input: Tensor) -> Tensor:
@@ -56,9 +61,13 @@ def planless_attention() -> Iterator[None]:
     A plan takes longer than the attention of some hundred short prompts, and prompts, steps and
     samples of one batch of edits have dozens of shapes. Of no effect on a CPU.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
+    with _TURN:
+        _found.append(torch.backends.cuda.cudnn_sdp_enabled())
         torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        with _TURN:
+            found = _found.pop()
+            if not _found:
+                torch.backends.cuda.enable_cudnn_sdp(found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
 from transformers.activations import NewGELUActivation
 
-from coachhook.models import fused_activations
+from coachhook.models import fused_activations, planless_attention
 from tests.models.families import tiny
 
 IDS = torch.randint(3, 64, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -45,3 +46,22 @@ def test_models_of_16_bits_and_other_forwards_stay_as_they_are():
     half = copy.deepcopy(tiny("gpt2")).bfloat16()
     with fused_activations(half):
         assert not any("forward" in vars(module) for module in half.modules())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("before", [True, False])
+def test_attention_is_as_it_was_when_the_last_thread_has_left(before, first):
+    """Edits of two models may overlap, and the first to begin may be the first to end."""
+    setting = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with ExitStack() as rest:
+            blocks = [ExitStack(), ExitStack()]
+            for block in blocks:
+                rest.enter_context(block).enter_context(planless_attention())
+            blocks[first].close()
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            blocks[1 - first].close()
+            assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(setting)
