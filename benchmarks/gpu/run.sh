@@ -81,7 +81,10 @@ else
   echo "sanitizer 127 0" >>"$stages"
 fi
 wait
-cat "$out"/{memcheck,racecheck}.log >"$out/sanitizer.log" 2>/dev/null && rm "$out"/{memcheck,racecheck}.log
+# Either may have had no time, or there may be no sanitizer.
+for log in "$out"/{memcheck,racecheck}.log; do
+  if [ -e "$log" ]; then cat "$log" >>"$out/sanitizer.log" && rm "$log"; fi
+done
 # A process each: a kernel that faults takes down the measurements after it in its process only.
 bench() {
   stage "bench-$1" "$2" bench.json "$python" -m coachhook bench "$1" --json --device cuda --budget "$3"
