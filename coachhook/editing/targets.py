@@ -26,7 +26,6 @@ state without it, and is the same in every prompt.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -422,10 +421,6 @@ def optimise_targets(
             done = sum(len(requests) for requests, _ in solutions)
             bar.update(done - bar.n)
             bar.refresh()
-        if suffix.replays:
-            # torch wraps a graph in a class of its own, which refers to itself: with its memory it
-            # would stay until the collector looks at the oldest objects, which may be many batches.
-            gc.collect()
     bar.close()
     return _collect(solutions, places)
 

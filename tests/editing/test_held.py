@@ -73,7 +73,7 @@ def test_without_graphs_nobody_is_held(make_editor, requests, monkeypatch):
 
 @pytest.mark.parametrize("short", [False, True])
 def test_what_was_captured_is_gone_with_its_chunk(make_editor, requests, monkeypatch, short):
-    """Though torch's wrapper of a graph refers to itself; also where the memory has run out."""
+    """Without a collection; also where the memory has run out."""
     editor, model, tokenizer = make_editor(rewordings=0)
     batch = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
     hold(monkeypatch)
@@ -86,7 +86,6 @@ def test_what_was_captured_is_gone_with_its_chunk(make_editor, requests, monkeyp
         start(self, live, **options)
         alive.append([graph() is not None for graph in graphs])
         self.captured = Graph()
-        self.captured.itself = self.captured
         graphs.append(weakref.ref(self.captured))
 
     run = Replayed.run
@@ -166,6 +165,51 @@ def test_a_run_is_watched_once(make_editor):
         at_loss, last = replayed.run(run.hidden, 1)
         assert torch.equal(at_loss, last + 1)
     assert replayed.refused == set() and not replayed.replays and run.calls == 3
+
+
+def test_graphs_are_freed_with_their_run(monkeypatch):
+    """In the form that this version of torch keeps them in."""
+    graphs = []
+
+    class Graph:
+        def __init__(self, *_, **__):
+            graphs.append(weakref.ref(self))
+
+        def replay(self):
+            pass
+
+    @contextmanager
+    def nothing(*_, **__):
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda.graphs, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
+    for name in ("graph", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    for name in ("synchronize", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+
+    class Run:
+        hidden = torch.ones(2, 3)
+
+        def run(self, hidden, loss_index):
+            return 2 * hidden, 3 * hidden
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    replayed = Replayed(Run(), watched=True)
+    hidden = Run.hidden.as_subclass(OnGpu).requires_grad_()
+    gc.disable()
+    try:
+        outputs = replayed.run(hidden, 0)
+        torch.autograd.grad(outputs, hidden, [torch.ones(2, 3)] * 2)
+        assert len(graphs) == 2 and all(graph() is not None for graph in graphs)
+        del outputs, replayed
+        assert not any(graph() is not None for graph in graphs)
+    finally:
+        gc.enable()
 
 
 def test_a_run_is_captured_on_its_own_device(monkeypatch):
