@@ -94,6 +94,28 @@ def test_edit_reports_each_batch_and_a_summary(world):
         assert sample["before"] != sample["after"]
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_an_interrupted_edit_says_what_is_kept(world, tmp_path, monkeypatch, capsys, first):
+    from coachhook.editing import Editor
+
+    run, calls = Editor.edit, []
+
+    def interrupted(self, *args, **options):
+        calls.append(args)
+        if len(calls) == first:
+            raise KeyboardInterrupt
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(Editor, "edit", interrupted)
+    out = tmp_path / "edits"
+    assert call(*edit(world, out)) == 130
+    err = capsys.readouterr().err
+    assert f"interrupted in batch {first} of {EDITS // BATCH}; " in err
+    kept = f"what was written before it is in {out}; go on with --resume"
+    assert (kept if first == 2 else "nothing was written") in err
+    assert (out / "manifest.json").is_file() == (first == 2)
+
+
 def test_edits_do_not_touch_the_models_files(world):
     before = {p.name: p.stat().st_mtime_ns for p in bundled.model_path().iterdir()}
     assert call("generate", bundled.model_path(), "--edits", world / "edits", "Velmora") == 0

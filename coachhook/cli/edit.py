@@ -254,7 +254,11 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
             result = editor.edit(batch, progress=label)
             editor.save(args.out)
         except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
-            raise FailedError(_failure(number, total, args.out, error)) from error
+            what = f"batch {number} of {total}: {type(error).__name__}: {error}"
+            raise FailedError(f"{what}\n{_kept(number, args.out)}") from error
+        except KeyboardInterrupt:
+            log(f"interrupted in batch {number} of {total}; {_kept(number, args.out)}")
+            raise
         done += len(batch)
         alphas = result.alphas
         failed = [r for r, ok in zip(batch, result.converged, strict=True) if not ok]
@@ -281,13 +285,12 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
     }
 
 
-def _failure(number: int, total: int, out: Path, error: Exception) -> str:
-    kept = (
-        f"the {number - 1} batches before it are in {out}; go on with --resume"
+def _kept(number: int, out: Path) -> str:
+    return (
+        f"what was written before it is in {out}; go on with --resume"
         if number > 1
         else "nothing was written"
     )
-    return f"batch {number} of {total}: {type(error).__name__}: {error}\n{kept}"
 
 
 def _samples(

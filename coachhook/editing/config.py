@@ -229,7 +229,8 @@ class EditConfig:
                 )
         if self.state_dtype == "float32" and self.scope == "membership":
             raise ValueError(
-                "EditConfig: state_dtype must be 'float64' for the membership scope, got 'float32'"
+                "EditConfig: state_dtype must be 'float64' for the membership scope, got "
+                "'float32', which the paper preset has; pass state_dtype='float64' with the scope"
             )
         for name, value, why in (
             ("state_dtype", "float32", "keeps no keys apart"),

@@ -161,10 +161,12 @@ class Editor:
             progress: label of a progress bar of their targets on stderr, or None for no bar.
 
         Raises:
+            RuntimeError: the editor was detached.
             TypeError: something else than a list of requests was given.
             ValueError: the batch is empty, a subject is not found in its prompt, a prompt does not
                 fit the context window, or the model's outputs are not finite.
         """
+        self.hooks.require_attached("edit")
         requests = check_requests(requests)
         encoded = self._encoded(requests)
         ties = self._ties(requests)

@@ -66,6 +66,18 @@ class HookSet(Mapping[int, HookedLinear]):
         """Whether the hooks are in the model."""
         return self._context.watching
 
+    def require_attached(self, op: str) -> None:
+        """Refuses to go on with hooks that the model does not have.
+
+        Raises:
+            RuntimeError: they were detached.
+        """
+        if not self.attached:
+            raise RuntimeError(
+                f"{op}: hooks must be attached to the model, got detached ones, which would change "
+                "no answer; make a new Editor, or load one that was saved"
+            )
+
     def detach(self) -> None:
         """Put the base modules back; the model then computes bit for bit what it did before.
 

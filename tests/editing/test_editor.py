@@ -73,6 +73,16 @@ def test_consecutive_batches_keep_earlier_ones(make_editor, requests):
     assert list(editor.batches) == [1, 2, 3]
 
 
+def test_a_detached_editor_writes_nothing(make_editor, requests):
+    editor, _, _ = make_editor(rewordings=0, target_steps=2)
+    editor.edit(requests[:1])
+    before = state_bits(editor)
+    editor.detach()
+    with pytest.raises(RuntimeError, match="edit: hooks must be attached to the model, got det"):
+        editor.edit(requests[1:2])
+    assert_same_bits(state_bits(editor), before)
+
+
 def test_detaching_gives_the_model_back_to_the_bit(make_editor, requests):
     editor, model, tokenizer = make_editor()
     plain = logits(model, tokenizer, requests[0].text)
