@@ -39,7 +39,7 @@ _LEAST_KEYS, _MOST_KEYS = 32, 128
 _LEAST_ROWS, _MULTIPLE = 256, 64
 # The run of a step that is followed by a capture, which costs about ten of them.
 _CAPTURED_RUN = 2
-# All graphs share their scratch memory, so one must have ended before another one runs.
+# All graphs share scratch and host memory, so one must have been read before another one runs.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -186,11 +186,8 @@ class Step:
         self._at = self._count = self._runs = 0
         self._views = self.keys.mT, self.targets.mT
         self._graph: torch.cuda.CUDAGraph | None = None
-        # Of a replay, in memory that the GPU writes to itself.
-        self.summary = self.keys.new_empty(0)
-        if self.keys.is_cuda:
-            length, dtype = summary_length(size), self.keys.dtype
-            self.summary = torch.empty(length, dtype=dtype, pin_memory=True)
+        # Of a replay.
+        self.summary = _in_host_memory(size, self.keys.dtype) if self.keys.is_cuda else self.at
 
     def load(self, keys: Tensor, targets: Tensor, at: int) -> None:
         """Takes keys [n, k], k <= s, and targets [m, k] to be written from row ``at`` on."""
@@ -243,9 +240,13 @@ def _warn_of_no_graph(error: RuntimeError) -> None:
     )
 
 
-def summary_length(size: int) -> int:
-    """Of what :func:`write_rows` returns for so many rows."""
-    return 2 * size + 3
+@cache
+def _in_host_memory(size: int, dtype: torch.dtype) -> Tensor:
+    """Where all replays of so many rows leave their numbers, each read before the next one runs.
+
+    Never freed: torch would have to ask the stream of a capture whether the GPU still writes to it.
+    """
+    return torch.empty(2 * size + 3, dtype=dtype, pin_memory=True)
 
 
 def write_rows(step: Step, buffers: Buffers, streams: _InTurn) -> Tensor:
