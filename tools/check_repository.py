@@ -42,7 +42,9 @@ FORBIDDEN = {("models", "hooks"), ("store", "editing"), ("statistics", "editing"
 
 VARIABLE = re.compile(r"\bCOACHHOOK_[A-Z][A-Z_]+\b")
 # Macros of the C++ sources and their build, not switches of the environment.
-MACROS = re.compile(r"COACHHOOK_(REQUIRE|LAUNCH(_OVERLAPPED|_SHARED)?|HOST_SHIM|VERSION|ARCHITECTURES)$")
+MACROS = re.compile(
+    r"COACHHOOK_(REQUIRE|LAUNCH(_OVERLAPPED|_SHARED)?|HOST_SHIM|VERSION|ARCHITECTURES)$"
+)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 

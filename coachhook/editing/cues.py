@@ -35,7 +35,7 @@ _EARLIER_LIMIT, _SUBJECT_LIMIT = 0.4, 0.6
 _MOST_CANDIDATES = 6
 # Contexts may give one key several times: relative to the mean of the diagonal of K^T C0^-1 K.
 _RIDGE = 1e-6
-# Bounds of the memory: keys solved for together, and rows of the sample in float32.
+# Bounds of the memory: keys solved for together, padded, and rows of the sample in float32.
 _KEYS_AT_ONCE = 2048
 _SAMPLES_AT_ONCE = 1024
 
@@ -63,30 +63,51 @@ def cue_distances(prompts: Sequence[EncodedPrompt], place: Place) -> list[int]:
 
 
 def candidate_keys(
-    contexts: Sequence[EncodedPrompt],
-    place: Place,
-    prompts: Sequence[EncodedPrompt],
+    wanted: Sequence[tuple[Sequence[EncodedPrompt], Place, Sequence[EncodedPrompt], int]],
     x: Tensor,
-    elsewhere: Callable[[set[int]], Tensor],
-) -> list[Tensor]:
-    """Keys ``[v, n]`` of each token that may be the cue of an edit, the nearest first.
+    sample: Tensor | None,
+    elsewhere: Callable[[set[int]], list[int]],
+) -> list[list[Tensor]]:
+    """Keys ``[v, n]`` of each token that may be the cue of some edits, the nearest first.
 
     Args:
-        contexts: of the request, see :func:`cue_distances`.
-        place: of the edit.
-        prompts: where the keys are read.
-        x: what the layer reads in these ``[R, T, n]``, the subject's last token at the end.
-        elsewhere: gives keys ``[v, n]`` of some tokens in other text, by their ids.
+        wanted: for each edit its request's contexts and its place, see :func:`cue_distances`, the
+            prompts where the keys are read, and the first one's row in ``x``.
+        x: what the layer reads in prompts ``[R, T, n]``, the subject's last token at the end.
+        sample: keys in other text ``[s, n]``, or None.
+        elsewhere: gives rows of the sample that are keys of some tokens, by their ids.
     """
-    candidates = []
-    for away in cue_distances(contexts, place):
-        at = [p.lookup - away if p.lookup - away >= p.first else -1 for p in prompts]
-        keys = x[[position >= 0 for position in at], -1 - away]
-        if away:
-            ids = {p.ids[k] for p, k in zip(prompts, at, strict=True) if k >= 0}
-            keys = torch.cat([keys, elsewhere(ids).to(keys)])
-        candidates.append(keys)
-    return candidates
+    own: list[int] = []  # rows of x, its first two dimensions as one
+    other: list[int] = []  # rows of the sample
+    order: list[tuple[bool, int]] = []  # of all keys: whether of the sample, and which of those
+    counts: list[list[int]] = []
+    width = x.shape[1]
+    for contexts, place, prompts, row in wanted:
+        counts.append([])
+        for away in cue_distances(contexts, place):
+            before, ids = len(order), set()
+            for i, prompt in enumerate(prompts):
+                position = prompt.lookup - away
+                if position >= prompt.first:
+                    order.append((False, len(own)))
+                    own.append((row + i) * width + width - 1 - away)
+                    ids.add(prompt.ids[position])
+            if away and sample is not None:
+                rows = elsewhere(ids)
+                order += [(True, len(other) + i) for i in range(len(rows))]
+                other += rows
+            counts[-1].append(len(order) - before)
+    # Few copies and gathers, whatever the number of edits.
+    keys = _rows(x.reshape(-1, x.shape[-1]), own)
+    if sample is not None and other:
+        both = torch.cat([keys, _rows(sample, other).to(keys)])
+        keys = _rows(both, [len(own) + i if sampled else i for sampled, i in order])
+    parts = iter(keys.split([count for mine in counts for count in mine]))
+    return [[next(parts) for _ in mine] for mine in counts]
+
+
+def _rows(x: Tensor, numbers: list[int]) -> Tensor:
+    return x[torch.tensor(numbers, dtype=torch.int64).to(x.device)]
 
 
 def find_cues(
@@ -102,15 +123,15 @@ def find_cues(
     """
     found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
     some: list[int] = []
-    count = 0
+    count = longest = 0
     for i, candidates in enumerate(slots):
-        keys = sum(map(len, candidates))
-        if some and count + keys > _KEYS_AT_ONCE:
+        most = max(map(len, candidates), default=0)
+        if some and (count + len(candidates)) * max(longest, most) > _KEYS_AT_ONCE:
             found[some] = _find_some(memory, [slots[j] for j in some], sample)
-            some, count = [], 0
-        if keys:
+            some, count, longest = [], 0, 0
+        if most:
             some.append(i)
-            count += keys
+            count, longest = count + len(candidates), max(longest, most)
     if some:
         found[some] = _find_some(memory, [slots[j] for j in some], sample)
     return found
@@ -123,23 +144,34 @@ def _find_some(
     candidates = [keys for slot in slots for keys in slot]
     keys = torch.cat(candidates).to(memory.device, memory.dtype)
     solved = memory.prior_solve(keys.mT).mT
-    counts = [len(c) for c in candidates]
-    filters = keys.new_empty(len(counts), keys.shape[1])
-    for row, own, part in zip(filters, keys.split(counts), solved.split(counts), strict=True):
-        gram = own @ part.mT
-        gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-        row.copy_(torch.linalg.solve(gram, gram.new_ones(len(gram))) @ part)
+    # Padded with zeros to the longest of them: in few calls, which a GPU's host has to make.
+    own, real = _padded(list(map(len, candidates)), keys.device)
+    padded, solutions = (torch.cat([x, x.new_zeros(1, x.shape[1])])[own] for x in (keys, solved))
+    gram = padded @ solutions.mT
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.sum(dim=1) / real.sum(dim=1)
+    diagonal += torch.where(real, _RIDGE * mean[:, None], 1)
+    weights = torch.linalg.solve(gram, real.to(gram.dtype))
+    filters = (weights[:, None] @ solutions)[:, 0]
     taken = torch.zeros(len(filters), dtype=torch.int64, device=filters.device)
     if sample is not None and len(filters) > len(slots):
         looking = filters.float().mT
         for rows in sample.split(_SAMPLES_AT_ONCE):
             scores = rows.to(looking) @ looking
             taken += (scores >= _EARLIER_LIMIT).sum(dim=0)
-    starts = [0]
-    for slot in slots[:-1]:
-        starts.append(starts[-1] + len(slot))
-    best = [
-        start + int(taken[start : start + len(slot)].argmin())
-        for start, slot in zip(starts, slots, strict=True)
-    ]
+    of_slot, there = _padded(list(map(len, slots)), filters.device)
+    often = torch.cat([taken, taken.new_zeros(1)])[of_slot].masked_fill(~there, taken.max() + 1)
+    best = of_slot.gather(1, often.argmin(dim=1, keepdim=True))[:, 0]
     return filters[best]
+
+
+def _padded(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of so many things for each row, all things in order, and which of them there are.
+
+    Returns:
+        int64 ``[len(counts), max(counts)]``, beyond a row's things the number of all; and bool.
+    """
+    many = torch.tensor(counts)
+    there = torch.arange(int(many.max())) < many[:, None]
+    numbers = (many.cumsum(0) - many)[:, None] + torch.arange(there.shape[1])
+    return numbers.where(there, int(many.sum())).to(device), there.to(device)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,11 +18,10 @@ from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, memory_device, save_state
 from coachhook.editing.memory import EditMemory, regularized_prior
-from coachhook.editing.packing import MODEL_COST, group_cost, pack
 from coachhook.editing.problem import Earlier
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
-from coachhook.editing.reading import States, answered, read_inputs, read_states
+from coachhook.editing.reading import States, answered, read_inputs, read_states, read_up_to
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.requests import EditRequest, check_kind, check_requests
 from coachhook.editing.result import (
@@ -477,40 +476,30 @@ class Editor:
             some = requests[first : first + at_once]
             prompts = [[*r.contexts, r.essence, *r.mentions] for r in some]
             x = self._inputs([p for mine in prompts for p in mine], layer, pad_id)
-            read = x.split([len(mine) for mine in prompts])
-            for request, mine, own in zip(some, prompts, read, strict=True):
-                for i, (other, place) in enumerate(slots):
-                    if other is request:
-                        candidates[i] = candidate_keys(
-                            request.contexts, place, mine, own, partial(self._elsewhere, layer)
-                        )
+            starts = list(accumulate(map(len, prompts), initial=0))
+            numbers = {id(request): i for i, request in enumerate(some)}
+            mine = [i for i, (request, _) in enumerate(slots) if id(request) in numbers]
+            wanted = []
+            for request, place in (slots[i] for i in mine):
+                at = numbers[id(request)]
+                wanted.append((request.contexts, place, prompts[at], starts[at]))
+            found = candidate_keys(wanted, x, edits.sample, self._elsewhere)
+            for i, keys in zip(mine, found, strict=True):
+                candidates[i] = keys
         return find_cues(edits.memory, candidates, edits.sample).float().cpu()
 
-    def _elsewhere(self, layer: int, ids: set[int]) -> Tensor:
-        """Keys ``[s, n]`` of some tokens elsewhere, from the unrelated sample.
+    def _elsewhere(self, ids: set[int]) -> list[int]:
+        """Rows of the unrelated sample that are keys of some tokens elsewhere.
 
         A token that is common in text, such as a letter, has keys that differ with what stands
         before it. Of a rare one the sample has none, and they are not needed.
         """
-        edits, tokens = self._state.layers[layer], self._state.sample_tokens
-        if edits.sample is None or tokens is None:
-            return torch.empty(0, self._description.layer(layer).in_features)
-        return edits.sample[sorted(tokens.rows((i,) for i in ids))[:_MOST_ELSEWHERE]]
+        tokens = self._state.sample_tokens
+        return [] if tokens is None else sorted(tokens.rows((i,) for i in ids))[:_MOST_ELSEWHERE]
 
     def _inputs(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
         """What a layer reads up to the token looked up, ``[R, T, n]``, zeros at the left."""
-        prompts = [EncodedPrompt(p.ids[: p.lookup + 1], p.first, p.lookup) for p in prompts]
-        lengths = [prompt.lookup + 1 for prompt in prompts]
-        parts = []
-        for group in pack(lengths, MODEL_COST * group_cost(next(self._model.parameters()).device)):
-            some = [prompts[i] for i in group]
-            x, _ = read_inputs(self._model, self._description, some, [layer], pad_id=pad_id)
-            parts += list(zip(group, x[layer], strict=True))
-        first = parts[0][1]
-        found = first.new_zeros(len(prompts), max(lengths), first.shape[-1])
-        for i, states in parts:
-            found[i, -lengths[i] :] = states[: lengths[i]]
-        return found
+        return read_up_to(self._model, self._description, prompts, layer, pad_id=pad_id)
 
     def _endings(self, request: EncodedRequest, place: Place) -> list[Ending]:
         known = self._state.sample_tokens

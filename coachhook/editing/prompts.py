@@ -199,9 +199,6 @@ def pad_right(
 ) -> tuple[Tensor, Tensor]:
     """Pads token lists at the right: ids and attention mask, both int64 ``[B, T]``."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        mask[i, : len(row)] = 1
+    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    mask = (torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]).to(torch.int64)
     return ids.to(device), mask.to(device)

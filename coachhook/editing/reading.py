@@ -140,6 +140,38 @@ def read_inputs(
     return found, mask.bool()
 
 
+def read_up_to(
+    model: nn.Module,
+    description: ModelDescription,
+    prompts: Sequence[EncodedPrompt],
+    layer: int,
+    *,
+    pad_id: int,
+) -> Tensor:
+    """Inputs ``[R, T, n]`` of a layer up to the token looked up, which is last; zeros before them.
+
+    Prompts of about one length are run together.
+    """
+    prompts = [EncodedPrompt(p.ids[: p.lookup + 1], p.first, p.lookup) for p in prompts]
+    lengths = torch.tensor([prompt.lookup + 1 for prompt in prompts])
+    cost = MODEL_COST * group_cost(next(model.parameters()).device)
+    found: Tensor | None = None
+    for group in pack(lengths.tolist(), cost):
+        some = [prompts[i] for i in group]
+        read, _ = read_inputs(model, description, some, [layer], pad_id=pad_id)
+        x = read[layer]
+        if found is None:
+            found = x.new_zeros(len(prompts), int(lengths.max()), x.shape[2])
+        rows, width = torch.tensor(group), x.shape[1]
+        at = torch.arange(width) - width + lengths[rows, None]
+        rows, at, before = (t.to(x.device) for t in (rows, at.clamp_min(0), at < 0))
+        moved = x[torch.arange(len(some), device=x.device)[:, None], at]
+        found[rows, -width:] = moved.masked_fill_(before[..., None], 0)
+    if found is None:
+        raise ValueError("read_up_to: prompts must hold at least one, got none")
+    return found
+
+
 @torch.no_grad()
 def answered(model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> list[bool]:
     """Whether the model, hooks as they are, answers each prompt with its target.
