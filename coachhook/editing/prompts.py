@@ -199,6 +199,7 @@ def pad_right(
 ) -> tuple[Tensor, Tensor]:
     """Pads token lists at the right: ids and attention mask, both int64 ``[B, T]``."""
     width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+    padded = [[*row, *[pad_id] * (width - len(row))] for row in rows]
+    ids = torch.tensor(padded, dtype=torch.int64)
     mask = (torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]).to(torch.int64)
     return ids.to(device), mask.to(device)
