@@ -79,35 +79,36 @@ def candidate_keys(
     """
     own: list[int] = []  # rows of x, its first two dimensions as one
     other: list[int] = []  # rows of the sample
-    order: list[tuple[bool, int]] = []  # of all keys: whether of the sample, and which of those
+    own_at: list[int] = []  # where these go among all keys
+    other_at: list[int] = []
     counts: list[list[int]] = []
     width = x.shape[1]
     for contexts, place, prompts, row in wanted:
         counts.append([])
         for away in cue_distances(contexts, place):
-            before, ids = len(order), set()
+            before, ids = len(own) + len(other), set()
             for i, prompt in enumerate(prompts):
                 position = prompt.lookup - away
                 if position >= prompt.first:
-                    order.append((False, len(own)))
+                    own_at.append(len(own) + len(other))
                     own.append((row + i) * width + width - 1 - away)
                     ids.add(prompt.ids[position])
             if away and sample is not None:
-                rows = elsewhere(ids)
-                order += [(True, len(other) + i) for i in range(len(rows))]
-                other += rows
-            counts[-1].append(len(order) - before)
+                for number in elsewhere(ids):
+                    other_at.append(len(own) + len(other))
+                    other.append(number)
+            counts[-1].append(len(own) + len(other) - before)
     # Few copies and gathers, whatever the number of edits.
-    keys = _rows(x.reshape(-1, x.shape[-1]), own)
+    keys = x.new_empty(len(own) + len(other), x.shape[2])
+    keys[_numbers(own_at, x)] = x.reshape(-1, x.shape[2])[_numbers(own, x)]
     if sample is not None and other:
-        both = torch.cat([keys, _rows(sample, other).to(keys)])
-        keys = _rows(both, [len(own) + i if sampled else i for sampled, i in order])
+        keys[_numbers(other_at, x)] = sample[_numbers(other, sample)].to(keys)
     parts = iter(keys.split([count for mine in counts for count in mine]))
     return [[next(parts) for _ in mine] for mine in counts]
 
 
-def _rows(x: Tensor, numbers: list[int]) -> Tensor:
-    return x[torch.tensor(numbers, dtype=torch.int64).to(x.device)]
+def _numbers(values: list[int], of: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(of.device)
 
 
 def find_cues(
