@@ -34,6 +34,7 @@ from coachhook.editing.result import (
 )
 from coachhook.editing.rewordings import find_rewordings
 from coachhook.editing.state import EditState, LayerEdits
+from coachhook.editing.suffix import Suffix
 from coachhook.editing.targets import Targets, optimise_targets
 from coachhook.editing.ties import Ties, find_ties
 from coachhook.editing.unrelated import Ending, SampleTokens, endings
@@ -119,6 +120,7 @@ class Editor:
         self._tokenizer = prepare_tokenizer(tokenizer)
         self._description = describe(model)
         self._in_words: Tensor | None = None
+        self._suffix: Suffix | None = None
         self._state = state
         self.hooks: HookSet = attach_hooks(model, list(state.config.layers))
         try:
@@ -282,6 +284,7 @@ class Editor:
             admit=admit,
             continuing=self._continuing(),
             progress=progress,
+            suffix=self._above(),
         )
         positions = {i: position for position, i in enumerate(part)}
         chosen = found.select(
@@ -329,20 +332,29 @@ class Editor:
             self._in_words = word_continuing_tokens(self._tokenizer, size).to(device)
         return self._in_words
 
+    def _above(self) -> Suffix:
+        """The network above the edited layers, with what earlier batches have shown of it."""
+        earlier = self._suffix
+        self._suffix = Suffix(self._model, self._description, self.config.layers[-1])
+        if earlier is not None:
+            self._suffix.recall(earlier)
+        return self._suffix
+
     def _reworded(self, encoded: list[EncodedRequest], pad_id: int) -> list[EncodedRequest]:
         """The same requests with the model's own wordings of them."""
         if not self.config.rewordings:
             return encoded
-        found = find_rewordings(
-            self._model,
-            [request.contexts[0] for request in encoded],
-            # The subject alone, in the prompt, and in the prompt within a context.
-            [[request.essence, *request.contexts[:2]] for request in encoded],
-            most=self.config.rewordings,
-            ends=end_tokens(self._model, self._tokenizer),
-            pad_id=pad_id,
-            max_positions=self._description.max_positions,
-        )
+        with fused_activations(self._model, narrow=True):  # only text comes of it
+            found = find_rewordings(
+                self._model,
+                [request.contexts[0] for request in encoded],
+                # The subject alone, in the prompt, and in the prompt within a context.
+                [[request.essence, *request.contexts[:2]] for request in encoded],
+                most=self.config.rewordings,
+                ends=end_tokens(self._model, self._tokenizer),
+                pad_id=pad_id,
+                max_positions=self._description.max_positions,
+            )
         # A wording may be longer than the prompt, and the target follows it.
         window = self._description.max_positions or sys.maxsize
         return [

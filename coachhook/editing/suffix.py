@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,13 @@ from torch.nn.functional import pad
 from coachhook.editing.live import Live, Recorder, first_tensor, named, with_cache
 from coachhook.editing.packing import MODEL_COST, Kept, group_cost, merge, pack
 from coachhook.editing.replay import Replayed
-from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
+from coachhook.models import (
+    ForwardEnded,
+    ModelDescription,
+    fused_activations,
+    get_submodule,
+    partial_forward,
+)
 
 _log = logging.getLogger(__name__)
 # What a block may make of a KV cache that it does not expect.
@@ -64,6 +70,29 @@ def _select(value: Any, rows: Tensor, batch: int) -> Any:
             selected["alibi"] = alibi.view(batch, -1, *alibi.shape[1:])[rows].flatten(0, 1)
         return selected
     return value
+
+
+def _manner(module: nn.Module) -> tuple[Any, ...]:
+    """How a module runs, as far as that shows: equal as long as nobody changed it."""
+    return (
+        module,
+        vars(module).get("forward"),
+        # Numbers of hooks are not given twice.
+        *module._forward_pre_hooks,
+        None,
+        *module._forward_hooks,
+    )
+
+
+def _form(value: Any) -> Any:
+    """The layout of blocks' arguments, whatever is in them."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim()
+    if isinstance(value, tuple | list):
+        return tuple(map(_form, value))
+    if isinstance(value, dict):
+        return tuple((name, _form(v)) for name, v in value.items())
+    return type(value)
 
 
 def _relative(expected: Tensor, got: Tensor) -> float:
@@ -136,9 +165,26 @@ class Suffix:
         self._head = get_submodule(model, description.lm_head_path)
         self._max_positions = description.max_positions
         self._keeps = self._narrows = self._packs = True
+        # Of each form of capture, the most tokens of a row that live runs were found to agree for.
+        self._agreed: dict[Any, int] = {}
         self._weights = [
             p for module in (*self._above, self._norm, self._head) for p in module.parameters()
         ]
+        self._manner = [
+            getattr(getattr(self._base, "config", None), "_attn_implementation", None),
+            *(_manner(module) for block in self._above for module in block.modules()),
+            *((id(weight), weight.dtype, weight.device) for weight in self._weights),
+        ]
+
+    def recall(self, earlier: Suffix) -> None:
+        """Takes over what was seen to hold in an earlier one, if it ran in the same manner.
+
+        That is the same blocks with the same hooks, replaced forwards, kind of attention, dtypes
+        and devices. What was refused may be tried again.
+        """
+        if self._manner == earlier._manner:
+            self.replays = earlier.replays or None
+            self._agreed = earlier._agreed
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -151,6 +197,10 @@ class Suffix:
         finally:
             for weight in weights:
                 weight.requires_grad_(True)
+
+    def fused(self) -> AbstractContextManager[None]:
+        """Activations of the blocks above run in one kernel each: no key is read there."""
+        return fused_activations(nn.ModuleList(self._above), narrow=True)
 
     @property
     def bytes_per_token(self) -> int:
@@ -187,8 +237,12 @@ class Suffix:
             loss_index = self._index(loss_layer)
             try:
                 captured = self._captured(ids, mask, below)
+                form = (loss_index, apart is None, _form(captured.calls))
+                if ids.shape[1] <= self._agreed.get(form, 0):
+                    return captured
                 difference = self._difference(captured, loss_index)
                 if difference <= _AGREE[captured.hidden.dtype]:
+                    self._agreed[form] = ids.shape[1]
                     return captured
                 reason = f"relative difference {difference:.1e}"
             except torch.cuda.OutOfMemoryError:

@@ -348,6 +348,7 @@ def optimise_targets(
     continuing: Tensor | None = None,
     max_tokens: int | None = None,
     progress: str | None = None,
+    suffix: Suffix | None = None,
 ) -> Targets:
     """Finds v* of every request, with the hooks of the model as they are.
 
@@ -368,6 +369,7 @@ def optimise_targets(
         max_tokens: most padded tokens differentiated at once; bounds the memory. None: as many as
             half of the memory that is free takes. Halved where the device runs out all the same.
         progress: label of a progress bar of requests on stderr, or None for no bar.
+        suffix: the network above the last edited block, as of an earlier call; None makes one.
 
     Returns:
         The targets, in the order of the requests. Computed in float32, or float64 where the model
@@ -376,7 +378,8 @@ def optimise_targets(
     Raises:
         ValueError: a loss is not finite (the model gives NaN or infinite logits).
     """
-    suffix = Suffix(model, description, config.layers[-1])
+    if suffix is None:
+        suffix = Suffix(model, description, config.layers[-1])
     parameter = next(model.parameters())
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     ties = list(range(len(encoded))) if ties is None else list(ties)
@@ -400,9 +403,14 @@ def optimise_targets(
             return admit([(chunk[i], place) for i, place in pairs])
 
         requests, device = [encoded[i] for i in chunk], parameter.device
-        problem = make_problem(suffix, requests, places, some, config, pad_id, device, continuing)
-        tied = torch.tensor([ties[i] for i in chunk], device=device)
-        return _optimise_chunk(suffix, problem, config, places, some, tied, dtype, admit_here, bar)
+        with suffix.fused():
+            problem = make_problem(
+                suffix, requests, places, some, config, pad_id, device, continuing
+            )
+            tied = torch.tensor([ties[i] for i in chunk], device=device)
+            return _optimise_chunk(
+                suffix, problem, config, places, some, tied, dtype, admit_here, bar
+            )
 
     while waiting:
         chunk = waiting.pop(0)

@@ -4,7 +4,7 @@ Activations in one kernel: less to run, and less to keep.
 
 GPT-2 and GPT-J write their GELU out in eight operations, which on a CPU cost as much as the product
 before them. torch has the same function whole. The two differ by rounding: in 16 bits, where every
-operation rounds, by enough to show in keys, so only wider models are changed.
+operation rounds, by enough to show in keys, so where keys are read only wider models are changed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def _gelu(input: Tensor) -> Tensor:
 
 
 @contextmanager
-def fused_activations(model: nn.Module) -> Iterator[None]:
+def fused_activations(model: nn.Module, *, narrow: bool = False) -> Iterator[None]:
     """Run the activations of a model that are known to be written out in one kernel each.
 
     Args:
-        model: any; left as it was afterwards.
+        model: any, or some blocks of one; left as it was afterwards.
+        narrow: in 16 bits too, where what is read may differ in its last bits.
     """
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     changed = [
@@ -43,7 +44,7 @@ def fused_activations(model: nn.Module) -> Iterator[None]:
         # A device map, for one, may have put another forward there.
         if type(module) is NewGELUActivation and "forward" not in vars(module)
     ]
-    if not dtypes.issubset(_WIDE):
+    if not narrow and not dtypes.issubset(_WIDE):
         changed = []
     try:
         for module in changed:

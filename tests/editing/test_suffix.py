@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,6 +211,68 @@ def test_a_block_that_looks_ahead_is_run_whole():
         assert suffix.capture(ids, torch.ones_like(ids), keep=True).kept is None
     finally:
         handle.remove()
+
+
+def test_what_one_batch_showed_of_the_blocks_is_not_tried_again(make_editor, requests, monkeypatch):
+    """Live runs are compared with whole ones again for longer prompts, or blocks that changed."""
+    editor, model, _ = make_editor(rewordings=0)
+    compared = []
+    compare = Suffix._difference
+    monkeypatch.setattr(
+        Suffix, "_difference", lambda self, *a: compared.append(self) or compare(self, *a)
+    )
+    times = []
+
+    def edit(request):
+        compared.clear()
+        editor.edit([request])
+        times.append(len(compared))
+
+    edit(requests[0])
+    editor._suffix.replays = True
+    edit(requests[0])
+    assert editor._suffix.replays is True
+    edit(replace(requests[1], prompt="All people who live here have known for long that {} is of"))
+    block = model.get_submodule("transformer.h.1")
+    handle = block.mlp.register_forward_hook(lambda *_: None)
+    edit(requests[0])
+    assert editor._suffix.replays is None
+    edit(requests[0])
+    handle.remove()
+    edit(requests[0])
+    inner = block.mlp.forward
+    block.mlp.forward = lambda *args: inner(*args)
+    edit(requests[0])
+    del block.mlp.forward
+    edit(requests[0])
+    assert times == [1, 0, 1, 1, 0, 1, 1, 1]
+
+
+def test_a_refusal_is_forgotten_with_the_batch(make_editor, requests, monkeypatch):
+    """It may have been of that batch alone."""
+    editor, _, _ = make_editor(rewordings=0)
+    monkeypatch.setattr(Suffix, "_difference", lambda *_: float("nan"))
+    editor.edit(requests[:1])
+    assert not editor._suffix._keeps
+    monkeypatch.undo()
+    editor.edit(requests[:1])
+    assert editor._suffix._keeps
+
+
+def test_activations_above_are_fused_in_16_bits_where_no_key_is_read(make_editor, requests):
+    """While targets are optimised; the edited block's, which makes the keys, never is."""
+    editor, model, _ = make_editor(dtype=torch.bfloat16, rewordings=0)
+    layer = editor.config.layers[-1]
+    fused = {}
+    blocks = enumerate(model.get_submodule("transformer.h"))
+    activations = {number: block.mlp.act for number, block in blocks}
+    for number, act in activations.items():
+        here = fused.setdefault(number, [])
+        act.register_forward_pre_hook(lambda act, _, here=here: here.append("forward" in vars(act)))
+    editor.edit(requests[:2])
+    assert all(not any(here) for number, here in fused.items() if number <= layer)
+    assert all(here and all(here) for number, here in fused.items() if number > layer)
+    assert not any("forward" in vars(act) for act in activations.values())
 
 
 def test_no_weight_asks_for_a_gradient_meanwhile(make_editor, requests):
