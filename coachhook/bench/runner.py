@@ -206,7 +206,8 @@ def captured(function: Callable[[], Any]) -> Callable[[], Any]:
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # torch's own stream is of the device that the process has first captured on.
+        with torch.cuda.graph(graph, stream=stream):
             function()
 
     def replay(_alive: Callable[[], Any] = function) -> None:

@@ -246,7 +246,8 @@ def _in_host_memory(size: int, dtype: torch.dtype) -> Tensor:
 
     Never freed: torch would have to ask the stream of a capture whether the GPU still writes to it.
     """
-    return torch.empty(2 * size + 3, dtype=dtype, pin_memory=True)
+    # Whatever device the caller made the default one: of another no memory can be pinned.
+    return torch.empty(2 * size + 3, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def write_rows(step: Step, buffers: Buffers, streams: _InTurn) -> Tensor:

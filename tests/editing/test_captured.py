@@ -385,3 +385,13 @@ def test_histories_of_several_memories(fixed):
         memory.append(*done[-1])
     for prior, memory, made, _ in memories:
         assert relative(memory.delta(), joint(prior, made)) < 1e-11
+
+
+def test_numbers_come_to_the_host_whatever_the_default_device(monkeypatch):
+    """Memory of another device cannot be pinned."""
+    empty = torch.empty
+    with torch.device("meta"):
+        assert empty(1).device.type == "meta"
+        monkeypatch.setattr(torch, "empty", lambda *s, pin_memory, **options: empty(*s, **options))
+        found = captured._in_host_memory.__wrapped__(32, F64)
+    assert found.device.type == "cpu" and found.shape == (67,)

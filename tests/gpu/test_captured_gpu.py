@@ -273,6 +273,17 @@ def test_another_stream_and_inference_mode(replays):
     assert relative(memory.delta().cpu(), exact_delta(made)) < 1e-11
 
 
+def test_another_default_device(replays):
+    made = made_of([12] * 4)
+    with torch.device("cuda"):
+        # Asked anew: the memory of other tests is kept.
+        host = captured._in_host_memory.__wrapped__(32, F64)
+        memory = filled(made)
+    assert host.is_pinned() and host.device.type == "cpu"
+    assert len(replays) == 2
+    assert relative(memory.delta().cpu(), exact_delta(made)) < 1e-11
+
+
 def test_without_a_graph(monkeypatch):
     """What cannot be captured runs as it is, and says so."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -242,3 +242,32 @@ def test_the_device_measured_is_the_present_one(monkeypatch):
     monkeypatch.setitem(runner._load_factories(), "gram", cases)
     assert bench.run("gram", device="cuda:1") == []
     assert seen == [second] and not present
+
+
+def test_graphs_are_captured_on_the_present_device(monkeypatch):
+    """By default torch takes a stream of the device that it has first captured on."""
+    made, captured_on = [], []
+
+    class Stream:
+        def __init__(self):
+            made.append(self)
+
+        def wait_stream(self, _):
+            pass
+
+    class Graph:
+        def replay(self):
+            pass
+
+    @contextmanager
+    def capture(_, *, stream=None):
+        captured_on.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    runner.captured(lambda: None)()
+    assert captured_on == made[:1]
