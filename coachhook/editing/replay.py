@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,13 +122,30 @@ class Replayed:
         with warnings.catch_warnings():
             # Nothing is accumulated: the gradient is asked for, and the sample is thrown away.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-            with torch.cuda.device(hidden.device):  # what another GPU does would not be captured
+            with _capturing_on(hidden.device):
                 graph: Any = torch.cuda.make_graphed_callables(call, (sample,), num_warmup_iters=1)
         return graph
 
     def select(self, rows: Tensor, first: Tensor, wanted: Tensor | None = None) -> Live:
         """As :meth:`Live.select`."""
         return self._live.select(rows, first, wanted)
+
+
+@contextmanager
+def _capturing_on(device: torch.device) -> Iterator[None]:
+    """Makes a GPU the one that is captured on: what another one does is in no graph.
+
+    torch captures on one stream, which belongs to the GPU that the process has first captured on.
+    """
+    of = torch.cuda.graph
+    before = of.default_capture_stream
+    with torch.cuda.device(device):
+        if before is not None and before.device != device:
+            of.default_capture_stream = None
+        try:
+            yield
+        finally:
+            of.default_capture_stream = before or of.default_capture_stream
 
 
 def _let_go(graph: Any) -> None:

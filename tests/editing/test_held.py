@@ -185,6 +185,7 @@ def test_graphs_are_freed_with_their_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda.graphs, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
+    nothing.default_capture_stream = None
     for name in ("graph", "stream", "device"):
         monkeypatch.setattr(torch.cuda, name, nothing)
     for name in ("synchronize", "Stream"):
@@ -216,6 +217,12 @@ def test_a_run_is_captured_on_its_own_device(monkeypatch):
     """The present one may be another: a graph of its stream would hold nothing."""
     present, captured = [], []
 
+    class Stream:
+        device = torch.device("cuda:1")
+
+    first = Stream()
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", first)
+
     @contextmanager
     def device(wanted):
         present.append(wanted)
@@ -223,6 +230,9 @@ def test_a_run_is_captured_on_its_own_device(monkeypatch):
         present.pop()
 
     def capture(call, samples, **_):
+        # torch makes one on the present device where there is none.
+        assert torch.cuda.graph.default_capture_stream is None
+        torch.cuda.graph.default_capture_stream = Stream()
         captured.append((list(present), samples[0].device))
         return call
 
@@ -238,3 +248,4 @@ def test_a_run_is_captured_on_its_own_device(monkeypatch):
     replayed = Replayed(Run(), watched=True)
     replayed._captured(Run.hidden, 0)
     assert captured == [([Run.hidden.device], Run.hidden.device)]
+    assert torch.cuda.graph.default_capture_stream is first
