@@ -25,6 +25,7 @@ from coachhook.models import (
     ModelDescription,
     fused_activations,
     get_submodule,
+    linear_shape,
     partial_forward,
 )
 
@@ -186,6 +187,11 @@ class Suffix:
             self.replays = earlier.replays or None
             self._agreed = earlier._agreed
 
+    @property
+    def keeps(self) -> bool:
+        """Whether runs of the live tokens alone are possible, as far as is known."""
+        return self._keeps and bool(self._above)
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """No weight of the suffix asks for a gradient, so that no input is kept for one."""
@@ -210,6 +216,16 @@ class Suffix:
         """
         matrices = [w for b in self._above for w in b.parameters() if w.dim() == 2]
         return 2 * sum((w.shape[0] + w.shape[1]) * w.element_size() for w in matrices)
+
+    @property
+    def bytes_per_kept_token(self) -> int:
+        """About what a token takes whose keys and values are needed, differentiated or not.
+
+        They are there three times: of all tokens, of those before a run's live ones, and of all
+        again beside the live ones' own. A block's are as wide as its hidden state at most.
+        """
+        width, _ = linear_shape(self._head)
+        return 6 * width * len(self._above) * next(self._head.parameters()).element_size()
 
     @torch.no_grad()
     def capture(

@@ -45,14 +45,12 @@ from coachhook.editing.prompts import (
     Place,
     expand_places,
 )
-from coachhook.editing.room import free_memory
+from coachhook.editing.room import chunks, tokens_at_once
 from coachhook.editing.suffix import Suffix
 from coachhook.models import ModelDescription
 
 _log = logging.getLogger(__name__)
 
-# Where the system does not say how much memory there is.
-_TOKENS_AT_ONCE = 16384
 # Steps over which a loss has to fall, from which on: Adam's first may raise it.
 _SPAN, _FROM = 2, 5
 
@@ -366,8 +364,9 @@ def optimise_targets(
             may be taken; None admits all.
         continuing: ids that go on with a word, bool ``[V]``: the bare prompt's answer must end with
             the target. None: nothing is asked after it.
-        max_tokens: most padded tokens differentiated at once; bounds the memory. None: as many as
-            half of the memory that is free takes. Halved where the device runs out all the same.
+        max_tokens: most padded tokens differentiated at once; bounds the memory. Those before the
+            first that may change count as what they take. None: as many as half of the memory that
+            is free has room for. Halved where the device runs out all the same.
         progress: label of a progress bar of requests on stderr, or None for no bar.
         suffix: the network above the last edited block, as of an earlier call; None makes one.
 
@@ -385,15 +384,18 @@ def optimise_targets(
     ties = list(range(len(encoded))) if ties is None else list(ties)
     earlier = [{} for _ in encoded] if earlier is None else earlier
     if max_tokens is None:
-        max_tokens = _tokens_at_once(suffix, parameter.device)
+        max_tokens = tokens_at_once(parameter.device, suffix.bytes_per_token)
     places = expand_places(config.places, (request.target for request in encoded))
-    waiting = _chunks(encoded, ties, max_tokens)
+    kept: float | None = suffix.bytes_per_kept_token / max(suffix.bytes_per_token, 1)
     solutions: list[tuple[list[int], _Solution]] = []
     bar = tqdm(
         total=len(encoded), desc=progress, disable=progress is None, unit="fact", leave=False
     )
 
-    def solved(chunk: list[int]) -> _Solution:
+    def split(some: Sequence[int], kept: float | None) -> list[list[int]]:
+        return chunks(encoded, ties, max_tokens, kept, among=some)
+
+    def solved(chunk: list[int]) -> _Solution | None:
         # The problem, which holds most of the memory, is gone before the next chunk's is made.
         some = [earlier[i] for i in chunk]
 
@@ -407,11 +409,14 @@ def optimise_targets(
             problem = make_problem(
                 suffix, requests, places, some, config, pad_id, device, continuing
             )
+            if kept is not None and not suffix.keeps and len(split(chunk, None)) > 1:
+                return None  # there may be no room to differentiate all tokens
             tied = torch.tensor([ties[i] for i in chunk], device=device)
             return _optimise_chunk(
                 suffix, problem, config, places, some, tied, dtype, admit_here, bar
             )
 
+    waiting = split(range(len(encoded)), kept)
     while waiting:
         chunk = waiting.pop(0)
         try:
@@ -420,10 +425,14 @@ def optimise_targets(
             smaller = [chunk]
             while len(smaller) == 1 and max_tokens > 0:
                 max_tokens //= 2
-                smaller = _chunks(encoded, ties, max_tokens, among=chunk)
+                smaller = split(chunk, kept)
             if len(smaller) == 1:
                 raise
             waiting[:0] = smaller
+            continue
+        if solution is None:
+            kept = None
+            waiting = split([*chunk, *(i for others in waiting for i in others)], kept)
         else:
             solutions.append((chunk, solution))
             done = sum(len(requests) for requests, _ in solutions)
@@ -431,11 +440,6 @@ def optimise_targets(
             bar.refresh()
     bar.close()
     return _collect(solutions, places)
-
-
-def _tokens_at_once(suffix: Suffix, device: torch.device) -> int:
-    room = free_memory(device)
-    return _TOKENS_AT_ONCE if room is None else room // 2 // max(suffix.bytes_per_token, 1)
 
 
 def _collect(solutions: Sequence[tuple[list[int], _Solution]], places: list[Place]) -> Targets:
@@ -464,34 +468,3 @@ def _collect(solutions: Sequence[tuple[list[int], _Solution]], places: list[Plac
         (bare[order.to(bare.device)] & together("ended")).tolist(),
         together("steps").tolist(),
     )
-
-
-def _chunks(
-    encoded: Sequence[EncodedRequest],
-    ties: Sequence[int],
-    max_tokens: int,
-    *,
-    among: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """Requests to be run at once: tied ones together, at most ``max_tokens`` padded tokens."""
-    bundles: dict[int, list[int]] = {}
-    for i in range(len(encoded)) if among is None else among:
-        bundles.setdefault(ties[i], []).append(i)
-    chunks: list[list[int]] = []
-    width = most = 0
-    for bundle in bundles.values():
-        longest = max(
-            len(prompt.ids) + len(encoded[i].target)
-            for i in bundle
-            for prompt in encoded[i].prompts
-        )
-        # Every request of a chunk takes as many rows as the one with the most prompts.
-        rows = max(len(encoded[i].prompts) for i in bundle) + 1
-        count = len(chunks[-1]) + len(bundle) if chunks else 0
-        fits = chunks and count * max(most, rows) * max(width, longest) <= max_tokens
-        if not fits:
-            chunks.append([])
-            width = most = 0
-        chunks[-1] += bundle
-        width, most = max(width, longest), max(most, rows)
-    return chunks

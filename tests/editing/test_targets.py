@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from coachhook import EditConfig
-from coachhook.editing import targets
+from coachhook.editing import room, targets
 from coachhook.editing.adam import ClampedAdam
 from coachhook.editing.encoding import encode_requests
+from coachhook.editing.prompts import SUBJECT_PLACES
+from coachhook.editing.suffix import Suffix
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 
@@ -141,20 +143,66 @@ def test_chunks_may_have_other_numbers_of_wordings(make_editor, requests):
     torch.testing.assert_close(parts.deltas, whole.deltas, rtol=1e-6, atol=1e-6)
 
 
-def test_a_chunk_has_room_for_the_rows_of_its_largest_request(make_editor, requests):
+@pytest.mark.parametrize("kept", [None, 0.0, 0.5])
+def test_a_chunk_has_room_for_the_rows_of_its_largest_request(make_editor, requests, kept):
     """Each of its requests takes as many, whichever of them comes first."""
     editor, _, tokenizer = make_editor()
-    batch = encode_requests(tokenizer, requests[:8], ("{}",), None)
+    contexts = ("{}", "Long before all of this was known to the others, {}")
+    batch = encode_requests(tokenizer, requests[:8], contexts, None)
     others = [request.contexts[0] for request in batch]
     batch[0] = replace(batch[0], rewordings=others)
+
+    def needed(some):
+        prompts = [(r, prompt) for r in some for prompt in [*r.prompts, r.essence]]
+        rows = max(len(r.prompts) for r in some) + 1
+        ends = [len(p.ids) + len(r.target) * (p is not r.essence) for r, p in prompts]
+        firsts = [p.position((name, 0), ()) for _, p in prompts for name in SUBJECT_PLACES]
+        pairs = zip(firsts[::2], firsts[1::2], strict=True)
+        live = [
+            end - min(last, last if previous is None else previous)
+            for end, (last, previous) in zip(ends, pairs, strict=True)
+        ]
+        width = max(ends)
+        return len(some) * rows * (width if kept is None else max(live) + kept * width)
+
     for order in (batch, batch[::-1]):
-        chunks = targets._chunks(order, range(8), 250)
+        chunks = room.chunks(order, range(8), 350, kept, among=range(8))
         assert sorted(i for chunk in chunks for i in chunk) == list(range(8)) and len(chunks) < 8
-        for chunk in chunks:
-            prompts = [(order[i], prompt) for i in chunk for prompt in order[i].prompts]
-            width = max(len(prompt.ids) + len(request.target) for request, prompt in prompts)
-            rows = max(len(order[i].prompts) for i in chunk) + 1
-            assert len(chunk) == 1 or len(chunk) * rows * width <= 250
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            some = [order[i] for i in chunk]
+            assert len(chunk) == 1 or needed(some) <= 350
+            assert following is None or needed([*some, order[following[0]]]) > 350
+
+
+@pytest.mark.parametrize("most", [60, 100_000])
+def test_where_all_tokens_are_run_there_is_room_for_fewer(make_editor, requests, monkeypatch, most):
+    """Which shows in the first forward; nobody is left out."""
+    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    batch = encode_requests(tokenizer, requests[:4], editor.config.contexts, None)
+    make, made = targets.make_problem, []
+
+    def making(suffix, some, *args):
+        made.append(len(some))
+        return make(suffix, some, *args)
+
+    monkeypatch.setattr(targets, "make_problem", making)
+    monkeypatch.setattr(Suffix, "bytes_per_kept_token", 0)
+
+    def found():
+        made.clear()
+        return optimise_targets(
+            model, describe(model), batch, editor.config, pad_id=0, max_tokens=most
+        )
+
+    live, chunks = found(), list(made)
+    monkeypatch.setattr(Suffix, "_difference", lambda *_: math.inf)
+    whole = found()
+    assert whole.steps == live.steps
+    torch.testing.assert_close(whole.deltas, live.deltas, rtol=1e-6, atol=1e-6)
+    if most > 1000:
+        assert made == chunks == [4]
+    else:  # the first is made again
+        assert made[0] == chunks[0] > made[1] and sum(made[1:]) == 4
 
 
 @pytest.mark.parametrize("short", [False, True])
