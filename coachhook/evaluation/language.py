@@ -27,10 +27,9 @@ from coachhook.evaluation.intervals import ratio_interval, wilson
 from coachhook.evaluation.scoring import (
     encode_prompts,
     equal_length_batches,
-    evaluation_mode,
     input_device,
 )
-from coachhook.models import describe
+from coachhook.models import describe, evaluating
 from coachhook.statistics import read_texts
 
 # Logits of one state kept at a time: 2^25 values are 128 MiB in float32.
@@ -168,7 +167,7 @@ def measure_language(
     if not rows:
         raise ValueError("measure_language: text must hold at least two tokens in a row, got none")
     fired: list[Tensor] = []
-    with evaluation_mode(model):
+    with evaluating(model):
         drifts = token_drift(model, rows, hooks, batch_size=batch_size)
         if gates is not None:
             traces = trace(model, gates, rows, batch_size=batch_size)

@@ -27,9 +27,8 @@ from coachhook.editing.targets import optimise_targets
 from coachhook.evaluation.datasets import find_subject
 from coachhook.evaluation.intervals import wilson
 from coachhook.evaluation.oracle import oracle
-from coachhook.evaluation.scoring import evaluation_mode
 from coachhook.hooks import attached_hooks
-from coachhook.models import describe, prepare_tokenizer
+from coachhook.models import describe, evaluating, prepare_tokenizer
 
 # A difference in the score below this is none.
 _TIE = 0.02
@@ -138,7 +137,7 @@ def suggest_layers(
     asked = _paraphrases(tokenizer, requests, description.max_positions)
     pad_id = tokenizer.pad_token_id
     probes = []
-    with evaluation_mode(model):
+    with evaluating(model):
         for layer in tqdm(candidates, desc="layers", disable=not progress, leave=False):
             targets = optimise_targets(
                 model, description, encoded, configs[layer].with_(contexts=chosen), pad_id=pad_id

@@ -53,12 +53,11 @@ from coachhook.evaluation.scoring import (
     decode_each,
     encode_pairs,
     encode_prompts,
-    evaluation_mode,
     greedy,
     score,
 )
 from coachhook.hooks import HookSet
-from coachhook.models import describe
+from coachhook.models import describe, evaluating
 
 
 class Edits(Protocol):
@@ -134,7 +133,7 @@ def evaluate(
     edits: Edits = hooks if hooks is not None else _Unedited()
     gates = hooks if isinstance(hooks, HookSet) else None
     extra: dict[str, Any] = {}
-    with evaluation_mode(model):
+    with evaluating(model):
         with edits.disabled():
             before = work.run("before")
         after = before if hooks is None else work.run("after")

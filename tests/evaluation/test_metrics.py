@@ -194,7 +194,11 @@ def test_a_model_in_training_mode_is_measured_without_dropout(model, tokenizer, 
     model.train()
     try:
         assert evaluate(model, tokenizer, requests, progress=False, max_new_tokens=4) == expected
-        assert model.training
+        assert all(module.training for module in model.modules())
+        model.transformer.h[0].eval()  # a part of its own mode keeps it
+        modes = [module.training for module in model.modules()]
+        assert evaluate(model, tokenizer, requests, progress=False, max_new_tokens=4) == expected
+        assert [module.training for module in model.modules()] == modes
     finally:
         model.eval()
 
