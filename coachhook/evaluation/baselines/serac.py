@@ -229,7 +229,7 @@ class Serac(Baseline):
         except BaseException:
             self._states.remove()
             raise
-        self._counterfactual.requires_grad_(False).eval()
+        self._counterfactual.requires_grad_(False)
         self._classifier.requires_grad_(False)
         empty = torch.zeros(0, config.width, dtype=dtype, device=parameter.device)
         self.memory = Memory((), (), empty)
