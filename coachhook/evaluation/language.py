@@ -8,7 +8,8 @@ Every number compares the same model with its edits off and on, on the same toke
 * ``unchanged``: share of places whose most likely next token is the same.
 * ``fired``: share of tokens that take a hook in any layer.
 
-Intervals take a text as one observation, because the tokens of a text depend on each other.
+Intervals take a text as one observation, because the tokens of a text depend on each other; those
+of shares count texts of different lengths as fewer (:func:`effective_count`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from coachhook.evaluation.firing import trace
-from coachhook.evaluation.intervals import ratio_interval, wilson
+from coachhook.evaluation.intervals import effective_count, ratio_interval, wilson
 from coachhook.evaluation.scoring import (
     encode_prompts,
     equal_length_batches,
@@ -185,24 +186,27 @@ def measure_language(
         "tokens": sum(places),
         "kl": sum(kl) / sum(places),
         "perplexity": {
-            "before": math.exp(before),
-            "after": math.exp(after),
-            "ratio": math.exp(after - before),
+            "before": _exp(before),
+            "after": _exp(after),
+            "ratio": _exp(after - before),
         },
         "unchanged": same,
         "fired": gated,
         "intervals": {
-            "kl": _not_negative(ratio_interval(kl, places)),
-            "ratio": None if change is None else [math.exp(c) for c in change],
-            "unchanged": wilson(same, len(rows)),
-            "fired": None if gated is None else wilson(gated, len(rows)),
+            "kl": ratio_interval(kl, places, lowest=0.0),
+            "ratio": None if change is None else [_exp(c) for c in change],
+            "unchanged": wilson(same, effective_count(places)),
+            "fired": None if gated is None else wilson(gated, effective_count(places)),
         },
     }
 
 
-def _not_negative(interval: list[float] | None) -> list[float] | None:
-    """Both bounds at least 0, as a divergence is."""
-    return None if interval is None else [max(0.0, bound) for bound in interval]
+def _exp(nats: float) -> float:
+    """``exp``; infinity where a model that has diverged gives more than a float holds."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def unrelated_rows(

@@ -169,7 +169,7 @@ def evaluate(
         records[number]["kl"] = mean
     result["kl"] = {
         "neighborhood": sum(means) / len(means) if means else None,
-        "interval": ratio_interval(means, [1] * len(means)),
+        "interval": ratio_interval(means, [1] * len(means), lowest=0.0),
     }
     result["gate"] = gate
     result.update(extra)
