@@ -24,7 +24,7 @@ import coachhook
 from benchmarks.experiments import checks
 from benchmarks.experiments import facts as facts_module
 from benchmarks.experiments.systems import TITLES
-from benchmarks.experiments.worker import open_model
+from benchmarks.experiments.worker import open_model, whole_lines
 from coachhook.editing import EditConfig, EditRequest
 from coachhook.models import describe
 from coachhook.statistics import collect_statistics
@@ -317,9 +317,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """What a run left: its spec, logs, and its result or why there is none."""
     found: dict[str, Any] = {"spec": json.loads((folder / "spec.json").read_text())}
     for name in ("edits", "checkpoints"):
-        path = folder / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        found[name] = [json.loads(line) for line in lines]
+        found[name] = whole_lines(folder / f"{name}.jsonl")
     final, error = folder / "final.json", folder / "error.txt"
     if final.is_file():
         found["final"] = json.loads(final.read_text(encoding="utf-8"))

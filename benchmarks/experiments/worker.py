@@ -46,11 +46,7 @@ class Run:
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a log; one that a kill cut short is dropped."""
-        path = self.folder / name
-        if not path.is_file():
-            return []
-        found = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in found if line.endswith("\n")]
+        return whole_lines(self.folder / name)
 
     def keep(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """Replaces a log."""
@@ -60,9 +56,13 @@ class Run:
         fresh.replace(path)
 
     def add(self, name: str, line: dict[str, Any]) -> None:
-        """Appends a line to a log."""
-        with (self.folder / name).open("a", encoding="utf-8") as stream:
-            stream.write(f"{json.dumps(line)}\n")
+        """Appends a line to a log, in the place of one that a kill cut short."""
+        path = self.folder / name
+        path.touch()
+        with path.open("r+b") as stream:
+            stream.seek(path.read_bytes().rfind(b"\n") + 1)
+            stream.truncate()
+            stream.write(f"{json.dumps(line)}\n".encode())
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -89,6 +89,14 @@ class Run:
             self.add("training.jsonl", {"seconds": time.perf_counter() - begin})
             system.baseline.save_networks(networks)  # type: ignore[attr-defined]
         return system
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that are whole; none where it is not there."""
+    if not path.is_file():
+        return []
+    found = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in found if line.endswith("\n")]
 
 
 def open_model(spec: dict[str, Any]) -> tuple[Any, Any]:

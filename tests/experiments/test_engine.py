@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.experiments import plan, tables
+from benchmarks.experiments import plan, tables, worker
 from benchmarks.experiments.__main__ import build_parser, main
 from benchmarks.experiments.facts import gather, load_written, unrelated
 from coachhook import bundled
@@ -136,6 +137,22 @@ def test_the_results_have_every_column(killed):
     assert lines(out / "results.jsonl")[0]["system"] == "ours"
     low, mid, high = (float(row[f"tf_reliability{s}"]) for s in ("_low", "", "_high"))
     assert low <= mid <= high
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_and_written_again(killed, tmp_path):
+    out, *_ = killed
+    folder = tmp_path / "run"
+    shutil.copytree(out / "runs" / f"ours-{BATCH}", folder)
+    log = folder / "edits.jsonl"
+    text = log.read_text()
+    log.write_text(text[:-20])
+    kept = plan.read_run(folder)["edits"]
+    assert [line["edits"] for line in kept] == [2, 4]
+    begun = worker.Run(folder)
+    begun.add("edits.jsonl", json.loads(text.splitlines()[-1]))
+    assert log.read_text() == text
+    begun.add("new.jsonl", {"a": 1})
+    assert begun.lines("new.jsonl") == [{"a": 1}]
 
 
 def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, world, capsys):
