@@ -172,7 +172,7 @@ def _make(args: Any, plan: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     model, edited, spare = inputs.model, inputs.edited, inputs.spare
     facts_module.write_facts(out / "facts.jsonl", edited)
     facts_module.write_facts(out / "training.jsonl", spare[:TRAINING_FACTS])
-    (out / "unrelated.txt").write_text("\n".join(inputs.text) + "\n", encoding="utf-8")
+    facts_module.write_passages(out / "unrelated.jsonl", inputs.text)
     plan["facts_edited"] = len(edited)
     plan["sources"] = _sources(edited)
     plan["training_facts"] = min(len(spare), TRAINING_FACTS)
@@ -245,7 +245,7 @@ def specs(args: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
                     "evaluation_batch": args.evaluation_batch,
                     "facts": str(args.out / "facts.jsonl"),
                     "training": str(args.out / "training.jsonl"),
-                    "unrelated": str(args.out / "unrelated.txt"),
+                    "unrelated": str(args.out / "unrelated.jsonl"),
                     **{
                         name: plan[name]
                         for name in (

@@ -25,7 +25,7 @@ from benchmarks.experiments.memory import process_peak
 from benchmarks.experiments.systems import TRAINED, Other, System, make_system, state_there
 from coachhook.editing import EditRequest
 from coachhook.models import load_model
-from coachhook.statistics import Statistics
+from coachhook.statistics import Statistics, read_texts
 
 
 class Run:
@@ -41,7 +41,7 @@ class Run:
         self.model, self.tokenizer = open_model(self.spec)
         self.statistics = Statistics.load(self.spec["statistics"])
         self.requests = facts_module.load_written(Path(self.spec["facts"]))
-        self.text = Path(self.spec["unrelated"]).read_text(encoding="utf-8").splitlines()
+        self.text = list(read_texts(self.spec["unrelated"]))
         self.start_memory = peak_memory(self.spec)
 
     def lines(self, name: str) -> list[dict[str, Any]]:

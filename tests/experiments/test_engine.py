@@ -18,13 +18,19 @@ import torch
 
 from benchmarks.experiments import plan, tables, worker
 from benchmarks.experiments.__main__ import build_parser, main
-from benchmarks.experiments.facts import gather, load_written, unrelated
+from benchmarks.experiments.facts import (
+    gather,
+    load_written,
+    unrelated,
+    write_facts,
+    write_passages,
+)
 from coachhook import bundled
-from coachhook.editing import EditConfig, Editor
+from coachhook.editing import EditConfig, Editor, EditRequest
 from coachhook.editing.folder import load_state
 from coachhook.evaluation import evaluate
 from coachhook.models import load_model
-from coachhook.statistics import Statistics
+from coachhook.statistics import Statistics, read_texts
 from tests.experiments.conftest import parse, run, words
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -272,6 +278,36 @@ def test_what_a_model_knows_must_be_told_as_documented(tmp_path, written, match)
     known.write_text('{"m": {"zsre_index": [1]}}')
     edited, spare = gather([facts], known=known, model="m", count=None, seed=0)
     assert [r.text for r in edited] == [other["src"]] and not spare
+
+
+@pytest.mark.parametrize("form", ["bom", "lines", "object"])
+def test_known_records_are_found_in_every_form_of_a_file(tmp_path, form):
+    record = {"subject": "Ada", "rephrase": "Where was Ada?", "alt": "Rome", "answers": ["Oslo"]}
+    records = [{**record, "src": f"Where {verb} Ada?"} for verb in ("is", "lives", "works")]
+    records[0]["alt"] = ""  # bad, and left out
+    text = {
+        "bom": "\ufeff" + json.dumps(records),
+        "lines": "\n".join(map(json.dumps, records)),
+        "object": json.dumps({"records": records}),
+    }[form]
+    facts, known = tmp_path / "facts.json", tmp_path / "known.json"
+    facts.write_text(text, encoding="utf-8")
+    known.write_text('\ufeff{"m": {"zsre_index": [2]}}', encoding="utf-8")
+    edited, spare = gather([facts], known=known, model="m", count=None, seed=0)
+    assert [r.text for r in edited] == ["Where works Ada?"] and not spare
+    known.write_text('{"m": {"zsre_index": [3]}}')
+    with pytest.raises(ValueError, match="by their place below 3, got 3"):
+        gather([facts], known=known, model="m", count=None, seed=0)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    # Separators that are no end of a line in JSON, and a passage of several lines.
+    request = EditRequest("The city\u2028of {} is", "Ada\x85", "Rome")
+    write_facts(tmp_path / "facts.jsonl", [request, request])
+    assert load_written(tmp_path / "facts.jsonl") == [request, request]
+    passages = ["One\nand two.", "Three\u2028four."]
+    write_passages(tmp_path / "text.jsonl", passages)
+    assert list(read_texts(tmp_path / "text.jsonl")) == passages
 
 
 def test_unrelated_text_names_no_edited_subject(world):
