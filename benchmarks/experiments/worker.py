@@ -86,7 +86,8 @@ class Run:
             spec["system"], self.model, self.tokenizer, self.statistics, options, state
         )
         if "train_requests" in options and isinstance(system, Other):
-            self.add("training.jsonl", {"seconds": time.perf_counter() - begin})
+            # Not added: a kill before the networks are written has them trained again.
+            self.keep("training.jsonl", [{"seconds": time.perf_counter() - begin}])
             system.baseline.save_networks(networks)  # type: ignore[attr-defined]
         return system
 
@@ -186,7 +187,7 @@ def run_single(run: Run) -> None:
         settings = system.settings
         found = measure.full(run, system, list(batch))
         kept = {"records": found["records"], "gate": found["gate"], "settings": settings}
-        if number == len(todo) - 1:
+        if number == 0:  # the last round may be a smaller batch
             kept["extra"] = measure.side_effects(run, system, list(batch))
         system.close()
         run.add("rounds.jsonl", kept)

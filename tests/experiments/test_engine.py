@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.experiments import plan, tables, worker
+from benchmarks.experiments import measure, plan, tables, worker
 from benchmarks.experiments.__main__ import build_parser, main
 from benchmarks.experiments.facts import (
     gather,
@@ -220,6 +220,23 @@ def test_single_rounds_start_from_the_unedited_model(world, tmp_path):
     assert final["language"]["tokens"] > 0
     row = tables.result_row(found, shared)
     assert row["tf_reliability"] == final["all"]["teacher_forced"]["after"]["reliability"]
+    # What edits do to other text is that of a whole batch, not of the fact that was left over.
+    rounds = lines(tmp_path / "runs" / "ours-2" / "rounds.jsonl")
+    assert ["extra" in r for r in rounds] == [True, False]
+    assert final["language"] == rounds[0]["extra"]["language"]
+
+
+def test_a_smaller_last_round_weighs_less():
+    def one(kl, fired):
+        gate = {"fired_unrelated": fired / 2, "fired_edited": fired}
+        answers = {"edit": [{}], "paraphrase": [], "neighborhood": [{}]}
+        record = {"values": {"before": {}, "after": {}}, "answers": answers, "kl": kl}
+        return {"records": [record], "gate": gate, "extra": {}}
+
+    whole, left = one(0.0, 1.0), one(0.0, 0.0)
+    whole["records"] *= 3
+    merged = measure.merge_rounds([whole, left])
+    assert merged["gate"] == {"fired_unrelated": 0.375, "fired_edited": 0.75}
 
 
 def test_facts_are_mixed_and_known_ones_are_chosen(tmp_path, shared_dir):
