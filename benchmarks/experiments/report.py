@@ -112,9 +112,9 @@ _TABLES: tuple[tuple[str, str, tuple[Column, ...]], ...] = (
     (
         "Cost",
         (
-            "Wall-clock time of the edits alone, and with the statistics and the training of the "
-            "system's own networks. Memory: highest of the whole run, evaluation included, and "
-            "after loading the model."
+            "Wall-clock time of the edits alone, and with what the system needs first: statistics, "
+            "the training of its own networks. Memory: highest of the whole run, evaluation "
+            "included, and after loading the model."
         ),
         (
             Column("edits_per_second", "edits / s", "number", "high"),
