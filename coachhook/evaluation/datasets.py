@@ -21,7 +21,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -64,13 +64,15 @@ class FactsFile:
     numbers: list[int] = field(default_factory=list)
     records: int = 0
 
-    def some(self, which: slice) -> FactsFile:
-        """The same with a part of the good records."""
+    def some(self, which: slice | Sequence[int]) -> FactsFile:
+        """The same with a part of the good records: a slice of them, or those of these numbers."""
+        if isinstance(which, slice):
+            which = range(len(self.requests))[which]
         return replace(
             self,
-            requests=self.requests[which],
-            places=self.places[which],
-            numbers=self.numbers[which],
+            requests=[self.requests[i] for i in which],
+            places=[self.places[i] for i in which],
+            numbers=[self.numbers[i] for i in which],
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from coachhook import bundled
 from coachhook.cli import main
+from coachhook.cli.suggest import spread
 from coachhook.editing import EditConfig, EditRequest
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.targets import optimise_targets
@@ -136,3 +137,10 @@ def test_bad_input_is_refused(tmp_path, capsys, change, argv, message):
     path.write_text(json.dumps([{**bundled.facts()[0], **change}]), encoding="utf-8")
     assert main(["suggest-layers", str(bundled.model_path()), str(path), *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_sample_is_spread_over_the_facts():
+    assert spread(47, 24) == [i * 47 // 24 for i in range(24)]
+    assert spread(47, 24)[-1] == 45  # not the first half alone
+    assert spread(5, 24) == [0, 1, 2, 3, 4]
+    assert spread(100, 3) == [0, 33, 66] and spread(0, 3) == []
