@@ -151,6 +151,18 @@ def test_other_dtypes(dtype, key, fresh, tokenizer):
     assert unchanged(state, whole(fresh))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("key", ["fine-tuning", "lora"])
+def test_training_that_float16_cannot_hold_leaves_no_trace(key, steps, fresh, tokenizer):
+    fresh.half()  # in which Adam's epsilon is 0
+    state, plain = whole(fresh), logits_of(fresh, tokenizer)
+    with make(fresh, tokenizer, key, None, steps=steps) as baseline:
+        with pytest.raises(ValueError, match="must be finite, got NaN .* in float32"):
+            baseline.edit(BATCHES[0])
+        assert same(logits_of(fresh, tokenizer), plain)
+    assert unchanged(state, whole(fresh))
+
+
 @pytest.mark.parametrize("key", ["memit", "lora", "retrieval"])
 def test_evaluate_takes_a_baseline(key, fresh, tokenizer, statistics, requests):
     plain = evaluate(fresh, tokenizer, requests, progress=False, generate=False)
