@@ -105,7 +105,9 @@ class Baseline(ABC):
         self._statistics = statistics
         self._depth = 0
         self._closed = False
-        self._start()
+        # As in edit: what is made here is trained with, or changed, later.
+        with torch.inference_mode(False):
+            self._start()
 
     @classmethod
     def configure(cls, model: nn.Module, **options: Any) -> Any:

@@ -120,7 +120,9 @@ def test_training_mode_gradients_and_inference_mode(key, fresh, tokenizer, stati
         parameter.requires_grad_(True)
     state = whole(fresh)
     modes = {path: m.training for path, m in fresh.named_modules()}
-    with make(fresh, tokenizer, key, statistics) as baseline:
+    with torch.inference_mode():
+        baseline = make(fresh, tokenizer, key, statistics)
+    with baseline:
         with torch.inference_mode():
             baseline.edit(BATCHES[0])
             with evaluating(fresh):
