@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.evaluation.firing import trace
+from coachhook.evaluation.firing import fired_anywhere
 from coachhook.evaluation.intervals import effective_count, ratio_interval, wilson
 from coachhook.evaluation.scoring import (
     encode_prompts,
@@ -171,8 +171,7 @@ def measure_language(
     with evaluating(model):
         drifts = token_drift(model, rows, hooks, batch_size=batch_size)
         if gates is not None:
-            traces = trace(model, gates, rows, batch_size=batch_size)
-            fired = [torch.stack([layer.fired for layer in t.values()]).any(0) for t in traces]
+            fired = fired_anywhere(model, gates, rows, batch_size=batch_size)
     places = [len(d.kl) for d in drifts]
     followed = [d.nll.shape[1] for d in drifts]
     sums = torch.stack([d.nll.sum(1) for d in drifts])

@@ -29,12 +29,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from coachhook.editing.requests import EditRequest
 from coachhook.errors import FactsError
-from coachhook.evaluation.firing import trace
+from coachhook.evaluation.firing import fired_anywhere
 from coachhook.evaluation.fluency import cache_agreement, ngram_entropy
 from coachhook.evaluation.intervals import harmonic_mean, ratio_interval, wilson
 from coachhook.evaluation.language import measure_language, prompt_drift
@@ -329,8 +328,7 @@ def _gate(
 
     def any_layer(asked: list[Prompt]) -> list[Tensor]:
         ids = encode_prompts(tokenizer, [p.text for p in asked])
-        traces = trace(model, gates, ids, batch_size=batch_size)
-        return [torch.stack([layer.fired for layer in t.values()]).any(0) for t in traces]
+        return fired_anywhere(model, gates, ids, batch_size=batch_size)
 
     near, edited = any_layer(prompts.neighborhood), any_layer(prompts.edit)
     tokens = sum(fired.numel() for fired in near)
