@@ -195,7 +195,10 @@ def _sources(requests: Sequence[EditRequest]) -> dict[str, int]:
 def _statistics(args: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     if args.stats is not None:
         return {"statistics": str(args.stats), "statistics_seconds": None}
-    layers = sorted({*describe(model).default_layers(), *EditConfig.for_model(model).layers})
+    wanted = {*describe(model).default_layers(), *EditConfig.for_model(model).layers}
+    for system in args.systems:  # --set may name others
+        wanted |= {*checks.statistics_layers(args, model, system)}
+    layers = sorted(wanted)
     begin = time.perf_counter()
     statistics = collect_statistics(model, tokenizer, args.text, layers, max_tokens=args.tokens)
     seconds = time.perf_counter() - begin
