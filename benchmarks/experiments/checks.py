@@ -97,17 +97,27 @@ def check_model(args: Any, model: Any, statistics: Statistics | None) -> None:
     if statistics is not None:
         statistics.check(model)
     for system in args.systems:
-        config = check_settings(model, system, args.settings.get(system, {}))
-        edit = getattr(config, "edit", config)  # of the systems that use statistics
-        if statistics is None or not hasattr(edit, "covariance_weight"):
+        layers = statistics_layers(args, model, system)
+        if statistics is None:
             continue
-        missing = sorted(set(edit.layers) - set(statistics.layers))
+        missing = sorted(set(layers) - set(statistics.layers))
         if missing:
             raise ValueError(
-                f"--stats must have the layers {list(edit.layers)} that {system} edits, got "
+                f"--stats must have the layers {layers} that {system} edits, got "
                 f"{statistics.layers}; collect them with `coachhook stats --layers`, or leave "
                 "--stats out"
             )
+
+
+def statistics_layers(args: Any, model: Any, system: str) -> list[int]:
+    """The layers whose statistics a system uses with the settings of a command.
+
+    Raises:
+        ValueError: a setting does not fit the model.
+    """
+    config = check_settings(model, system, args.settings.get(system, {}))
+    edit = getattr(config, "edit", config)  # of the systems that use statistics
+    return list(edit.layers) if hasattr(edit, "covariance_weight") else []
 
 
 def _check_types(system: str, options: dict[str, Any]) -> None:

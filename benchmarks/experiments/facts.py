@@ -59,7 +59,7 @@ def known_records(path: Path, model: str) -> dict[str, list[int]]:
     """
     shape = '{"model folder": {"counterfact_case_ids": [...], "zsre_index": [...]}}'
     try:
-        listing = json.loads(path.read_text(encoding="utf-8"))
+        listing = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"--known must be JSON like {shape}, got {path}: {error}") from error
     if not isinstance(listing, dict):
@@ -97,16 +97,15 @@ def _requests(path: Path, only: dict[str, list[int]] | None) -> list[EditRequest
     if facts.format != "zsre":
         ids = set(only["counterfact_case_ids"])
         return [r for r in facts.requests if r.id in ids]
-    # zsRE records have no id; a list of prompts survives bad records being left out.
-    records = json.loads(path.read_text(encoding="utf-8"))
-    outside = [i for i in only["zsre_index"] if not 0 <= i < len(records)]
+    # zsRE records have no id; their places survive bad records being left out.
+    outside = [i for i in only["zsre_index"] if not 0 <= i < facts.records]
     if outside:
         raise ValueError(
-            f"--known must name records of {path} by their place below {len(records)}, got "
+            f"--known must name records of {path} by their place below {facts.records}, got "
             f"{outside[0]}"
         )
-    asked = {records[i]["src"] for i in only["zsre_index"]}
-    return [r for r in facts.requests if r.text in asked]
+    wanted = set(only["zsre_index"])
+    return [r for r, i in zip(facts.requests, facts.numbers, strict=True) if i in wanted]
 
 
 def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
@@ -117,8 +116,15 @@ def write_facts(path: Path, requests: Sequence[EditRequest]) -> None:
 
 def load_written(path: Path) -> list[EditRequest]:
     """Reads what :func:`write_facts` wrote."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [EditRequest.from_dict(json.loads(line)) for line in lines]
+    # Only "\n" ends a line: splitlines would also split at separators inside strings.
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [EditRequest.from_dict(json.loads(line)) for line in lines if line]
+
+
+def write_passages(path: Path, passages: Sequence[str]) -> None:
+    """Writes texts as JSON Lines, so that one of several lines stays one text."""
+    lines = [json.dumps({"text": passage}) for passage in passages]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def unrelated(

@@ -142,21 +142,29 @@ def _oracle(run: Run, system: System, chosen: Sequence[int]) -> dict[str, Any] |
 
 
 def merge_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result from the rounds of a single-round run."""
+    """One result from the rounds of a single-round run; side effects are those of the first."""
     records = [record for r in rounds for record in r["records"]]
     drifts = [record["kl"] for record in records if record["kl"] is not None]
-    gates = [r["gate"] for r in rounds if r["gate"]["fired_edited"] is not None]
 
-    def mean(name: str) -> float | None:
-        values = [g[name] for g in gates if g[name] is not None]
-        return sum(values) / len(values) if values else None
+    def mean(name: str, kind: str) -> float | None:
+        # The last round may hold fewer facts than the others.
+        asked = [sum(len(record["answers"][kind]) for record in r["records"]) for r in rounds]
+        known = [
+            (r["gate"][name], n)
+            for r, n in zip(rounds, asked, strict=True)
+            if r["gate"][name] is not None
+        ]
+        return sum(v * n for v, n in known) / sum(n for _, n in known) if known else None
 
     return {
         "facts_measured": len(records),
         "all": summarise(records),
         "kl": {"neighborhood": sum(drifts) / len(drifts) if drifts else None, "interval": None},
-        "gate": {name: mean(name) for name in ("fired_unrelated", "fired_edited")},
+        "gate": {
+            "fired_unrelated": mean("fired_unrelated", "neighborhood"),
+            "fired_edited": mean("fired_edited", "edit"),
+        },
         "records": records,
         "oracle": None,
-        **rounds[-1]["extra"],
+        **rounds[0]["extra"],
     }

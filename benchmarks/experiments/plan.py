@@ -24,7 +24,7 @@ import coachhook
 from benchmarks.experiments import checks
 from benchmarks.experiments import facts as facts_module
 from benchmarks.experiments.systems import TITLES
-from benchmarks.experiments.worker import open_model
+from benchmarks.experiments.worker import open_model, whole_lines
 from coachhook.editing import EditConfig, EditRequest
 from coachhook.models import describe
 from coachhook.statistics import collect_statistics
@@ -172,7 +172,7 @@ def _make(args: Any, plan: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     model, edited, spare = inputs.model, inputs.edited, inputs.spare
     facts_module.write_facts(out / "facts.jsonl", edited)
     facts_module.write_facts(out / "training.jsonl", spare[:TRAINING_FACTS])
-    (out / "unrelated.txt").write_text("\n".join(inputs.text) + "\n", encoding="utf-8")
+    facts_module.write_passages(out / "unrelated.jsonl", inputs.text)
     plan["facts_edited"] = len(edited)
     plan["sources"] = _sources(edited)
     plan["training_facts"] = min(len(spare), TRAINING_FACTS)
@@ -195,7 +195,10 @@ def _sources(requests: Sequence[EditRequest]) -> dict[str, int]:
 def _statistics(args: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     if args.stats is not None:
         return {"statistics": str(args.stats), "statistics_seconds": None}
-    layers = sorted({*describe(model).default_layers(), *EditConfig.for_model(model).layers})
+    wanted = {*describe(model).default_layers(), *EditConfig.for_model(model).layers}
+    for system in args.systems:  # --set may name others
+        wanted |= {*checks.statistics_layers(args, model, system)}
+    layers = sorted(wanted)
     begin = time.perf_counter()
     statistics = collect_statistics(model, tokenizer, args.text, layers, max_tokens=args.tokens)
     seconds = time.perf_counter() - begin
@@ -245,7 +248,7 @@ def specs(args: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
                     "evaluation_batch": args.evaluation_batch,
                     "facts": str(args.out / "facts.jsonl"),
                     "training": str(args.out / "training.jsonl"),
-                    "unrelated": str(args.out / "unrelated.txt"),
+                    "unrelated": str(args.out / "unrelated.jsonl"),
                     **{
                         name: plan[name]
                         for name in (
@@ -317,9 +320,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     """What a run left: its spec, logs, and its result or why there is none."""
     found: dict[str, Any] = {"spec": json.loads((folder / "spec.json").read_text())}
     for name in ("edits", "checkpoints"):
-        path = folder / f"{name}.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        found[name] = [json.loads(line) for line in lines]
+        found[name] = whole_lines(folder / f"{name}.jsonl")
     final, error = folder / "final.json", folder / "error.txt"
     if final.is_file():
         found["final"] = json.loads(final.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,9 +112,9 @@ _TABLES: tuple[tuple[str, str, tuple[Column, ...]], ...] = (
     (
         "Cost",
         (
-            "Wall-clock time of the edits alone, and with the statistics and the training of the "
-            "system's own networks. Memory: highest of the whole run, evaluation included, and "
-            "after loading the model."
+            "Wall-clock time of the edits alone, and with what the system needs first: statistics, "
+            "the training of its own networks. Memory: highest of the whole run, evaluation "
+            "included, and after loading the model."
         ),
         (
             Column("edits_per_second", "edits / s", "number", "high"),
@@ -255,6 +256,8 @@ def _tables(rows: list[Row]) -> list[dict[str, Any]]:
 
 def _best(column: Column, rows: list[Row]) -> float | None:
     values = [row[column.name] for row in rows if row.get(column.name) is not None]
+    # What has diverged is not the best, and NaN would be by its place in the list.
+    values = [value for value in values if math.isfinite(value)]
     if not column.best or len(values) < 2:
         return None
     if column.best == "one":

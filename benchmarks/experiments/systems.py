@@ -57,6 +57,11 @@ def known_systems() -> list[str]:
     return [*_PRESETS, *BASELINES]
 
 
+def uses_statistics(name: str) -> bool:
+    """Whether a system needs the key statistics."""
+    return name in _PRESETS or BASELINES[name].needs_statistics
+
+
 def setting_types(name: str) -> dict[str, Any]:
     """Setting -> annotated type, for all that can be set by a system's ``options`` as JSON."""
     if name in _PRESETS:

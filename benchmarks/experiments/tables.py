@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.systems import uses_statistics
+
 # Family of metrics -> prefix of its columns.
 PREFIX = {
     "teacher_forced": "tf",
@@ -63,7 +65,7 @@ def result_row(run: dict[str, Any], plan: dict[str, Any]) -> Row:
             row[f"oracle_{name}"] = best
             row[f"share_{name}"] = value / best if best and value is not None else None
         row |= _side_columns(final)
-    return row | cost_columns(final, edits, plan)
+    return row | cost_columns(final, edits, plan, run["spec"]["system"])
 
 
 def _side_columns(final: dict[str, Any]) -> Row:
@@ -92,9 +94,10 @@ def _side_columns(final: dict[str, Any]) -> Row:
     }
 
 
-def cost_columns(final: dict[str, Any], edits: int, plan: dict[str, Any]) -> Row:
-    """Speed and memory."""
-    seconds, extra = final["edit_seconds"], plan["statistics_seconds"]
+def cost_columns(final: dict[str, Any], edits: int, plan: dict[str, Any], system: str) -> Row:
+    """Speed and memory; a system that needs no statistics is not charged with them."""
+    seconds = final["edit_seconds"]
+    extra = plan["statistics_seconds"] if uses_statistics(system) else 0.0
     whole = None if extra is None else seconds + extra + final["training_seconds"]
     return {
         "converged": final["converged"],

@@ -25,7 +25,7 @@ from benchmarks.experiments.memory import process_peak
 from benchmarks.experiments.systems import TRAINED, Other, System, make_system, state_there
 from coachhook.editing import EditRequest
 from coachhook.models import load_model
-from coachhook.statistics import Statistics
+from coachhook.statistics import Statistics, read_texts
 
 
 class Run:
@@ -41,16 +41,12 @@ class Run:
         self.model, self.tokenizer = open_model(self.spec)
         self.statistics = Statistics.load(self.spec["statistics"])
         self.requests = facts_module.load_written(Path(self.spec["facts"]))
-        self.text = Path(self.spec["unrelated"]).read_text(encoding="utf-8").splitlines()
+        self.text = list(read_texts(self.spec["unrelated"]))
         self.start_memory = peak_memory(self.spec)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a log; one that a kill cut short is dropped."""
-        path = self.folder / name
-        if not path.is_file():
-            return []
-        found = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in found if line.endswith("\n")]
+        return whole_lines(self.folder / name)
 
     def keep(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """Replaces a log."""
@@ -60,9 +56,13 @@ class Run:
         fresh.replace(path)
 
     def add(self, name: str, line: dict[str, Any]) -> None:
-        """Appends a line to a log."""
-        with (self.folder / name).open("a", encoding="utf-8") as stream:
-            stream.write(f"{json.dumps(line)}\n")
+        """Appends a line to a log, in the place of one that a kill cut short."""
+        path = self.folder / name
+        path.touch()
+        with path.open("r+b") as stream:
+            stream.seek(path.read_bytes().rfind(b"\n") + 1)
+            stream.truncate()
+            stream.write(f"{json.dumps(line)}\n".encode())
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -86,9 +86,18 @@ class Run:
             spec["system"], self.model, self.tokenizer, self.statistics, options, state
         )
         if "train_requests" in options and isinstance(system, Other):
-            self.add("training.jsonl", {"seconds": time.perf_counter() - begin})
+            # Not added: a kill before the networks are written has them trained again.
+            self.keep("training.jsonl", [{"seconds": time.perf_counter() - begin}])
             system.baseline.save_networks(networks)  # type: ignore[attr-defined]
         return system
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that are whole; none where it is not there."""
+    if not path.is_file():
+        return []
+    found = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in found if line.endswith("\n")]
 
 
 def open_model(spec: dict[str, Any]) -> tuple[Any, Any]:
@@ -178,7 +187,7 @@ def run_single(run: Run) -> None:
         settings = system.settings
         found = measure.full(run, system, list(batch))
         kept = {"records": found["records"], "gate": found["gate"], "settings": settings}
-        if number == len(todo) - 1:
+        if number == 0:  # the last round may be a smaller batch
             kept["extra"] = measure.side_effects(run, system, list(batch))
         system.close()
         run.add("rounds.jsonl", kept)

@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     with checking():
         facts = read_records(args)
-        step = max(1, len(facts.requests) // args.sample)
-        facts = facts.some(slice(None, None, step)).some(slice(args.sample))
+        facts = facts.some(spread(len(facts.requests), args.sample))
         model, tokenizer = open_model(args)
         description = describe(model)
         for layer in args.layers or []:
@@ -85,6 +84,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _print(args, advice)
     return 0
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """``wanted`` places spread evenly over ``total``, or all of them."""
+    wanted = min(wanted, total)
+    return [i * total // wanted for i in range(wanted)]
 
 
 def _print(args: argparse.Namespace, advice: Any) -> None:

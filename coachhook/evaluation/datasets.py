@@ -21,7 +21,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -52,6 +52,8 @@ class FactsFile:
         problems: one line per bad field, with the record's place and the field.
         warnings: one line per doubtful record; such records are in ``requests``.
         places: where in the file each of ``requests`` stands.
+        numbers: which record of the file each of ``requests`` is, from 0.
+        records: records in the file, bad ones included.
     """
 
     requests: list[EditRequest] = field(default_factory=list)
@@ -59,14 +61,24 @@ class FactsFile:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    records: int = 0
 
-    def some(self, which: slice) -> FactsFile:
-        """The same with a part of the good records."""
-        return replace(self, requests=self.requests[which], places=self.places[which])
+    def some(self, which: slice | Sequence[int]) -> FactsFile:
+        """The same with a part of the good records: a slice of them, or those of these numbers."""
+        if isinstance(which, slice):
+            which = range(len(self.requests))[which]
+        return replace(
+            self,
+            requests=[self.requests[i] for i in which],
+            places=[self.places[i] for i in which],
+            numbers=[self.numbers[i] for i in which],
+        )
 
 
 @dataclass(frozen=True)
 class _Row:
+    number: int
     place: str
     value: Any
 
@@ -75,7 +87,7 @@ class _Record:
     """Field access that collects problems instead of stopping at the first one."""
 
     def __init__(self, row: _Row) -> None:
-        self.place = row.place
+        self.number, self.place = row.number, row.place
         self.data: dict[str, Any] = row.value
         self.problems: list[str] = []
         self.warnings: list[str] = []
@@ -301,7 +313,7 @@ def read_facts(path: str | PathLike[str], format: str | None = None) -> FactsFil
         raise FactsError(
             f"facts: {name} must hold records, got brackets a thousand deep"
         ) from error
-    facts = FactsFile(problems=problems)
+    facts = FactsFile(problems=problems, records=len(rows) + len(problems))
     if not rows and not problems:
         raise FactsError(f"facts: {name} must hold at least one record, got an empty list")
     records = []
@@ -319,6 +331,7 @@ def read_facts(path: str | PathLike[str], format: str | None = None) -> FactsFil
         facts.warnings.extend(record.warnings)
         if request is not None:
             kept.append((record.place, request))
+            facts.numbers.append(record.number)
     facts.requests = [request for _, request in kept]
     facts.places = [place for place, _ in kept]
     facts.warnings.extend(_doubles(kept))
@@ -385,14 +398,15 @@ def _rows(text: str, name: str) -> tuple[list[_Row], list[str]]:
         if match is not None:
             return _list_rows(text, match.end() - 1), []
         # The key is spelled with other escapes than ours, so its place in the text is unknown.
-        return [_Row(f"record {i}", v) for i, v in enumerate(whole[lists[0]])], []
-    return [_Row("record 0 (line 1)", whole)], []
+        return [_Row(i, f"record {i}", v) for i, v in enumerate(whole[lists[0]])], []
+    return [_Row(0, "record 0 (line 1)", whole)], []
 
 
 def _is_json_lines(text: str, name: str) -> bool:
     if Path(name).suffix in {".jsonl", ".ndjson"}:
         return True
-    lines = [line for line in text.splitlines() if line.strip()]
+    # Not splitlines, as for the records themselves.
+    lines = [line for line in text.split("\n") if line.strip()]
     try:
         return isinstance(json.loads(lines[0]), dict)
     except json.JSONDecodeError:
@@ -400,13 +414,14 @@ def _is_json_lines(text: str, name: str) -> bool:
 
 
 def _json_lines(text: str) -> tuple[list[_Row], list[str]]:
-    rows, problems = [], []
+    rows: list[_Row] = []
+    problems: list[str] = []
     # Only "\n" ends a record: splitlines would also split at separators inside strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            rows.append(_Row(f"line {number}", json.loads(line)))
+            rows.append(_Row(len(rows) + len(problems), f"line {number}", json.loads(line)))
         except json.JSONDecodeError as error:
             problems.append(f"line {number}: must be JSON, got {error.msg} at column {error.colno}")
     return rows, problems
@@ -425,7 +440,7 @@ def _list_rows(text: str, start: int) -> list[_Row]:
         line += text.count("\n", counted, at)
         counted = at
         value, at = decoder.raw_decode(text, at)
-        rows.append(_Row(f"record {len(rows)} (line {line})", value))
+        rows.append(_Row(len(rows), f"record {len(rows)} (line {line})", value))
 
 
 def _doubles(kept: list[tuple[str, EditRequest]]) -> list[str]:

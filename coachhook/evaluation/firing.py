@@ -42,7 +42,8 @@ def trace(
         batch_size: prompts per forward pass.
 
     Returns:
-        Per prompt, ``{layer index: LayerTrace}`` on the CPU.
+        Per prompt, ``{layer index: LayerTrace}`` on the CPU; hooks that are off, as all are before
+        the first edit and after the last was taken back, are not in it.
     """
     device = input_device(model)
     found: dict[int, dict[int, LayerTrace]] = {}
@@ -56,3 +57,15 @@ def trace(
                 for layer, z, fired in records
             }
     return [found[i] for i in range(len(prompts))]
+
+
+def fired_anywhere(
+    model: Any, hooks: HookSet, prompts: Sequence[tuple[int, ...]], *, batch_size: int = 64
+) -> list[Tensor]:
+    """Per prompt which tokens take the hook of any layer, bool ``[T]``; arguments of trace."""
+    traces = trace(model, hooks, prompts, batch_size=batch_size)
+    none = [torch.zeros(len(prompt), dtype=torch.bool) for prompt in prompts]
+    return [
+        torch.stack([off, *(layer.fired for layer in layers.values())]).any(0)
+        for off, layers in zip(none, traces, strict=True)
+    ]

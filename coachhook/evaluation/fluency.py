@@ -25,12 +25,11 @@ from coachhook.evaluation.intervals import wilson
 from coachhook.evaluation.scoring import (
     decode_each,
     encode_prompts,
-    evaluation_mode,
     greedy,
     input_device,
 )
 from coachhook.hooks.cache_state import cache_argument, returned_cache
-from coachhook.models import describe
+from coachhook.models import describe, evaluating
 
 # (n, weight) as in the published evaluation of CounterFact.
 _ENTROPIES = ((2, 2 / 3), (3, 4 / 3))
@@ -155,7 +154,7 @@ def cache_agreement(
     if not prompts:
         raise ValueError("cache_agreement: prompts must not be empty, got none")
     rows = encode_prompts(tokenizer, prompts)
-    with evaluation_mode(model):
+    with evaluating(model):
         cached, uncached = (
             greedy(
                 model,

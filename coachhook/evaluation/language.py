@@ -8,7 +8,8 @@ Every number compares the same model with its edits off and on, on the same toke
 * ``unchanged``: share of places whose most likely next token is the same.
 * ``fired``: share of tokens that take a hook in any layer.
 
-Intervals take a text as one observation, because the tokens of a text depend on each other.
+Intervals take a text as one observation, because the tokens of a text depend on each other; those
+of shares count texts of different lengths as fewer (:func:`effective_count`).
 """
 
 from __future__ import annotations
@@ -22,15 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.evaluation.firing import trace
-from coachhook.evaluation.intervals import ratio_interval, wilson
+from coachhook.evaluation.firing import fired_anywhere
+from coachhook.evaluation.intervals import effective_count, ratio_interval, wilson
 from coachhook.evaluation.scoring import (
     encode_prompts,
     equal_length_batches,
-    evaluation_mode,
     input_device,
 )
-from coachhook.models import describe
+from coachhook.models import describe, evaluating
 from coachhook.statistics import read_texts
 
 # Logits of one state kept at a time: 2^25 values are 128 MiB in float32.
@@ -168,11 +168,10 @@ def measure_language(
     if not rows:
         raise ValueError("measure_language: text must hold at least two tokens in a row, got none")
     fired: list[Tensor] = []
-    with evaluation_mode(model):
+    with evaluating(model):
         drifts = token_drift(model, rows, hooks, batch_size=batch_size)
         if gates is not None:
-            traces = trace(model, gates, rows, batch_size=batch_size)
-            fired = [torch.stack([layer.fired for layer in t.values()]).any(0) for t in traces]
+            fired = fired_anywhere(model, gates, rows, batch_size=batch_size)
     places = [len(d.kl) for d in drifts]
     followed = [d.nll.shape[1] for d in drifts]
     sums = torch.stack([d.nll.sum(1) for d in drifts])
@@ -186,24 +185,27 @@ def measure_language(
         "tokens": sum(places),
         "kl": sum(kl) / sum(places),
         "perplexity": {
-            "before": math.exp(before),
-            "after": math.exp(after),
-            "ratio": math.exp(after - before),
+            "before": _exp(before),
+            "after": _exp(after),
+            "ratio": _exp(after - before),
         },
         "unchanged": same,
         "fired": gated,
         "intervals": {
-            "kl": _not_negative(ratio_interval(kl, places)),
-            "ratio": None if change is None else [math.exp(c) for c in change],
-            "unchanged": wilson(same, len(rows)),
-            "fired": None if gated is None else wilson(gated, len(rows)),
+            "kl": ratio_interval(kl, places, lowest=0.0),
+            "ratio": None if change is None else [_exp(c) for c in change],
+            "unchanged": wilson(same, effective_count(places)),
+            "fired": None if gated is None else wilson(gated, effective_count(places)),
         },
     }
 
 
-def _not_negative(interval: list[float] | None) -> list[float] | None:
-    """Both bounds at least 0, as a divergence is."""
-    return None if interval is None else [max(0.0, bound) for bound in interval]
+def _exp(nats: float) -> float:
+    """``exp``; infinity where a model that has diverged gives more than a float holds."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def unrelated_rows(

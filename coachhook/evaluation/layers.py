@@ -27,9 +27,8 @@ from coachhook.editing.targets import optimise_targets
 from coachhook.evaluation.datasets import find_subject
 from coachhook.evaluation.intervals import wilson
 from coachhook.evaluation.oracle import oracle
-from coachhook.evaluation.scoring import evaluation_mode
 from coachhook.hooks import attached_hooks
-from coachhook.models import describe, prepare_tokenizer
+from coachhook.models import describe, evaluating, prepare_tokenizer
 
 # A difference in the score below this is none.
 _TIE = 0.02
@@ -44,7 +43,8 @@ class LayerProbe:
         converged: facts whose target is the answer to the bare prompt with v* in.
         reliability: teacher-forced, v* patched in alone.
         generality: the same of paraphrases that name the subject; None without any.
-        addressed: paraphrases whose key is nearest to the key of their own fact; None without any.
+        addressed: paraphrases whose key is nearest to the key of a fact about their own subject;
+            None without any, or where all facts are about one.
         interval: 95 % interval of ``reliability``.
         score: mean of ``reliability``, ``generality`` and ``addressed``, of those there are.
     """
@@ -136,9 +136,10 @@ def suggest_layers(
     chosen = next(iter(configs.values())).contexts[:contexts]
     encoded = encode_requests(tokenizer, requests, chosen, description.max_positions)
     asked = _paraphrases(tokenizer, requests, description.max_positions)
+    subjects = [request.subject for request in requests]
     pad_id = tokenizer.pad_token_id
     probes = []
-    with evaluation_mode(model):
+    with evaluating(model):
         for layer in tqdm(candidates, desc="layers", disable=not progress, leave=False):
             targets = optimise_targets(
                 model, description, encoded, configs[layer].with_(contexts=chosen), pad_id=pad_id
@@ -148,10 +149,10 @@ def suggest_layers(
                 model, description, [e.contexts[0] for e in encoded], layer, layer, pad_id=pad_id
             ).keys
             addressed = None
-            if asked and len(requests) > 1:
+            if asked and len(set(subjects)) > 1:
                 prompts = [prompt for _, prompt in asked]
                 keys = read_states(model, description, prompts, layer, layer, pad_id=pad_id).keys
-                addressed = _addressed(own, keys, [i for i, _ in asked])
+                addressed = _addressed(own, keys, [i for i, _ in asked], subjects)
             shares = [found["reliability"], found["generality"], addressed]
             known = [share for share in shares if share is not None]
             low, high = wilson(found["reliability"], len(requests))
@@ -185,13 +186,15 @@ def _paraphrases(
     return found
 
 
-def _addressed(own: Tensor, keys: Tensor, owners: list[int]) -> float:
-    """Share of ``keys [P, n]`` whose nearest of ``own [R, n]``, by centred cosine, is its owner's.
+def _addressed(own: Tensor, keys: Tensor, owners: list[int], subjects: Sequence[str]) -> float:
+    """Share of ``keys [P, n]`` whose nearest of ``own [R, n]``, by centred cosine, has its subject.
 
-    What all keys have in common says nothing about the subject and is taken off first.
+    What all keys have in common says nothing about the subject and is taken off first. Facts about
+    one subject may have the same key, so that the owner of a key itself need not be the nearest.
     """
     centre = own.mean(dim=0)
     a = torch.nn.functional.normalize(own - centre, dim=1)
     b = torch.nn.functional.normalize(keys - centre, dim=1)
-    nearest = (b @ a.T).argmax(dim=1).cpu()
-    return float((nearest == torch.tensor(owners)).double().mean())
+    nearest = (b @ a.T).argmax(dim=1).tolist()
+    found = [subjects[n] == subjects[o] for n, o in zip(nearest, owners, strict=True)]
+    return sum(found) / len(found)

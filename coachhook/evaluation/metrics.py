@@ -29,12 +29,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from coachhook.editing.requests import EditRequest
 from coachhook.errors import FactsError
-from coachhook.evaluation.firing import trace
+from coachhook.evaluation.firing import fired_anywhere
 from coachhook.evaluation.fluency import cache_agreement, ngram_entropy
 from coachhook.evaluation.intervals import harmonic_mean, ratio_interval, wilson
 from coachhook.evaluation.language import measure_language, prompt_drift
@@ -53,12 +52,11 @@ from coachhook.evaluation.scoring import (
     decode_each,
     encode_pairs,
     encode_prompts,
-    evaluation_mode,
     greedy,
     score,
 )
 from coachhook.hooks import HookSet
-from coachhook.models import describe
+from coachhook.models import describe, evaluating
 
 
 class Edits(Protocol):
@@ -134,7 +132,7 @@ def evaluate(
     edits: Edits = hooks if hooks is not None else _Unedited()
     gates = hooks if isinstance(hooks, HookSet) else None
     extra: dict[str, Any] = {}
-    with evaluation_mode(model):
+    with evaluating(model):
         with edits.disabled():
             before = work.run("before")
         after = before if hooks is None else work.run("after")
@@ -170,7 +168,7 @@ def evaluate(
         records[number]["kl"] = mean
     result["kl"] = {
         "neighborhood": sum(means) / len(means) if means else None,
-        "interval": ratio_interval(means, [1] * len(means)),
+        "interval": ratio_interval(means, [1] * len(means), lowest=0.0),
     }
     result["gate"] = gate
     result.update(extra)
@@ -330,8 +328,7 @@ def _gate(
 
     def any_layer(asked: list[Prompt]) -> list[Tensor]:
         ids = encode_prompts(tokenizer, [p.text for p in asked])
-        traces = trace(model, gates, ids, batch_size=batch_size)
-        return [torch.stack([layer.fired for layer in t.values()]).any(0) for t in traces]
+        return fired_anywhere(model, gates, ids, batch_size=batch_size)
 
     near, edited = any_layer(prompts.neighborhood), any_layer(prompts.edit)
     tokens = sum(fired.numel() for fired in near)

@@ -16,8 +16,8 @@ from torch import Tensor
 from coachhook.editing.prompts import encode
 from coachhook.editing.requests import EditRequest
 from coachhook.evaluation.datasets import find_subject
-from coachhook.evaluation.scoring import encode_pairs, evaluation_mode, score
-from coachhook.models import describe, get_submodule
+from coachhook.evaluation.scoring import encode_pairs, score
+from coachhook.models import describe, evaluating, get_submodule
 
 if TYPE_CHECKING:
     from coachhook.hooks import HookSet
@@ -71,7 +71,7 @@ def oracle(
     ]
     block = get_submodule(model, description.layer(layer).block_path)
     columns = [i for i, _, _ in asked]
-    with hooks.disabled() if hooks is not None else nullcontext(), evaluation_mode(model):
+    with hooks.disabled() if hooks is not None else nullcontext(), evaluating(model):
         scores = score(
             model,
             encode_pairs(tokenizer, pairs),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,17 +92,6 @@ def equal_length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[li
 def input_device(model: Any) -> torch.device:
     """The device that token ids must be on."""
     return model.get_input_embeddings().weight.device
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Within the block dropout is off."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 
 from coachhook.evaluation import evaluate, measure_language, render_evaluation
-from coachhook.evaluation.intervals import ratio_interval
+from coachhook.evaluation.intervals import effective_count, ratio_interval
 from coachhook.evaluation.language import prompt_drift, token_drift, unrelated_rows
 from coachhook.hooks import attach_hooks
 from tests.evaluation.tiny import SENTENCES
@@ -181,11 +182,48 @@ def test_no_text_is_refused(model, tokenizer, hooks):
 def test_interval_of_a_ratio():
     # r = 6 / 4; deviations 1 - 1.5 = -.5 and 5 - 4.5 = .5; var = 2 / 1 * .5 / 16.
     low, high = ratio_interval([1.0, 5.0], [1, 3])
-    half = 1.959963984540054 * 0.25
+    half = 12.706204736 * 0.25  # Student, 1 degree of freedom
     assert (low, high) == pytest.approx((1.5 - half, 1.5 + half))
     # Groups of one value: the usual interval of a mean.
     values = [0.1, 0.4, 0.2, 0.9]
     low, high = ratio_interval(values, [1] * 4)
     spread = torch.tensor(values, dtype=torch.float64).std().item() / 2
-    assert high - low == pytest.approx(2 * 1.959963984540054 * spread)
+    assert high - low == pytest.approx(2 * 3.182446305 * spread, rel=2e-3)
     assert ratio_interval([1.0], [3]) is None
+    # A divergence of 0.5 on average, but not below 0; what has diverged has no interval.
+    assert ratio_interval([0.0, 1.0], [1, 1], lowest=0.0)[0] == 0.0
+    assert ratio_interval([0.0, math.nan, 1.0], [1, 1, 1], lowest=0.0) is None
+
+
+def test_intervals_of_few_texts_hold_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    for groups in (2, 3, 6, 30):
+        draws = torch.randn(4000, groups, generator=generator, dtype=torch.float64).tolist()
+        bounds = [ratio_interval(values, [1] * groups) for values in draws]
+        held = sum(low <= 0 <= high for low, high in bounds) / len(bounds)
+        assert held == pytest.approx(0.95, abs=0.012)
+
+
+def test_texts_of_different_lengths_count_as_fewer():
+    assert effective_count([7, 7, 7]) == pytest.approx(3)
+    assert effective_count([1000, *[1] * 100]) == pytest.approx(1.21, abs=0.01)
+
+
+def test_a_model_that_has_diverged_is_measured(model, tokenizer):
+    head = torch.nn.Parameter(1e6 * model.lm_head.weight, requires_grad=False)
+
+    class Diverged:
+        @contextlib.contextmanager
+        def disabled(self):
+            own, model.lm_head.weight = model.lm_head.weight, plain
+            try:
+                yield
+            finally:
+                model.lm_head.weight = own
+
+    plain, model.lm_head.weight = model.lm_head.weight, head
+    try:
+        found = measure_language(model, tokenizer, ["Spain has capitals"], hooks=Diverged())
+    finally:
+        model.lm_head.weight = plain
+    assert found["perplexity"]["before"] < math.inf == found["perplexity"]["after"]

@@ -9,6 +9,7 @@ import torch
 
 from coachhook import bundled
 from coachhook.cli import main
+from coachhook.cli.suggest import spread
 from coachhook.editing import EditConfig, EditRequest
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.targets import optimise_targets
@@ -58,8 +59,20 @@ def test_keys_are_addressed_by_their_centred_direction():
     own = torch.tensor([[10.0, 1.0], [10.0, -1.0]])
     keys = torch.tensor([[12.0, 0.5], [9.0, -0.2], [10.0, 0.1]])
     # Around the centre (10, 0) the keys point up, down and up.
-    assert _addressed(own, keys, [0, 1, 1]) == pytest.approx(2 / 3)
-    assert _addressed(own, keys, [0, 1, 0]) == 1.0
+    assert _addressed(own, keys, [0, 1, 1], ["a", "b"]) == pytest.approx(2 / 3)
+    assert _addressed(own, keys, [0, 1, 0], ["a", "b"]) == 1.0
+
+
+def test_facts_about_one_subject_may_share_its_key(model, tokenizer, facts):
+    # A subject at the start of the text has the same key in every prompt.
+    first = EditRequest("{} speaks", "Ann Art", "Dutch", paraphrases=["Ann Art says"])
+    second = EditRequest("{} lives in", "Ann Art", "Spain", paraphrases=["Ann Art stays at"])
+    other = EditRequest("{} lives in", "Cid", "Spain", paraphrases=["Cid stays at"])
+    options = {"layers": [0], "target_steps": 1, "progress": False}
+    (probe,) = suggest_layers(model, tokenizer, [first, second, other], **options).probes
+    assert probe.addressed == 1.0
+    (probe,) = suggest_layers(model, tokenizer, [first, second], **options).probes
+    assert probe.addressed is None
 
 
 def test_without_paraphrases_only_reliability_counts(model, tokenizer, facts):
@@ -124,3 +137,10 @@ def test_bad_input_is_refused(tmp_path, capsys, change, argv, message):
     path.write_text(json.dumps([{**bundled.facts()[0], **change}]), encoding="utf-8")
     assert main(["suggest-layers", str(bundled.model_path()), str(path), *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_sample_is_spread_over_the_facts():
+    assert spread(47, 24) == [i * 47 // 24 for i in range(24)]
+    assert spread(47, 24)[-1] == 45  # not the first half alone
+    assert spread(5, 24) == [0, 1, 2, 3, 4]
+    assert spread(100, 3) == [0, 33, 66] and spread(0, 3) == []

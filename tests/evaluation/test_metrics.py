@@ -194,9 +194,27 @@ def test_a_model_in_training_mode_is_measured_without_dropout(model, tokenizer, 
     model.train()
     try:
         assert evaluate(model, tokenizer, requests, progress=False, max_new_tokens=4) == expected
-        assert model.training
+        assert all(module.training for module in model.modules())
+        model.transformer.h[0].eval()  # a part of its own mode keeps it
+        modes = [module.training for module in model.modules()]
+        assert evaluate(model, tokenizer, requests, progress=False, max_new_tokens=4) == expected
+        assert [module.training for module in model.modules()] == modes
     finally:
         model.eval()
+
+
+def test_hooks_without_edits_fire_nowhere(model, tokenizer, requests):
+    hooks = attach_hooks(model, [0, 1])  # as after the last batch was taken back
+    try:
+        result = evaluate(
+            model, tokenizer, requests, hooks=hooks, progress=False, max_new_tokens=2,
+            text=["Spain has capitals"], cache_prompts=1,
+        )  # fmt: skip
+    finally:
+        hooks.detach()
+    assert result["gate"] == {"fired_unrelated": 0.0, "fired_edited": 0.0}
+    assert result["language"]["fired"] == 0.0 and result["language"]["kl"] == 0.0
+    assert result["teacher_forced"]["before"] == result["teacher_forced"]["after"]
 
 
 def test_undefined_numbers_are_none(model, tokenizer):

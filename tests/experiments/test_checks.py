@@ -11,7 +11,7 @@ from coachhook import bundled
 from coachhook.editing import EditConfig
 from coachhook.models import load_model
 from coachhook.statistics import Statistics
-from tests.experiments.conftest import words
+from tests.experiments.conftest import parse, words
 
 
 def refused(capsys, argv, out):
@@ -147,3 +147,12 @@ def test_a_report_of_no_experiment_is_refused(tmp_path, capsys, made):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"report: DIR must hold an experiment, got {folder} without plan.json")
     assert not list(tmp_path.glob("*/*"))
+
+
+def test_statistics_are_made_of_the_layers_that_settings_name(world, tmp_path):
+    # Without --stats: words() adds those that are there.
+    argv = words(world, "consecutive", tmp_path, "--count", 1, "--systems", "memit,grace")
+    at = argv.index("--stats")
+    args = parse([*argv[:at], *argv[at + 2 :], "--set", "memit.layers=[1,3]", "--tokens", "600"])
+    shared = plan.prepare(args, plan.read_inputs(args))
+    assert {1, 3} <= set(Statistics.load(shared["statistics"]).layers)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.experiments import plan, tables
+from benchmarks.experiments import measure, plan, tables, worker
 from benchmarks.experiments.__main__ import build_parser, main
-from benchmarks.experiments.facts import gather, load_written, unrelated
+from benchmarks.experiments.facts import (
+    gather,
+    load_written,
+    unrelated,
+    write_facts,
+    write_passages,
+)
 from coachhook import bundled
-from coachhook.editing import EditConfig, Editor
+from coachhook.editing import EditConfig, Editor, EditRequest
 from coachhook.editing.folder import load_state
 from coachhook.evaluation import evaluate
 from coachhook.models import load_model
-from coachhook.statistics import Statistics
+from coachhook.statistics import Statistics, read_texts
 from tests.experiments.conftest import parse, run, words
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -138,6 +145,22 @@ def test_the_results_have_every_column(killed):
     assert low <= mid <= high
 
 
+def test_a_line_that_a_kill_cut_short_is_dropped_and_written_again(killed, tmp_path):
+    out, *_ = killed
+    folder = tmp_path / "run"
+    shutil.copytree(out / "runs" / f"ours-{BATCH}", folder)
+    log = folder / "edits.jsonl"
+    text = log.read_text()
+    log.write_text(text[:-20])
+    kept = plan.read_run(folder)["edits"]
+    assert [line["edits"] for line in kept] == [2, 4]
+    begun = worker.Run(folder)
+    begun.add("edits.jsonl", json.loads(text.splitlines()[-1]))
+    assert log.read_text() == text
+    begun.add("new.jsonl", {"a": 1})
+    assert begun.lines("new.jsonl") == [{"a": 1}]
+
+
 def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, world, capsys):
     out, *_ = killed
     final = out / "runs" / f"ours-{BATCH}" / "final.json"
@@ -197,6 +220,23 @@ def test_single_rounds_start_from_the_unedited_model(world, tmp_path):
     assert final["language"]["tokens"] > 0
     row = tables.result_row(found, shared)
     assert row["tf_reliability"] == final["all"]["teacher_forced"]["after"]["reliability"]
+    # What edits do to other text is that of a whole batch, not of the fact that was left over.
+    rounds = lines(tmp_path / "runs" / "ours-2" / "rounds.jsonl")
+    assert ["extra" in r for r in rounds] == [True, False]
+    assert final["language"] == rounds[0]["extra"]["language"]
+
+
+def test_a_smaller_last_round_weighs_less():
+    def one(kl, fired):
+        gate = {"fired_unrelated": fired / 2, "fired_edited": fired}
+        answers = {"edit": [{}], "paraphrase": [], "neighborhood": [{}]}
+        record = {"values": {"before": {}, "after": {}}, "answers": answers, "kl": kl}
+        return {"records": [record], "gate": gate, "extra": {}}
+
+    whole, left = one(0.0, 1.0), one(0.0, 0.0)
+    whole["records"] *= 3
+    merged = measure.merge_rounds([whole, left])
+    assert merged["gate"] == {"fired_unrelated": 0.375, "fired_edited": 0.75}
 
 
 def test_facts_are_mixed_and_known_ones_are_chosen(tmp_path, shared_dir):
@@ -255,6 +295,36 @@ def test_what_a_model_knows_must_be_told_as_documented(tmp_path, written, match)
     known.write_text('{"m": {"zsre_index": [1]}}')
     edited, spare = gather([facts], known=known, model="m", count=None, seed=0)
     assert [r.text for r in edited] == [other["src"]] and not spare
+
+
+@pytest.mark.parametrize("form", ["bom", "lines", "object"])
+def test_known_records_are_found_in_every_form_of_a_file(tmp_path, form):
+    record = {"subject": "Ada", "rephrase": "Where was Ada?", "alt": "Rome", "answers": ["Oslo"]}
+    records = [{**record, "src": f"Where {verb} Ada?"} for verb in ("is", "lives", "works")]
+    records[0]["alt"] = ""  # bad, and left out
+    text = {
+        "bom": "\ufeff" + json.dumps(records),
+        "lines": "\n".join(map(json.dumps, records)),
+        "object": json.dumps({"records": records}),
+    }[form]
+    facts, known = tmp_path / "facts.json", tmp_path / "known.json"
+    facts.write_text(text, encoding="utf-8")
+    known.write_text('\ufeff{"m": {"zsre_index": [2]}}', encoding="utf-8")
+    edited, spare = gather([facts], known=known, model="m", count=None, seed=0)
+    assert [r.text for r in edited] == ["Where works Ada?"] and not spare
+    known.write_text('{"m": {"zsre_index": [3]}}')
+    with pytest.raises(ValueError, match="by their place below 3, got 3"):
+        gather([facts], known=known, model="m", count=None, seed=0)
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    # Separators that are no end of a line in JSON, and a passage of several lines.
+    request = EditRequest("The city\u2028of {} is", "Ada\x85", "Rome")
+    write_facts(tmp_path / "facts.jsonl", [request, request])
+    assert load_written(tmp_path / "facts.jsonl") == [request, request]
+    passages = ["One\nand two.", "Three\u2028four."]
+    write_passages(tmp_path / "text.jsonl", passages)
+    assert list(read_texts(tmp_path / "text.jsonl")) == passages
 
 
 def test_unrelated_text_names_no_edited_subject(world):

@@ -8,7 +8,7 @@ import torch
 from benchmarks.experiments import plan
 from benchmarks.experiments.scores import GROUPS, auc
 from benchmarks.experiments.systems import _pack, _unpack, known_systems, make_system, state_there
-from benchmarks.experiments.tables import score_rows
+from benchmarks.experiments.tables import cost_columns, score_rows
 from coachhook import bundled
 from coachhook.editing import EditRequest
 from coachhook.evaluation import load_facts
@@ -121,3 +121,15 @@ def test_scores_of_edited_keys_and_of_all_others(world, tmp_path):
     assert len(layers) > 1 and all(row["alpha"] < 2.21 for row in score_rows(paper))
     values = {(v["layer"], v["group"]): v["values"] for v in ours["final"]["values"]}
     assert len(values[ours["final"]["scores"][0]["layer"], "edited"]) == 3
+
+
+def test_only_systems_that_use_statistics_are_charged_with_them():
+    final = dict.fromkeys(("edit_seconds", "edit_cpu_seconds"), 2.0) | {"training_seconds": 3.0}
+    final |= dict.fromkeys(("converged", "peak_mib", "start_mib"), 1.0)
+    for system, seconds in (("ours", 20.0), ("memit", 20.0), ("grace", 5.0), ("mend", 5.0)):
+        row = cost_columns(final, 10, {"statistics_seconds": 15.0}, system)
+        assert row["edits_per_second_with_preparation"] == 10 / seconds
+    # Statistics that were given cost nobody knows what.
+    for system, known in (("ours", None), ("lora", 2.0)):
+        row = cost_columns(final, 10, {"statistics_seconds": None}, system)
+        assert row["edits_per_second_with_preparation"] == known

@@ -15,7 +15,7 @@ from torch import nn
 
 from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.hooks import attached_hooks
-from coachhook.models import check_finite, describe, prepare_tokenizer
+from coachhook.models import check_finite, describe, evaluating, prepare_tokenizer
 from coachhook.statistics import Statistics
 
 _Self = TypeVar("_Self", bound="Baseline")
@@ -105,7 +105,9 @@ class Baseline(ABC):
         self._statistics = statistics
         self._depth = 0
         self._closed = False
-        self._start()
+        # As in edit: what is made here is trained with, or changed, later.
+        with torch.inference_mode(False):
+            self._start()
 
     @classmethod
     def configure(cls, model: nn.Module, **options: Any) -> Any:
@@ -144,18 +146,14 @@ class Baseline(ABC):
             raise RuntimeError("edit: the baseline must be on, got it within disabled()")
         batch = check_requests(requests)
         state = self._snapshot()
-        was_training = self._model.training
-        self._model.eval()
         begin = self._now()
         try:
             # Tensors made in inference mode could not be trained, nor changed outside of it.
-            with torch.inference_mode(False):
+            with evaluating(self._model), torch.inference_mode(False):
                 converged, losses = self._edit(batch)
         except BaseException:
             self._restore(state)
             raise
-        finally:
-            self._model.train(was_training)
         return BaselineResult(self._now() - begin, converged, losses)
 
     @contextmanager

@@ -1,7 +1,9 @@
 """What the closed-form baselines share: targets v*, keys and residuals, layer after layer.
 
 All of them see the same v* and the same keys as :class:`~coachhook.Editor` does with the same
-settings; they differ in the change ``Delta W`` that they make of a layer's keys and residuals.
+settings of the paper's preset; they differ in the change ``Delta W`` that they make of a layer's
+keys and residuals. What our default preset asks of a target beside its contexts (the model's own
+rewordings, the end of the target's last word) is left out.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from coachhook.evaluation.baselines.weights import WeightBaseline
 from coachhook.models import get_submodule
 
 PRESETS = ("paper", "default")
+# What of our default preset is not done here, so that the settings say what is.
+_LEFT_OUT = {"places": PLACES[:1], "rewordings": 0, "target_ends_word": False}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class ClosedFormConfig:
 
     Args:
         edit: layers, contexts, targets and prior as for an :class:`~coachhook.Editor`. The fields
-            of the gate and of the storage are not used.
+            of the gate and of the storage are not used, nor are ``rewordings`` and
+            ``target_ends_word``.
     """
 
     edit: EditConfig
@@ -52,7 +57,7 @@ class ClosedForm(WeightBaseline):
             model: the model.
             preset: which targets and layers: "paper" the published ones
                 (:meth:`~coachhook.EditConfig.paper`), "default" those of our default preset, at the
-                last subject token only.
+                last subject token only, without rewordings and ends of words.
             options: fields of the baseline's own settings or of
                 :class:`~coachhook.EditConfig` to set otherwise.
 
@@ -71,7 +76,7 @@ class ClosedForm(WeightBaseline):
             # Without a gate, padding has no say; counting it would only make targets slow.
             edit = EditConfig.paper(model, **{"include_padding": False, **rest})
         else:
-            edit = EditConfig.for_model(model, **{"places": PLACES[:1], **rest})
+            edit = EditConfig.for_model(model, **{**_LEFT_OUT, **rest})
         return cls.config_type(edit=edit, **own)
 
     def _start(self) -> None:

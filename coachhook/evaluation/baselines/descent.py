@@ -96,7 +96,7 @@ def train(
         The last loss of each row, before the step taken on it.
 
     Raises:
-        ValueError: a loss is not finite.
+        ValueError: a loss or a trained value is not finite.
     """
     optimiser = torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
     losses = [float("inf")] * len(rows)
@@ -123,6 +123,12 @@ def train(
                     after_step()
             if sum(losses) / len(losses) < stop:
                 break
+    # No loss follows the last step, whose values may not be finite either.
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise ValueError(
+            "edit: the trained values must be finite, got NaN or infinity; lower the learning "
+            "rate, or load the model in float32"
+        )
     return losses
 
 

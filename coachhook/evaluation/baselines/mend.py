@@ -40,7 +40,7 @@ from coachhook.evaluation.baselines.texts import (
 )
 from coachhook.evaluation.baselines.training_facts import TrainingFacts, check_training_requests
 from coachhook.evaluation.baselines.weights import WeightBaseline
-from coachhook.models import get_submodule, weight_of
+from coachhook.models import evaluating, get_submodule, weight_of
 from coachhook.models.modules import is_linear_like
 
 GRADIENTS = ("original", "edited")
@@ -219,13 +219,8 @@ class Mend(WeightBaseline):
         if config.networks is not None:
             self._load(config.networks)
         else:
-            was_training = self._model.training
-            self._model.eval()
-            try:
-                with torch.inference_mode(False), torch.enable_grad():
-                    self._train()
-            finally:
-                self._model.train(was_training)
+            with evaluating(self._model), torch.inference_mode(False), torch.enable_grad():
+                self._train()
         self._networks.requires_grad_(False)
         self._alphas.requires_grad_(False)
 

@@ -46,6 +46,7 @@ from coachhook.hooks.cache_state import (
     state_of,
 )
 from coachhook.hooks.context import token_mask
+from coachhook.models import evaluating
 
 _ROWS_AT_ONCE = 64
 
@@ -219,20 +220,16 @@ class Serac(Baseline):
         self._classifier.to(parameter.device, dtype)
         self.losses: dict[str, list[float]] = {"classifier": [], "counterfactual": []}
         self._states = BlockStates(self._model, description)
-        was_training = self._model.training
-        self._model.eval()
         try:
             if config.networks is not None:
                 self._load(config.networks)
             else:
-                with torch.inference_mode(False), torch.enable_grad():
+                with evaluating(self._model), torch.inference_mode(False), torch.enable_grad():
                     self._train()
         except BaseException:
             self._states.remove()
             raise
-        finally:
-            self._model.train(was_training)
-        self._counterfactual.requires_grad_(False).eval()
+        self._counterfactual.requires_grad_(False)
         self._classifier.requires_grad_(False)
         empty = torch.zeros(0, config.width, dtype=dtype, device=parameter.device)
         self.memory = Memory((), (), empty)

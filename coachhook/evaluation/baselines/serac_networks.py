@@ -208,7 +208,11 @@ def _embed(
 
 
 def counterfactual_copy(model: Any, description: ModelDescription, blocks: int | None) -> Any:
-    """A trainable copy of a model, of its first ``blocks`` blocks; float32 or float64."""
+    """A trainable copy of a model, of its first ``blocks`` blocks; float32 or float64.
+
+    It is in evaluation mode, in training too: with the model's own mode its dropout, and so what is
+    learned, would depend on how the caller left the model.
+    """
     network = copy.deepcopy(model)
     if blocks is not None and blocks < description.num_layers:
         layers: Any = get_submodule(network, description.blocks_path)
@@ -219,7 +223,7 @@ def counterfactual_copy(model: Any, description: ModelDescription, blocks: int |
             config.layer_types = config.layer_types[:blocks]
     if next(network.parameters()).dtype != torch.float64:
         network = network.float()
-    return network.requires_grad_(True)
+    return network.requires_grad_(True).eval()
 
 
 def in_context_row(memory: Row, separator: int, text: Row) -> Row:

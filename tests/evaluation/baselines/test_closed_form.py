@@ -175,6 +175,9 @@ def test_default_preset_keeps_a_key_for_every_context(wide, tokenizer, statistic
     assert baseline.config.edit.target_clamp == 2.0
     assert baseline.config.edit.target_lr == plain.target_lr
     assert baseline.config.edit.places == ("subject_last",)
+    # The settings say what is done: the targets are asked for in the contexts alone.
+    assert baseline.config.edit.rewordings == 0
+    assert not baseline.config.edit.target_ends_word
 
 
 def _relative(found, wanted):

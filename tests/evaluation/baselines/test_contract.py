@@ -10,8 +10,8 @@ import torch
 from coachhook import EditRequest
 from coachhook.evaluation import evaluate
 from coachhook.evaluation.baselines import BASELINES, BaselineResult, make_baseline
-from coachhook.evaluation.scoring import evaluation_mode
 from coachhook.hooks import attach_hooks
+from coachhook.models import evaluating
 from tests.evaluation.baselines.support import (
     BATCHES,
     SETTINGS,
@@ -115,20 +115,26 @@ def test_a_batch_broken_off_anywhere_leaves_no_trace(key, fresh, tokenizer, stat
 @pytest.mark.parametrize("key", SETTINGS)
 def test_training_mode_gradients_and_inference_mode(key, fresh, tokenizer, statistics):
     fresh.train()
+    fresh.transformer.h[1].eval()  # as of a model whose lower part is frozen
     for parameter in fresh.parameters():
         parameter.requires_grad_(True)
     state = whole(fresh)
-    with make(fresh, tokenizer, key, statistics) as baseline:
+    modes = {path: m.training for path, m in fresh.named_modules()}
+    with torch.inference_mode():
+        baseline = make(fresh, tokenizer, key, statistics)
+    with baseline:
         with torch.inference_mode():
             baseline.edit(BATCHES[0])
-            with evaluation_mode(fresh):
+            with evaluating(fresh):
                 edited = logits_of(fresh, tokenizer)
                 with baseline.disabled():
                     assert not same(logits_of(fresh, tokenizer), edited)
-        with evaluation_mode(fresh):
+        with evaluating(fresh):
             assert same(logits_of(fresh, tokenizer), edited)
         baseline.edit(BATCHES[1])
-        assert all(m.training for m in fresh.modules())
+        # LoRA put modules in; all others are in the mode they were in.
+        now = {path: m.training for path, m in fresh.named_modules()}
+        assert {path: now[path] for path in modes} == modes
         assert all(p.grad is None for p in fresh.parameters())
     assert unchanged(state, whole(fresh))
 
@@ -144,6 +150,18 @@ def test_other_dtypes(dtype, key, fresh, tokenizer):
         edited = logits_of(fresh, tokenizer)
         assert edited[0].dtype == dtype
         assert not torch.equal(edited[0], plain[0])
+    assert unchanged(state, whole(fresh))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("key", ["fine-tuning", "lora"])
+def test_training_that_float16_cannot_hold_leaves_no_trace(key, steps, fresh, tokenizer):
+    fresh.half()  # in which Adam's epsilon is 0
+    state, plain = whole(fresh), logits_of(fresh, tokenizer)
+    with make(fresh, tokenizer, key, None, steps=steps) as baseline:
+        with pytest.raises(ValueError, match="must be finite, got NaN .* in float32"):
+            baseline.edit(BATCHES[0])
+        assert same(logits_of(fresh, tokenizer), plain)
     assert unchanged(state, whole(fresh))
 
 
