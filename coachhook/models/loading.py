@@ -69,8 +69,16 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     """Give a tokenizer a pad token (its end-of-text token) where it has none, and return it.
 
     Raises:
-        ValueError: it has no end-of-text token either.
+        ValueError: it has no end-of-text token either, or ends every text with a token of its own.
     """
+    whole, bare = (tokenizer("a", add_special_tokens=x)["input_ids"] for x in (True, False))
+    if bare and whole[-len(bare) :] != bare:
+        # A prompt would end there, before its answer.
+        raise ValueError(
+            "prepare_tokenizer: tokenizer must put no token after a text, got "
+            f"{tokenizer.convert_ids_to_tokens(whole[-1])!r} after every text; make it with "
+            "add_eos_token=False"
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(

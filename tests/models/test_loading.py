@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from coachhook.models import check_finite, describe, load_model, prepare_tokenizer
@@ -100,6 +100,17 @@ def test_the_pad_token_is_the_end_of_text_token() -> None:
     assert tokenizer.pad_token_id == 0
     with pytest.raises(ValueError, match=r"set tokenizer\.pad_token"):
         prepare_tokenizer(_tokenizer())
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused() -> None:
+    """A prompt would be answered after its end."""
+    tokenizer = _tokenizer(eos_token="<e>")
+    after = processors.TemplateProcessing
+    tokenizer.backend_tokenizer.post_processor = after("<e> $A", special_tokens=[("<e>", 0)])
+    assert prepare_tokenizer(tokenizer)("a")["input_ids"] == [0, 1]
+    tokenizer.backend_tokenizer.post_processor = after("$A <e>", special_tokens=[("<e>", 0)])
+    with pytest.raises(ValueError, match="no token after a text, got '<e>' after every text; make"):
+        prepare_tokenizer(tokenizer)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
