@@ -422,7 +422,7 @@ class Editor:
         ]
         bare = contexts[:: len(config.contexts)]
         asked, count = (contexts, len(config.contexts)) if each else (bare, 1)
-        goal = targets.values.T
+        goal = targets.values[:, targets.used[:, 0]].T
         read: States | None = None
         if each or targets.used[:, 1:].any():
             # The same delta in every context, on top of what the model says there.

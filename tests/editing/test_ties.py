@@ -231,6 +231,18 @@ def test_contradictions_with_keys_of_their_own_are_named(make_editor, requests):
     assert "is not written" in named
 
 
+def test_a_replaced_request_has_no_key_where_keys_are_averaged(make_editor, requests):
+    """Its target was counted all the same, and did not fit the keys."""
+    editor, model, tokenizer = make_editor(
+        key_pooling="mean", places=("subject_last",), rewordings=0
+    )
+    later = replace(requests[0], target_new=requests[0].target_true)
+    (named,) = editor.edit([requests[0], requests[1], later]).warnings
+    assert "is not written" in named
+    assert editor.batches[1].slots == [(1, 0), (2, 0)]
+    assert answers(model, tokenizer, [requests[1], later]) == [True, True]
+
+
 def test_a_subject_that_is_one_token_at_the_start_of_a_text(make_editor):
     """What was written at its token before the last has no token in prompts that begin with it."""
     editor, _, tokenizer = make_editor(contexts=("{}",), rewordings=0, target_steps=2)
