@@ -17,11 +17,20 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, memory_device, save_state
+from coachhook.editing.leaning import leaned_on
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.problem import Earlier
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.editing.published import PublishedMemory
-from coachhook.editing.reading import States, answered, read_inputs, read_states, read_up_to
+from coachhook.editing.reading import (
+    States,
+    answered,
+    mean_keys,
+    read_inputs,
+    read_states,
+    read_up_to,
+    whole_scores,
+)
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.requests import EditRequest, check_kind, check_requests
 from coachhook.editing.result import (
@@ -39,7 +48,7 @@ from coachhook.editing.targets import Targets, optimise_targets
 from coachhook.editing.ties import Ties, find_ties
 from coachhook.editing.unrelated import Ending, SampleTokens, endings
 from coachhook.editing.word_ends import word_continuing_tokens
-from coachhook.hooks import HookedLinear, HookSet, attach_hooks
+from coachhook.hooks import HookSet, attach_hooks
 from coachhook.models import (
     EditableLayer,
     check_finite,
@@ -53,8 +62,6 @@ from coachhook.models import (
     prepare_tokenizer,
     weight_of,
 )
-from coachhook.ops import Membership, Population, Prefix, Scope, gate_scores
-from coachhook.ops import Sequence as SequenceScope
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
 
@@ -413,7 +420,14 @@ class Editor:
         config = self.config
         each = config.key_pooling == "each"
         slots = [(r, targets.places[p]) for r, p in targets.used.nonzero().tolist()]
+        own = len(slots)
         record.slots = [(r, tuple(config.places).index(place[0])) for r, place in slots]
+        if each:
+            slots += leaned_on(
+                *(self._state, record.requests, encoded, earlier, record.owners(config.places)),
+                lambda prompts, layer: self._inputs(prompts, layer, pad_id),
+            )
+        record.slots += [(r, tuple(config.places).index(place[0])) for r, place in slots[own:]]
         record.endings = [self._endings(encoded[r], place) for r, place in slots]
         contexts = [
             prompt.at(place, encoded[request].target)
@@ -422,17 +436,18 @@ class Editor:
         ]
         bare = contexts[:: len(config.contexts)]
         asked, count = (contexts, len(config.contexts)) if each else (bare, 1)
-        goal = targets.values.T
+        goal = targets.values[:, targets.used[:, 0]].T
         read: States | None = None
         if each or targets.used[:, 1:].any():
             # The same delta in every context, on top of what the model says there.
             read = self._read(asked, config.layers[0], pad_id)
             start = read.outputs.to(goal.dtype)
             wanted = targets.deltas[targets.used][:, None].repeat(1, count, 1)
-            for i, (r, place) in enumerate(slots):
+            for i, (r, place) in enumerate(slots[:own]):
                 if place in earlier[r]:  # it takes the place of what is said there now
                     wanted[i] -= earlier[r][place].added[:count].to(wanted)
-            goal = start + wanted.flatten(0, 1)
+            nothing = wanted.new_zeros(len(slots) - own, *wanted.shape[1:])
+            goal = start + torch.cat([wanted, nothing]).flatten(0, 1)
         if config.scope != "membership":
             # The published code lets every token take the hook while a batch is computed.
             self.hooks.set_state("temporary")
@@ -444,7 +459,7 @@ class Editor:
             keys, outputs, read = states.keys, states.outputs, None
             if not each:
                 keys = self._read_keys(contexts, layer, pad_id)
-                keys = _mean_keys(keys.view(len(slots), len(config.contexts), -1))
+                keys = mean_keys(keys.view(len(slots), len(config.contexts), -1))
             left = len(config.layers) - position if config.sharing == "even" else 1
             share = (goal - outputs.to(goal.dtype)) / left
             if config.uses_cues:
@@ -555,29 +570,11 @@ class Editor:
         bounds = {}
         for layer, x in inputs.items():
             hook = self.hooks[layer]
-            z = _scores(hook, x, None if self.config.include_padding else mask.to(x.device))
+            z = whole_scores(hook, x, None if self.config.include_padding else mask.to(x.device))
             largest = z.nan_to_num(nan=-float("inf")).amax(dim=-1)
             defined = largest[largest > -float("inf")]
             bounds[layer] = float(defined.min()) if len(defined) else float("nan")
         return bounds
-
-
-def _scores(hook: HookedLinear, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Scores ``[B, T]`` of inputs ``[B, T, n]`` as the hook would judge whole sequences."""
-    scopes: dict[str, Scope] = {
-        "sequence": SequenceScope(),
-        "prefix": Prefix(),
-        "population": Population(*hook.population),
-        "membership": Membership(correction=hook.correction, **hook.cues()),
-    }
-    return gate_scores(x, hook.operand(), mask=mask, scope=scopes[hook.scope])
-
-
-def _mean_keys(keys: Tensor) -> Tensor:
-    """Half the bare prompt's key and half the mean over the other contexts; ``[R, C, n]``."""
-    if keys.shape[1] == 1:
-        return keys[:, 0]
-    return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2
 
 
 def _new_memory(

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from coachhook.editing.live import first_tensor
 from coachhook.editing.packing import MODEL_COST, group_cost, pack
 from coachhook.editing.prompts import EncodedPrompt, pad_right
+from coachhook.hooks import HookedLinear
 from coachhook.models import ForwardEnded, ModelDescription, get_submodule, partial_forward
+from coachhook.ops import Membership, Population, Prefix, Scope, gate_scores
+from coachhook.ops import Sequence as SequenceScope
 
 
 @dataclass(frozen=True)
@@ -189,3 +192,21 @@ def answered(model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]]) -> 
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
         found.append(logits.argmax(-1).tolist() == target)
     return found
+
+
+def mean_keys(keys: Tensor) -> Tensor:
+    """Half the bare prompt's key and half the mean over the other contexts; ``[R, C, n]``."""
+    if keys.shape[1] == 1:
+        return keys[:, 0]
+    return (keys[:, 0] + keys[:, 1:].mean(dim=1)) / 2
+
+
+def whole_scores(hook: HookedLinear, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores ``[B, T]`` of inputs ``[B, T, n]`` as the hook would judge whole sequences."""
+    scopes: dict[str, Scope] = {
+        "sequence": SequenceScope(),
+        "prefix": Prefix(),
+        "population": Population(*hook.population),
+        "membership": Membership(correction=hook.correction, **hook.cues()),
+    }
+    return gate_scores(x, hook.operand(), mask=mask, scope=scopes[hook.scope])

@@ -231,6 +231,49 @@ def test_contradictions_with_keys_of_their_own_are_named(make_editor, requests):
     assert "is not written" in named
 
 
+def test_a_replaced_request_has_no_key_where_keys_are_averaged(make_editor, requests):
+    """Its target was counted all the same, and did not fit the keys."""
+    editor, model, tokenizer = make_editor(
+        key_pooling="mean", places=("subject_last",), rewordings=0
+    )
+    later = replace(requests[0], target_new=requests[0].target_true)
+    (named,) = editor.edit([requests[0], requests[1], later]).warnings
+    assert "is not written" in named
+    assert editor.batches[1].slots == [(1, 0), (2, 0)]
+    assert answers(model, tokenizer, [requests[1], later]) == [True, True]
+
+
+def test_what_a_batch_leans_on_stays_when_an_earlier_batch_is_taken_back(make_editor):
+    """The second answer was found beside the first one's corrections, and needs fewer places."""
+    editor, model, tokenizer = make_editor(rewordings=0, target_steps=5)
+    places = editor.config.places
+    first = request("The capital of {} is", "Zandovia", "of the")
+    second = replace(first, target_new="under")
+
+    def slots(batch):
+        return [places[p] for _, p in editor.batches[batch].slots]
+
+    def output():
+        ids = tokenizer(first.text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            return model(ids).logits
+
+    editor.edit([first])
+    assert "subject_previous" in slots(1)
+    alone = output()
+    editor.edit([second])
+    assert "subject_previous" in slots(2)
+    both = output()
+    editor.revert(1)
+    torch.testing.assert_close(output(), both, rtol=0.0, atol=1e-3)
+    editor.edit([first])
+    editor.revert(3)
+    torch.testing.assert_close(output(), both, rtol=0.0, atol=1e-3)
+    editor.revert(2)
+    editor.edit([first])
+    torch.testing.assert_close(output(), alone, rtol=0.0, atol=1e-3)
+
+
 def test_a_subject_that_is_one_token_at_the_start_of_a_text(make_editor):
     """What was written at its token before the last has no token in prompts that begin with it."""
     editor, _, tokenizer = make_editor(contexts=("{}",), rewordings=0, target_steps=2)
