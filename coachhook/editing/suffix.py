@@ -181,11 +181,11 @@ class Suffix:
         """Takes over what was seen to hold in an earlier one, if it ran in the same manner.
 
         That is the same blocks with the same hooks, replaced forwards, kind of attention, dtypes
-        and devices. What was refused may be tried again.
+        and devices. A refusal is forgotten, but for that of what no longer would be compared.
         """
         if self._manner == earlier._manner:
             self.replays = earlier.replays or None
-            self._agreed = earlier._agreed
+            self._agreed, self._narrows = earlier._agreed, earlier._narrows
 
     @property
     def keeps(self) -> bool:
