@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -423,10 +424,8 @@ class Editor:
         own = len(slots)
         record.slots = [(r, tuple(config.places).index(place[0])) for r, place in slots]
         if each:
-            slots += leaned_on(
-                *(self._state, record.requests, encoded, earlier, record.owners(config.places)),
-                lambda prompts, layer: self._inputs(prompts, layer, pad_id),
-            )
+            about, read_at = record.owners(config.places), partial(self._inputs, pad_id=pad_id)
+            slots += leaned_on(self._state, record.requests, encoded, earlier, about, read_at)
         record.slots += [(r, tuple(config.places).index(place[0])) for r, place in slots[own:]]
         record.endings = [self._endings(encoded[r], place) for r, place in slots]
         contexts = [
