@@ -7,6 +7,7 @@ cache reach every layer without the user passing them on.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,27 +27,38 @@ from coachhook.hooks.cache_state import (
 GateRecord = tuple[int, Tensor, Tensor]
 
 
+class _Forward(threading.local):
+    """What a thread knows of the forward that it runs; threads do not see each other's."""
+
+    shape: tuple[int, int] | None = None
+    mask: Tensor | None = None
+    cache: Any = None
+    pending: GateState | None = None
+    cacheless = True
+
+    def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
+        # A copy is in the middle of no forward.
+        return _Forward, ()
+
+
 class GateContext:
     """State of the running forward, shared by the hooked layers of one model.
 
     Attributes:
-        shape: ``(B, T)`` of the forward's tokens, None outside of a forward of the base model.
-        mask: bool ``[B, T]``, True = real token, None where all are.
+        forward: what is known of the forward that the calling thread runs: the ``shape`` ``(B, T)``
+            of its tokens, None outside of a forward of the base model, and their ``mask``, bool
+            ``[B, T]``, True = real token, None where all are.
         cu_seqlens: int32 boundaries of packed rows, set by ``HookSet.packed``.
-        disabled: depth of ``HookSet.disabled`` blocks.
+        disabled: an entry for each ``HookSet.disabled`` block, of whatever thread.
         sinks: lists that ``HookSet.record`` fills with (layer, z, fired).
     """
 
     def __init__(self) -> None:
-        self.shape: tuple[int, int] | None = None
-        self.mask: Tensor | None = None
+        self.forward = _Forward()
         self.cu_seqlens: Tensor | None = None
         self.packed_tokens = 0
-        self.disabled = 0
+        self.disabled: list[None] = []
         self.sinks: list[list[GateRecord]] = []
-        self._cache: Any = None
-        self._pending: GateState | None = None
-        self._cacheless = True
         self._names: Sequence[str] = ()
         self._handles: list[RemovableHandle] = []
 
@@ -81,23 +93,26 @@ class GateContext:
             tokens = given.get("inputs_embeds")
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
-        self.shape = (tokens.shape[0], tokens.shape[1])
-        self._cache = given_cache(given)
-        self._cacheless = given.get("use_cache") is False and self._cache is None
+        forward = self.forward
+        forward.shape = shape = (tokens.shape[0], tokens.shape[1])
+        forward.cache = cache = given_cache(given)
+        forward.cacheless = given.get("use_cache") is False and cache is None
         if self.cu_seqlens is None:
-            self.mask = token_mask(given.get("attention_mask"), self.shape, self._cache)
+            forward.mask = token_mask(given.get("attention_mask"), shape, cache)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
-        if self._pending is not None and output is not None:
+        pending = self.forward.pending
+        if pending is not None and output is not None:
             cache = returned_cache(output)
             if cache is not None:
-                follow(cache, self._pending)
+                follow(cache, pending)
         self._forget()
 
     def _forget(self) -> None:
-        self.shape = self.mask = self._cache = self._pending = None
-        self._cacheless = True
+        forward = self.forward
+        forward.shape = forward.mask = forward.cache = forward.pending = None
+        forward.cacheless = True
 
     def gate_state(self) -> GateState | None:
         """Where this forward's statistics are kept; None where no cache will carry them on.
@@ -105,29 +120,30 @@ class GateContext:
         Raises:
             TypeError: the cache is a legacy tuple, which cannot carry them.
         """
-        if self.shape is None or self._cacheless or self.cu_seqlens is not None:
+        forward = self.forward
+        if forward.shape is None or forward.cacheless or self.cu_seqlens is not None:
             return None
-        if self._cache is None:
-            if self._pending is None:
-                self._pending = GateState()
-            return self._pending
-        if not is_cache(self._cache):
+        if forward.cache is None:
+            if forward.pending is None:
+                forward.pending = GateState()
+            return forward.pending
+        if not is_cache(forward.cache):
             raise TypeError(
                 "forward: the cache must be a transformers Cache for the scopes 'sequence' and "
-                f"'prefix' and for edits with cues, got {type(self._cache).__name__}; pass a "
+                f"'prefix' and for edits with cues, got {type(forward.cache).__name__}; pass a "
                 "DynamicCache, update transformers, or use the scope 'population', or 'membership' "
                 "without cues"
             )
-        state = state_of(self._cache)
+        state = state_of(forward.cache)
         if state is None:
             state = GateState()
-            follow(self._cache, state)
+            follow(forward.cache, state)
         return state
 
     @property
     def can_crop(self) -> bool:
         """Whether this forward has been given a cache that may be cropped later."""
-        return hasattr(self._cache, "crop")
+        return hasattr(self.forward.cache, "crop")
 
 
 def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tensor | None:

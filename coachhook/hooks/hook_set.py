@@ -17,8 +17,8 @@ from coachhook.models import describe, get_submodule, linear_shape, set_submodul
 class HookSet(Mapping[int, HookedLinear]):
     """The hooks of one model, by layer index; made by :func:`attach_hooks`.
 
-    Usable as a context manager that detaches at the end. Forwards of one model must not overlap in
-    time (the hooks of a forward share what they know of it).
+    Usable as a context manager that detaches at the end. Several threads may run the model at once;
+    what :meth:`disabled`, :meth:`record` and :meth:`packed` say holds for all of them.
 
     Args:
         model: the model they are attached to.
@@ -133,11 +133,12 @@ class HookSet(Mapping[int, HookedLinear]):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model answers without hooks, bit for bit; blocks may be nested."""
-        self._context.disabled += 1
+        # Not a count: threads would lose each other's additions.
+        self._context.disabled.append(None)
         try:
             yield
         finally:
-            self._context.disabled -= 1
+            self._context.disabled.pop()
 
     @contextmanager
     def record(self) -> Iterator[list[GateRecord]]:

@@ -359,7 +359,7 @@ class HookedLinear(nn.Module):
         if x.dim() == 3:
             rows, columns = x.shape[0], x.shape[1]
         elif x.dim() == 2:
-            known = self.context.shape
+            known = self.context.forward.shape
             flattened = known is not None and known[0] * known[1] == x.shape[0]
             rows, columns = cast("tuple[int, int]", known) if flattened else (1, x.shape[0])
         else:
@@ -374,7 +374,7 @@ class HookedLinear(nn.Module):
         return rows, columns
 
     def _mask(self, x: Tensor, rows: int, columns: int) -> Tensor | None:
-        mask = self.context.mask
+        mask = self.context.forward.mask
         if mask is None or self.include_padding:
             return None
         if mask.shape != (rows, columns):

@@ -220,11 +220,11 @@ def test_padding_counts_where_it_is_included() -> None:
 
 
 def _x(model, hooks: HookSet) -> torch.Tensor:
-    context = hooks[0].context
-    kept = dict(vars(context))
+    forward = hooks[0].context.forward
+    kept = dict(vars(forward))
     with hooks.disabled():
         x = inputs(model, hooks[0], input_ids=IDS)[None]
-    vars(context).update(kept)
+    vars(forward).update(kept)
     return x
 
 

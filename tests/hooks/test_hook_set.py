@@ -179,7 +179,7 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
         answer(model, attention_mask=mask)
     handle.remove()
     context = hooks[0].context
-    assert (context.shape, context.mask) == (None, None)
+    assert (context.forward.shape, context.forward.mask) == (None, None)
     assert torch.equal(answer(model), edited)
 
 
