@@ -88,13 +88,13 @@ __device__ __forceinline__ double inverse_root(double value) {
 
 // Cholesky factor R of a symmetric matrix: a lane holds its row, of which the part left of the
 // diagonal is looked at, and the diagonal entry. Column c of R goes to `root` + c kPitch, from its
-// diagonal down, with zeros after its end and the inverse in place of the diagonal entry. A pivot
-// that is not positive and finite sets `failed` and counts as 1.
+// diagonal down, with zeros after its end and the inverse in place of the diagonal entry. `root`
+// may be where the rows were read from: what the first step overwrites only the lane itself has
+// read. A pivot that is not positive and finite sets `failed` and counts as 1.
 template <int kPitch, typename T>
 __device__ __forceinline__ void factor_rows(T (&row)[kPanelWidth], T diagonal, T* root,
                                             int32_t* failed) {
   const int lane = threadIdx.x % kWarpSize;
-  __syncwarp();  // `root` may be where the rows were read from
 #pragma unroll 1
   for (int c = 0; c < kPanelWidth; ++c, root += kPitch) {
     T pivot = __shfl_sync(kFullWarp, diagonal, c);

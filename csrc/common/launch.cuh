@@ -32,7 +32,7 @@ inline Status cuda_error(const char* op, const char* what, cudaError_t error) {
 }
 
 #ifdef COACHHOOK_HOST_SHIM
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernel() { races::waited_for_previous_kernel(); }
 inline void let_next_kernel_start() {}
 template <typename T>
 T* dynamic_shared() {

@@ -1,6 +1,7 @@
-// Runs csrc/cholesky.cu on the host, see driver.h.
+// Runs csrc/cholesky.cu and csrc/append.cu on the host, see driver.h.
 #include "driver.h"
 
+#include "append.cu"
 #include "cholesky.cu"
 
 namespace {
@@ -137,6 +138,31 @@ void run_solve() {
   write(residuals.get(), residuals_size);
 }
 
+// Keys [length, columns] by rows, which are their own targets.
+void run_batch() {
+  coachhook::BatchParams p;
+  p.real = static_cast<coachhook::Real>(read_int());
+  p.columns = read_int();
+  p.size = read_int();
+  const int64_t length = read_int();
+  const Bytes from = read_array();
+  const int64_t element = p.real == coachhook::Real::kFloat64 ? 8 : 4;
+  const Bytes stored[] = {unwritten(p.size * length * element),
+                          unwritten(p.size * length * element),
+                          unwritten(p.size * length * element)};
+  const Bytes at = unwritten(sizeof(int64_t));
+  p.keys.from = p.targets.from = from.get();
+  p.keys.row_stride = p.targets.row_stride = p.columns;
+  p.keys.column_stride = p.targets.column_stride = 1;
+  p.keys.length = p.targets.length = length;
+  p.keys.by_row = stored[0].get();
+  p.keys.by_column = stored[1].get();
+  p.targets.by_row = stored[2].get();
+  p.at = reinterpret_cast<int64_t*>(at.get());
+  finish(coachhook::load_batch(p));
+  for (const Bytes& bytes : stored) write(bytes.get(), p.size * length * element);
+}
+
 }  // namespace
 
 int main() {
@@ -152,6 +178,9 @@ int main() {
       return 0;
     case 3:
       run_solve();
+      return 0;
+    case 4:
+      run_batch();
       return 0;
   }
   std::fprintf(stderr, "cholesky_driver: unknown case\n");

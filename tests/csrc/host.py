@@ -6,10 +6,12 @@ The kernels and their launch code are compiled unchanged by g++ against tests/cs
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +49,56 @@ def build(output: Path, *flags: str, csrc: Path = CSRC, driver: str = "gate_driv
         pytest.skip("g++ has no sanitizer libraries here")
     assert result.returncode == 0, result.stderr
     return output
+
+
+# What orders the accesses of threads, blocks, copies and kernels.
+STEP = re.compile(
+    r"(?:__sync(?:threads|warp)|__threadfence|wait_for_previous_kernel|wait_for_copies<[^>]*>)\(\);"
+)
+
+
+def build_watched(
+    folder: Path, driver: str, kernels: Sequence[str], change: tuple[str, str, str] | None = None
+) -> tuple[Path, list[str]]:
+    """A driver that finds races, and the steps of its kernels that ``SHIM_SKIP`` may leave out.
+
+    ``change`` is a file of csrc/, what is in it, and what takes its place.
+    """
+    copy, steps = folder / "csrc", []
+    shutil.copytree(CSRC, copy)
+    if change is not None:
+        path, old, new = copy / change[0], *change[1:]
+        assert old in path.read_text(), old
+        path.write_text(path.read_text().replace(old, new))
+    for name in kernels:
+        lines = (copy / name).read_text().split("\n")
+        for i, line in enumerate(lines):
+            found = STEP.search(line)
+            if found is None:
+                continue
+            lines[i] = STEP.sub(lambda m: f"if (shim::keeps({len(steps)})) {m[0]}", line)
+            steps.append(f"{name}:{i + 1} {found[0]}")
+        (copy / name).write_text("\n".join(lines))
+    # g++ then calls what races.cpp defines; its own library for that is left out.
+    watched = ["-fno-pie", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+    defines = ["-DSHIM_RACES", "-g", "-c"]
+    objects = [folder / "driver.o", folder / "races.o"]
+    build(objects[0], *watched, *defines, csrc=copy, driver=driver)
+    build(objects[1], "-fno-pie", "-O2", "-c", csrc=copy, driver="shim/races.cpp")
+    program = folder / "watched"
+    link = [require_compiler(), "-no-pie", *map(str, objects), "-o", str(program)]
+    result = subprocess.run(link, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return program, steps
+
+
+def where(program: Path, message: str) -> str:
+    """The report of a race with its lines of code, where binutils are installed."""
+    codes = re.findall(r"at (0x[0-9a-f]+)$", message, re.MULTILINE)
+    if not codes or shutil.which("addr2line") is None:
+        return message
+    command = ["addr2line", "-e", str(program), *codes]
+    return message + subprocess.run(command, capture_output=True, text=True).stdout
 
 
 def _array(values: np.ndarray | None) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.csrc.host import CSRC, SANITIZE, Host, KernelFailure, _array, build
+from tests.csrc.host import SANITIZE, Host, KernelFailure, _array, build
 from tests.csrc.test_gate_host import mutated
 
 DRIVER = "cholesky_driver.cpp"
@@ -456,34 +456,6 @@ def test_sanitizer_sees_an_access_outside(tmp_path: Path) -> None:
     program = build(tmp_path / "cholesky", *SANITIZE, csrc=source, driver=DRIVER)
     with pytest.raises(KernelFailure, match="heap-buffer-overflow"):
         run_rotations(Host(program), make(8, 4))
-
-
-def everything(program: Host, case: Update, order: int) -> list[np.ndarray]:
-    got = run_rotations(program, case, order)
-    factor = np.tril(run_apply(program, case, order=order)[1])
-    inverses = run_invert(program, case, 128, order=order)
-    return [got.rotations, got.inverse, factor, inverses, run_solve(program, case, order=order)[0]]
-
-
-BARRIERS = [
-    (name, which)
-    for name in sorted(path.name for path in CSRC.glob("cholesky*.cuh"))
-    for which in range(len(re.findall(r"__syncthreads\(\);", (CSRC / name).read_text())))
-]
-
-
-@pytest.mark.parametrize("name, which", BARRIERS)
-def test_every_barrier_is_needed(host: Host, tmp_path: Path, name: str, which: int) -> None:
-    """Without it, some order of the threads gives another result."""
-    source = mutated(tmp_path, name, "__syncthreads();", "", which)
-    broken = Host(build(tmp_path / "cholesky", "-O0", csrc=source, driver=DRIVER))
-    cases = make(70, 3, chunk=96), make(40, 33, chunk=96)
-
-    def differs(case: Update, order: int) -> bool:
-        pairs = zip(everything(broken, case, order), everything(host, case, 0), strict=True)
-        return any(not np.array_equal(a, b, equal_nan=True) for a, b in pairs)
-
-    assert any(differs(case, order) for case in cases for order in ORDERS)
 
 
 @pytest.mark.parametrize(

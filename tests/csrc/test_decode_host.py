@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from torch import Tensor
 
 from coachhook.ops import Membership, Population, Prefix, Scope, Sequence, Ungated
 from tests.csrc.decode_host import Decode, decode, truth
-from tests.csrc.host import CSRC, SANITIZE, Host, KernelFailure, build
+from tests.csrc.host import SANITIZE, Host, KernelFailure, build
 from tests.csrc.test_gate_host import mutated
 from tests.ops.gate_oracle import arming
 from tests.ops.test_cues import make_edits, random_state
@@ -333,63 +330,18 @@ def test_thread_order_does_not_change_a_bit(host: Host, fused: bool) -> None:
         assert all(same(decode(host, case, order), first) for order in (1, 23))
 
 
-# But for one behind shuffles, which order the threads here and on a GPU say nothing of memory.
-BARRIER = re.compile(r"__sync(threads|warp)\(\);(?!  // in order by shuffles)")
-KERNELS = ("decode_project.cuh", "decode.cuh", "decode_own.cuh")
-BARRIERS = sum(len(BARRIER.findall((CSRC / name).read_text())) for name in KERNELS)
-
-
 @pytest.fixture(scope="module")
-def without_barrier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels with the barrier left out that SKIP_BARRIER numbers: one build for all.
-
-    The partial sums are always added up by a launch of their own.
-    """
-    folder = tmp_path_factory.mktemp("mutated")
-    numbers = itertools.count()
-
-    def guarded(match: re.Match[str]) -> str:
-        return f"if (keeps({next(numbers)})) {match[0]}"
-
-    shutil.copytree(CSRC, folder / "csrc")
-    keeps = 'inline bool keeps(int i) { return atoi(getenv("SKIP_BARRIER")) != i; }'
-    for name in KERNELS:
-        path = folder / "csrc" / name
-        path.write_text(BARRIER.sub(guarded, path.read_text()))
-    path, limit = folder / "csrc" / "decode.cu", "int64_t{16} << 20"
-    text = path.read_text()
-    assert limit in text
-    path.write_text(f"#include <cstdlib>\n{keeps}\n" + text.replace(limit, "-1"))
-    return build(folder / "decode", csrc=folder / "csrc", driver=DRIVER)
+def summing(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The partial sums are always added up by a launch of their own."""
+    folder = tmp_path_factory.mktemp("summing")
+    source = mutated(folder, "decode.cu", "int64_t{16} << 20", "-1")
+    return Host(build(folder / "decode", csrc=source, driver=DRIVER))
 
 
-def test_sums_of_their_own_launch_are_the_same_bits(host: Host, without_barrier: Path) -> None:
-    summing = Host(without_barrier, {"SKIP_BARRIER": "-1"})
+def test_sums_of_their_own_launch_are_the_same_bits(host: Host, summing: Host) -> None:
     for scope in (Population(60.0, 20.0), Membership(GROUPS, "own"), Sequence()):
         case = crowded(scope, alpha=0.5)
         assert same(decode(summing, case), decode(host, case))
-
-
-@pytest.mark.parametrize("which", range(BARRIERS))
-def test_every_barrier_is_needed(host: Host, without_barrier: Path, which: int) -> None:
-    """Without it, some order of the threads gives another result, or a deadlock."""
-    broken = Host(without_barrier, {"SKIP_BARRIER": str(which)})
-    cases = [
-        crowded(Population(60.0, 20.0), alpha=-1.0),
-        # The group of a key is nobody's own lane.
-        crowded(Membership(torch.arange(40) % 7 + 20, "own"), rank=40, alpha=0.5),
-        waiting(make(2, 3, rank=600, alpha=0.5), state=False),
-        make(1, 17, n=24, rank=500, scope=Membership(), alpha=-math.inf),
-    ]
-    for case in cases:
-        right = decode(host, case)
-        for order in ORDERS:
-            try:
-                if not same(decode(broken, case, order), right):
-                    return
-            except KernelFailure:
-                return
-    pytest.fail("no order of the threads noticed")
 
 
 def test_sanitizer_sees_an_access_outside(tmp_path: Path) -> None:

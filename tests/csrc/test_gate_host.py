@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 from pathlib import Path
 
@@ -289,25 +288,6 @@ def mutated(folder: Path, name: str, old: str, new: str, which: int = 0) -> Path
     assert len(parts) > which + 1, f"{old!r} is not in {name}"
     path.write_text(old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :]))
     return copy
-
-
-def barriers() -> list[tuple[str, int]]:
-    found = []
-    for path in (CSRC / "gate.cuh", CSRC / "common" / "numeric.cuh"):
-        count = len(re.findall(r"__syncthreads\(\);", path.read_text()))
-        found += [(str(path.relative_to(CSRC)), i) for i in range(count)]
-    return found
-
-
-@pytest.mark.parametrize("name, which", barriers())
-def test_every_barrier_is_needed(host: Host, tmp_path: Path, name: str, which: int) -> None:
-    """Without it, some order of the threads gives another result."""
-    source = mutated(tmp_path, name, "__syncthreads();", "", which)
-    broken = Host(build(tmp_path / "gate", "-O0", csrc=source))
-    case = make(600, 3, sequences=2)
-    right = host.gate(case)
-    results = [broken.gate(case, order) for order in ORDERS]
-    assert any(not np.array_equal(r.z, right.z, equal_nan=True) for r in results)
 
 
 @pytest.mark.parametrize(

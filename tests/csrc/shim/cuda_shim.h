@@ -3,7 +3,8 @@
 // fibers goes next is a priority list chosen by SHIM_ORDER (0 ascending, 1 descending, else a
 // seeded permutation of warps and of the lanes in them), and so is the order of the blocks. The
 // first in the list always runs as far as it can, so that a missing barrier lets one warp overtake
-// another. Warps are converged at shuffles only, as on a GPU.
+// another. Warps are converged at shuffles only, as on a GPU. With SHIM_RACES accesses that nothing
+// orders are found whatever the order, see races.cpp.
 //
 // Not modelled: several blocks at once, the GPU's memory model, timing.
 #pragma once
@@ -25,6 +26,28 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#ifdef SHIM_RACES
+#include "races.h"
+#else
+namespace races {
+inline void start_launch(bool) {}
+inline void end_launch() {}
+inline void start_block(unsigned, unsigned, const void*, size_t) {}
+inline void run(int, const void*, size_t) {}
+inline void block_barrier() {}
+inline void warp_barrier(unsigned) {}
+inline void shuffle(unsigned) {}
+inline void fence() {}
+inline void atomic(void*, size_t) {}
+inline void waited_for_previous_kernel() {}
+inline void copy_started(void*, size_t, const void*, size_t) {}
+inline void copy_arrived(void*, size_t, const void*, size_t) {}
+struct Quiet {
+  Quiet() {}
+};
+}  // namespace races
+#endif
+
 #define __global__
 #define __device__
 #define __host__
@@ -42,7 +65,7 @@ namespace shim {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 128 << 10;
 
-enum class Wait { kNothing, kBlock, kWarp };
+enum class Wait { kNothing, kBlock, kWarp, kShuffle };
 
 // A copy that was started and not waited for: it happens at the wait, as late as it may.
 struct Copy {
@@ -115,19 +138,22 @@ inline void yield(Wait wait) {
 inline void run_fiber() {
   entered(nullptr, &active->stack_bottom, &active->stack_size);
   active->body();
+  const races::Quiet quiet;
   active->current->done = true;
   --active->alive;
   yield(Wait::kNothing);
 }
 
 inline void sync_block() {
+  const races::Quiet quiet;
   ++active->waiting;
   yield(Wait::kBlock);
 }
 
-inline void sync_warp() {
+inline void sync_warp(Wait wait = Wait::kShuffle) {
+  const races::Quiet quiet;
   ++active->warps[active->current->index / kWarp].waiting;
-  yield(Wait::kWarp);
+  yield(wait);
 }
 
 // Opens the barriers that every living thread has reached.
@@ -137,6 +163,7 @@ inline void release(Block& block) {
     for (Fiber& f : block.fibers) {
       if (f.wait == Wait::kBlock) f.wait = Wait::kNothing;
     }
+    races::block_barrier();
   }
   for (unsigned w = 0; w < block.warps.size(); ++w) {
     const unsigned begin = w * kWarp;
@@ -145,9 +172,18 @@ inline void release(Block& block) {
     for (unsigned i = begin; i < end; ++i) alive += !block.fibers[i].done;
     if (block.warps[w].waiting == 0 || block.warps[w].waiting != alive) continue;
     block.warps[w].waiting = 0;
+    Wait kind = Wait::kNothing;
     for (unsigned i = begin; i < end; ++i) {
-      if (block.fibers[i].wait == Wait::kWarp) block.fibers[i].wait = Wait::kNothing;
+      Fiber& f = block.fibers[i];
+      if (f.done) continue;
+      if (kind != Wait::kNothing && f.wait != kind) {
+        std::fprintf(stderr, "shim: half a warp waits at a barrier, the rest at a shuffle\n");
+        std::abort();
+      }
+      kind = f.wait;
+      f.wait = Wait::kNothing;
     }
+    kind == Wait::kWarp ? races::warp_barrier(w) : races::shuffle(w);
   }
 }
 
@@ -206,11 +242,17 @@ inline void run_block(Block& block) {
     }
     block.current = next;
     enter(&block.fake_stack, next->stack.get(), kStack);
+    races::run(static_cast<int>(next->index), next->stack.get(), kStack);
     swapcontext(&block.scheduler, &next->context);
+    races::run(-1, nullptr, 0);
     entered(block.fake_stack, nullptr, nullptr);
     release(block);
   }
 }
+
+// Whether a step of a kernel is done that a test has numbered; SHIM_SKIP is the one left out.
+inline const int skipped = std::getenv("SHIM_SKIP") ? std::atoi(std::getenv("SHIM_SKIP")) : -1;
+inline bool keeps(int step) { return step != skipped; }
 
 inline unsigned order() {
   const char* seed = std::getenv("SHIM_ORDER");
@@ -218,7 +260,8 @@ inline unsigned order() {
 }
 
 template <typename Kernel>
-void launch(dim3 grid, dim3 threads, size_t shared, Kernel kernel) {
+void launch(bool overlapped, dim3 grid, dim3 threads, size_t shared, Kernel kernel) {
+  races::start_launch(overlapped);
   Block block;
   block.grid = grid;
   block.block = threads;
@@ -236,13 +279,16 @@ void launch(dim3 grid, dim3 threads, size_t shared, Kernel kernel) {
     const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
     std::memset(memory.get(), 0xff, shared);
     block.shared = memory.get();
+    races::start_block(i, block.order.size(), memory.get(), shared);
     run_block(block);
   }
+  races::end_launch();
   active = nullptr;
 }
 
 // Whoever reads before the wait finds NaN.
 inline void copy_async(void* to, const void* from, size_t size, size_t read) {
+  const races::Quiet quiet;
   Fiber& f = *active->current;
   if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size) {
     std::fprintf(stderr, "shim: a copy of %zu bytes is not aligned\n", size);
@@ -250,17 +296,23 @@ inline void copy_async(void* to, const void* from, size_t size, size_t read) {
   }
   f.copies.push_back({to, from, size, read, f.groups});
   std::memset(to, 0xff, size);
+  races::copy_started(to, size, from, read);
 }
 
-inline void close_copies() { ++active->current->groups; }
+inline void close_copies() {
+  const races::Quiet quiet;
+  ++active->current->groups;
+}
 
 inline void wait_for_copies(unsigned pending) {
+  const races::Quiet quiet;
   Fiber& f = *active->current;
   const auto arrives = [&f, pending](const Copy& c) { return c.group + pending < f.groups; };
   for (const Copy& c : f.copies) {
     if (!arrives(c)) continue;
     std::memset(c.to, 0, c.size);
     std::memcpy(c.to, c.from, c.read);
+    races::copy_arrived(c.to, c.size, c.from, c.read);
   }
   f.copies.erase(std::remove_if(f.copies.begin(), f.copies.end(), arrives), f.copies.end());
 }
@@ -270,6 +322,7 @@ inline void wait_for_copies(unsigned pending) {
 template <typename Number>
 void mma_16x8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int depth,
               Number number) {
+  const races::Quiet quiet;
   const unsigned lane = active->current->index % kWarp;
   Warp& warp = active->warps[active->current->index / kWarp];
   std::memcpy(warp.left[lane], a, sizeof(a));
@@ -297,14 +350,18 @@ void mma_16x8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int
 #define COACHHOOK_LAUNCH(kernel, grid, block, stream, ...) \
   COACHHOOK_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
 #define COACHHOOK_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
-  ((void)(stream), shim::launch(grid, block, bytes, [&] { kernel(__VA_ARGS__); }))
+  ((void)(stream), shim::launch(false, grid, block, bytes, [&] { kernel(__VA_ARGS__); }))
+// As if it always overlapped.
 #define COACHHOOK_LAUNCH_OVERLAPPED(kernel, grid, block, stream, overlap, ...) \
-  ((void)(overlap), COACHHOOK_LAUNCH(kernel, grid, block, stream, __VA_ARGS__))
+  ((void)(stream), (void)(overlap),                                            \
+   shim::launch(true, grid, block, 0, [&] { kernel(__VA_ARGS__); }))
 
 inline void __syncthreads() { shim::sync_block(); }
-inline void __syncwarp() { shim::sync_warp(); }
-inline void __threadfence() {}
+inline void __syncwarp() { shim::sync_warp(shim::Wait::kWarp); }
+inline void __threadfence() { races::fence(); }
 inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
+  const races::Quiet quiet;
+  races::atomic(address, sizeof(*address));
   const uint32_t before = *address;
   *address += value;
   return before;
@@ -347,6 +404,7 @@ inline unsigned lane() { return active->current->index % kWarp; }
 // Every lane leaves a value; `read` sees those of the whole warp.
 template <typename T, typename Read>
 void exchange(T value, Read read) {
+  const races::Quiet quiet;
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
   Warp& warp = active->warps[active->current->index / kWarp];
   std::memcpy(&warp.slot[lane()], &value, sizeof(T));
@@ -361,6 +419,7 @@ void exchange(T value, Read read) {
 
 // sum [8, 8] += A [8, 4] B [4, 8], distributed as in mma.sync.m8n8k4.f64.
 inline void mma_8x8x4(double (&sum)[2], double a, double b) {
+  const races::Quiet quiet;
   Warp& warp = active->warps[active->current->index / kWarp];
   const unsigned row = lane() / 4, column = 2 * (lane() % 4);
   std::memcpy(&warp.slot[lane()], &a, sizeof(a));
