@@ -119,7 +119,7 @@ def find_cues(
     Args:
         memory: of the layer; its prior is used.
         slots: for each the keys ``[v, n]`` of its candidates, the nearest first; zeros are given
-            where it has none.
+            where it has none, or none with a key that is not zero.
         sample: unrelated keys ``[s, n]``; without them the nearest is taken.
     """
     found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
@@ -151,7 +151,8 @@ def _find_some(
     gram = padded @ solutions.mT
     diagonal = gram.diagonal(dim1=1, dim2=2)
     mean = diagonal.sum(dim=1) / real.sum(dim=1)
-    diagonal += torch.where(real, _RIDGE * mean[:, None], 1)
+    dead = mean == 0  # keys of zeros, to which no filter responds
+    diagonal += torch.where(real & ~dead[:, None], _RIDGE * mean[:, None], 1)
     weights = torch.linalg.solve(gram, real.to(gram.dtype))
     filters = (weights[:, None] @ solutions)[:, 0]
     taken = torch.zeros(len(filters), dtype=torch.int64, device=filters.device)
@@ -160,6 +161,7 @@ def _find_some(
         for rows in sample.split(_SAMPLES_AT_ONCE):
             scores = rows.to(looking) @ looking
             taken += (scores >= _EARLIER_LIMIT).sum(dim=0)
+    taken = torch.where(dead, taken.max() + 1, taken)
     of_slot, there = _padded(list(map(len, slots)), filters.device)
     often = torch.cat([taken, taken.new_zeros(1)])[of_slot].masked_fill(~there, taken.max() + 1)
     best = of_slot.gather(1, often.argmin(dim=1, keepdim=True))[:, 0]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coachhook.editing.prior import FactoredPrior
+from coachhook.errors import NotPositiveDefiniteError
 from coachhook.ops import cholesky_update_
 
 # The error of a solution is about eps cond(G); the pivots of G bound its condition from below.
@@ -190,6 +191,21 @@ class EditSpace:
         """Whether some key is so large, ``k^T C^-1 k > 1e6``, that it hides the prior's digits."""
         # Row sums of squares of the root are the diagonal of G. NaN counts.
         return bool(~(self.root.square().sum(1) <= _OUTWEIGHS).all())
+
+    def check_foldable(self, keys: int) -> None:
+        """Checks that a sum with the first ``keys`` keys leaves something of the prior.
+
+        Raises:
+            NotPositiveDefiniteError: one of them outweighs it by more than 1 / eps.
+        """
+        outweighs = float(torch.einsum("kn,kn->k", self.keys[:keys], self.solved[:keys]).max())
+        most = 1 / torch.finfo(self.keys.dtype).eps
+        if outweighs > most:
+            raise NotPositiveDefiniteError(
+                "fold: keys must not outweigh the prior by more than 1 / eps, got k^T C^-1 k = "
+                f"{outweighs:.1e} of at most {most:.1e}: nothing would be left of the prior; scale "
+                "them down, or leave out keys of which one nearly repeats another"
+            )
 
     def append(
         self, prior: FactoredPrior, keys: Tensor, targets: Tensor

@@ -278,6 +278,7 @@ class EditMemory:
 
     def _fold(self, keys: int) -> None:
         space, base = self._space, self._base
+        space.check_foldable(keys)
         step = _FOLD_COLUMNS.get(self.device.type, 128)
         if space.outweighs_prior:
             # Only here may a later part fail; the original is needed then.

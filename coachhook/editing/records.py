@@ -53,6 +53,25 @@ class BatchRecord:
             return [False] * len(self.slots)
         return self.cues[layer].any(dim=1).tolist()
 
+    def check_keys(self, layer: int, keys: Tensor) -> None:
+        """Checks that something can be written at the keys of each slot.
+
+        Args:
+            layer: its index.
+            keys: ``[R, n]``, slot after slot, as many rows for each as it has keys.
+
+        Raises:
+            ValueError: those of a slot are all zero: any change of the weight gives them nothing.
+        """
+        there = keys.reshape(len(self.slots), -1).any(dim=1).tolist()
+        if not all(there):
+            request = self.requests[self.slots[there.index(False)][0]]
+            raise ValueError(
+                f"edit: the keys of layer {layer} must not be zero, got zeros for "
+                f"{request.text!r}: nothing can be written there; leave the fact out, or edit "
+                "other layers (EditConfig.layers)"
+            )
+
     def owners(self, places: Sequence[str]) -> list[Hashable]:
         """What the edit of each slot is about: slots with the same are one edit, in any batch.
 

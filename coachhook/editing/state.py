@@ -29,7 +29,6 @@ from coachhook.ops._precision import float32_products
 # both in float32, so the gate reads r n numbers or m n. Times: docs/kernels/hooked_linear.md.
 BREAK_EVEN = 0.8
 
-
 # Keys of the unrelated sample that would take this much of a new edit's own coefficient are kept
 # apart from it, the nearest first and at most so many for each edit.
 _ANCHORED = 0.5
@@ -199,11 +198,15 @@ class EditState:
 
         Returns:
             The number of the batch, the same in every layer.
+
+        Raises:
+            ValueError: in the membership scope, see :meth:`BatchRecord.check_keys`.
         """
         edits = self.layers[layer]
         device = edits.memory.device
-        keys = keys.detach().to(device, torch.float64)
-        change = change.detach().to(device, torch.float64)
+        keys, change = (x.detach().to(device, torch.float64) for x in (keys, change))
+        if self.config.scope == "membership":
+            record.check_keys(layer, keys)
         groups = self._groups(layer, record)
         targets = self.present(layer, keys, inputs) + change
         record.anchors[layer] = self._anchors(layer, keys, record)

@@ -122,6 +122,20 @@ class KeySums:
                 if total is not None and not bool(total.diagonal().sum().isfinite()):
                     raise _not_finite(layer)
 
+    def check_halves(self, share: Share) -> None:
+        """Check that all processes together have keys of both halves; every one must call this.
+
+        Raises:
+            ValueError: shrinkage needs two halves, and one of them is empty.
+        """
+        first, second = share.total(self.counts)
+        if self._halves and not (first and second):
+            raise ValueError(
+                "collect_statistics: texts must be several for the minimal mode, which compares "
+                f"two random halves of them, got halves of {first} and {second} tokens; give more "
+                "texts"
+            )
+
     def merge(self, share: Share) -> None:
         """Add up what all processes have; every one of them must call this, and has it all then."""
         if share.processes == 1:
@@ -142,16 +156,7 @@ class KeySums:
         """Return the means of k k^T, float64 [n, n] on the CPU, and how much they were shrunk.
 
         The sums are given up, one layer after another.
-
-        Raises:
-            ValueError: shrinkage needs two halves, and one of them is empty.
         """
-        if self._halves and not all(self.counts):
-            raise ValueError(
-                "collect_statistics: texts must be several for the minimal mode, which compares "
-                f"two random halves of them, got halves of {self.counts[0]} and {self.counts[1]} "
-                "tokens; give more texts"
-            )
         means, shrinkage = {}, {}
         for layer, _ in self._modules:
             index = layer.index

@@ -192,6 +192,7 @@ def collect_statistics(
     counts = stream.counts
     if not counts["tokens"]:
         raise ValueError("collect_statistics: texts must hold text, got none")
+    sums.check_halves(share)
     checkpoint.save(before, sums)
     share.check_equal({"texts": stream.digest})
     sums.merge(share)

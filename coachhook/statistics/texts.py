@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 TextSource: TypeAlias = "str | os.PathLike[str] | Iterable[Any]"
 
@@ -24,7 +24,7 @@ def read_texts(source: TextSource) -> TextReader:
 
     Raises:
         ValueError: the path does not exist, a folder holds no such file; later, while reading: a
-            file is not UTF-8 or a line is not such a record (file and line are named).
+            text is not UTF-8 or a line is not such a record (file and line are named).
         TypeError: `source` is none of these; later: an item is not a text.
         ImportError: a saved dataset, and the datasets library is not installed.
     """
@@ -39,7 +39,8 @@ class TextReader(Iterator[str]):
         self._done = 0
         self._texts: Iterator[str]
         if source == "-":
-            self._texts = _parse_lines(sys.stdin, "standard input", is_json=False)
+            # As bytes: which encoding and line ends Python would take there depends on the place.
+            self._texts = self._from_stream(sys.stdin.buffer, "standard input", is_json=False)
         elif isinstance(source, (str, os.PathLike)) and _is_saved_dataset(Path(source)):
             records = _saved_dataset(Path(source))
             self._size = len(records)
@@ -67,18 +68,21 @@ class TextReader(Iterator[str]):
 
     def _from_files(self, files: list[Path]) -> Iterator[str]:
         for file in files:
-            yield from _parse_lines(self._lines(file), str(file), is_json=file.suffix == ".jsonl")
+            with file.open("rb") as stream:
+                yield from self._from_stream(stream, str(file), is_json=file.suffix == ".jsonl")
 
-    def _lines(self, file: Path) -> Iterator[str]:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                self._done += len(line)
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"read_texts: {file}, line {number}: text must be UTF-8, got {error}"
-                    ) from error
+    def _from_stream(self, stream: BinaryIO, name: str, *, is_json: bool) -> Iterator[str]:
+        return _parse_lines(self._lines(stream, name), name, is_json=is_json)
+
+    def _lines(self, stream: BinaryIO, name: str) -> Iterator[str]:
+        for number, line in enumerate(stream, start=1):
+            self._done += len(line)
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"read_texts: {name}, line {number}: text must be UTF-8, got {error}"
+                ) from error
 
     def _from_items(self, items: Iterable[Any]) -> Iterator[str]:
         for number, item in enumerate(items):
@@ -92,6 +96,7 @@ class TextReader(Iterator[str]):
                     f"read_texts: item {number} must be a string or a record with a string "
                     f'"text", got {got}'
                 )
+            _check_unicode(text, f"item {number}")
             if text.strip():
                 yield text
 
@@ -157,5 +162,14 @@ def _parse_lines(lines: Iterable[str], name: str, *, is_json: bool) -> Iterator[
                 f'read_texts: {name}, line {number}: must be an object with a string "text", got '
                 f"{line.strip()[:80]!r}"
             )
+        _check_unicode(text, f"{name}, line {number}")
         if text.strip():
             yield text
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"read_texts: {where}: text must be Unicode, got {error}") from error

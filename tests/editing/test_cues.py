@@ -81,6 +81,16 @@ def test_the_token_that_other_text_shows_least_is_the_cue():
     assert torch.equal(find_cues(memory, [[near, far]], near.float())[0], alone[1])
 
 
+def test_a_token_without_a_key_is_no_cue():
+    memory, _, generator = some_memory(12)
+    keys, nothing = torch.randn(2, 12, dtype=torch.float64, generator=generator), torch.zeros(2, 12)
+    alone = find_cues(memory, [[keys]], None)[0]
+    for sample in (None, keys.float()):
+        found = find_cues(memory, [[nothing.double(), keys], [nothing.double()]], sample)
+        torch.testing.assert_close(found[0], alone, rtol=1e-12, atol=0)
+        assert not found[1].any()
+
+
 def test_cues_together_are_those_of_one_at_a_time(monkeypatch):
     memory, _, generator = some_memory(12)
     counts = [[3, 5], [], [2], [4, 1, 6], [2, 2]]

@@ -48,6 +48,27 @@ def assert_same_bits(left, right):
         assert torch.equal(left[key], right[key]), key
 
 
+@pytest.mark.parametrize("layers", [[0], [0, 1]], ids=str)
+def test_keys_of_zeros_are_refused_with_the_fact(make_editor, requests, layers):
+    editor, model, tokenizer = make_editor(layers=layers)
+    editor.edit(requests[:1])
+    before = state_bits(editor)
+    block = get_submodule(model, describe(model).layers[layers[-1]].block_path)
+    subject = tokenizer(requests[2].text)["input_ids"]
+
+    def dead(_module, _args, output):  # as a ReLU may be, for one text
+        return output if output.shape[1] < len(subject) else torch.zeros_like(output)
+
+    handle = block.mlp.act.register_forward_hook(dead)
+    with pytest.raises(
+        ValueError, match=rf"keys of layer {layers[-1]} must not be zero, got zeros for '"
+    ):
+        editor.edit(requests[1:3])
+    handle.remove()
+    assert_same_bits(state_bits(editor), before)
+    assert all(editor.edit(requests[1:3]).converged)
+
+
 def test_writes_facts_into_the_answers_and_leaves_weights_alone(make_editor, requests):
     editor, model, tokenizer = make_editor()
     weights = {k: v.clone() for k, v in model.state_dict().items()}

@@ -203,7 +203,7 @@ def test_folded_batches_that_were_not_kept():
 def test_folded_batch_that_cannot_be_subtracted():
     # Next to this key the prior is rounding noise: what it was cannot be recovered.
     memory = filled(2, max_keys=0)
-    memory.append(1e6 * torch.ones(N, 1), torch.ones(M, 1))
+    memory.append(1e5 * torch.ones(N, 1), torch.ones(M, 1))
     match = "keys must be part of the factored matrix"
     raises_and_changes_nothing(memory, NotPositiveDefiniteError, match, lambda: memory.remove(3))
 
@@ -213,10 +213,24 @@ def test_keys_that_cannot_be_folded(max_keys):
     memory = filled(3, max_keys=max_keys)
     keys = torch.cat([MADE[0][0], 1e10 * torch.randn(N, 12)], 1)
     targets = torch.ones(M, 16)
-    match = "the keys outweigh the factored matrix"
+    match = "keys must not outweigh the prior by more than 1 / eps"
     raises_and_changes_nothing(
         memory, NotPositiveDefiniteError, match, lambda: memory.append(keys, targets)
     )
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e3), (F64, 3e7)], ids=str)
+def test_a_fold_that_would_leave_nothing_of_the_prior(dtype, size):
+    # The factor would still be one, of K K^T alone, and Delta anything.
+    memory = EditMemory(torch.eye(N, dtype=F64), M, dtype=dtype)
+    keys = size * torch.randn(N, 5, generator=torch.Generator().manual_seed(0))
+    keys[:, 4] = 0
+    match = r"must not outweigh the prior by more than 1 / eps, got k\^T C\^-1 k = "
+    raises_and_changes_nothing(
+        memory, NotPositiveDefiniteError, match, lambda: memory.append(keys, torch.ones(M, 5))
+    )
+    memory.append(keys[:, :4], torch.ones(M, 4))
+    torch.testing.assert_close(memory.apply(keys[:, :4]), torch.ones(M, 4, dtype=dtype))
 
 
 def test_bad_priors():

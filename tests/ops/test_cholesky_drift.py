@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coachhook.ops import cholesky_downdate_, cholesky_update_, cholesky_update_solve_
+from coachhook.ops.cholesky import cuda
 from tests.ops.linalg_oracle import F64, batches, exact, joint, relative, spd
 
 
@@ -76,6 +77,20 @@ def test_solution_is_better_than_a_fresh_solve_where_keys_outweigh_the_prior():
         delta += (targets - delta @ keys) @ cholesky_update_solve_(factor, keys).mT
     truth = exact(prior, made)
     assert relative(delta, truth) < 0.3 * relative(joint(prior, made), truth)
+
+
+@pytest.mark.parametrize("k", [40, 64, 100, 200, 300, 1100])
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "as_on_a_gpu"])
+def test_many_keys_that_outweigh_the_matrix(k, on_gpu):
+    n = 1200 if k > 1000 else 400
+    factor = torch.eye(n, dtype=F64)
+    keys = 1e3 * torch.randn(n, k, dtype=F64, generator=torch.Generator().manual_seed(k))
+    if on_gpu:
+        cuda.modify_("cholesky_update_", factor, keys, 1, None)
+    else:
+        cholesky_update_(factor, keys)
+    expected = torch.eye(n, dtype=F64) + keys @ keys.mT
+    assert relative(factor @ factor.mT, expected) < 1e-11
 
 
 def test_batch_that_determines_every_direction():

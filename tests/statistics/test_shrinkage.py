@@ -167,9 +167,12 @@ def test_tokens_can_be_given_and_full_statistics_are_not_shrunk(model, tokenizer
         )
 
 
-def test_a_single_text_cannot_be_halved(model, tokenizer):
-    with pytest.raises(ValueError, match="texts must be several for the minimal mode"):
-        collect_statistics(model, tokenizer, ["w1 w2 w3"], minimal=True, progress=False)
+def test_a_single_text_cannot_be_halved(model, tokenizer, tmp_path):
+    options = {"minimal": True, "progress": False, "checkpoint_dir": tmp_path / "state"}
+    with pytest.raises(ValueError, match="must be several for the minimal mode"):
+        collect_statistics(model, tokenizer, ["w1 w2 w3"], **options)
+    # Nothing to go on with, which would stand in the way of a run with more texts.
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_killed_minimal_run_goes_on(model, tokenizer, make_texts, tmp_path):

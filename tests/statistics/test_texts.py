@@ -32,9 +32,20 @@ def test_a_folder_gives_its_files_in_order(tmp_path):
     assert list(read_texts(tmp_path)) == ["1", "2", "3"]
 
 
-def test_standard_input(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n\ntwo\n"))
-    assert list(read_texts("-")) == ["one", "two"]
+def _stdin(content, **options):
+    return io.TextIOWrapper(io.BytesIO(content), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"encoding": "utf-8"}, {"encoding": "latin-1"}, {"encoding": "ascii", "newline": "\n"}],
+    ids=lambda options: options["encoding"],
+)
+def test_standard_input_is_read_like_a_file(monkeypatch, tmp_path, options):
+    content = "\ufeffone\rmore\r\n\nzwölf\n".encode()
+    monkeypatch.setattr(sys, "stdin", _stdin(content, **options))
+    (tmp_path / "a.txt").write_bytes(content)
+    assert list(read_texts("-")) == list(read_texts(tmp_path)) == ["one\rmore", "zwölf"]
 
 
 def test_iterables_and_records():
@@ -83,6 +94,20 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\n\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"a\.txt, line 2: text must be UTF-8"):
         list(read_texts(tmp_path / "a.txt"))
+
+
+def test_standard_input_that_is_no_text_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", _stdin(b"fine\n\xff\n", errors="surrogateescape"))
+    with pytest.raises(ValueError, match="standard input, line 2: text must be UTF-8"):
+        list(read_texts("-"))
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b \\ud800"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: text must be Unicode"):
+        list(read_texts(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match="item 1: text must be Unicode"):
+        list(read_texts(["a", {"text": "b \ud800"}]))
 
 
 def test_bad_sources_are_refused(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 
 import pytest
 import torch
@@ -289,6 +290,22 @@ def test_a_value_that_is_not_json_changes_nothing(folder):
     with pytest.raises(TypeError, match="JSON serializable"):
         save_folder(folder, kind="edits", manifest={"bad": object()}, tensors={})
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of a file's size there")
+def test_a_disk_without_room_is_said_and_changes_nothing(folder):
+    import resource
+
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"must have room for a file of 8\.0 MB, got: "):
+            save_folder(folder, kind="edits", manifest={}, tensors={"a": torch.ones(2_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
 def test_check_fields():

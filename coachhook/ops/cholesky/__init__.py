@@ -71,7 +71,8 @@ def cholesky_update_(factor: Tensor, keys: Tensor, *, backend: str = "auto") -> 
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; NaN or Inf in ``keys``.
-        NotPositiveDefiniteError: ``factor`` is not a Cholesky factor, or squares overflow.
+        NotPositiveDefiniteError: ``factor`` is not a Cholesky factor, squares overflow, or keys
+            outweigh ``L L^T`` by more than 1 / eps, so that nothing is left of it.
         BackendUnavailableError: the backend asked for cannot run here.
 
     After any error ``factor`` is bit-identical to before. No gradient is defined. The time is

@@ -24,8 +24,12 @@ _BATCH_ELEMENTS = 1 << 22
 
 
 def panel_width(k: int) -> int:
-    """Panel width b: 32 is fastest up to k = 64; wider panels bound the n/b k x k factorings."""
-    return 32 if k <= 64 else 64 if k <= 128 else 128 if k <= 256 else 256
+    """Panel width b, a power of two from 32 on and at least k.
+
+    With fewer rows than keys ``P_1`` is singular: beside keys that outweigh L L^T the I of
+    ``I + P_1`` drowns in its rounding, which costs L' up to as many digits as they outweigh by.
+    """
+    return max(32, 1 << (k - 1).bit_length())
 
 
 def rotations(solved: Tensor, sign: int) -> tuple[Tensor, Tensor]:
@@ -66,13 +70,14 @@ def rotations(solved: Tensor, sign: int) -> tuple[Tensor, Tensor]:
 
 
 def apply_(factor: Tensor, keys: Tensor, solved: Tensor, stacked: Tensor, rows: int) -> None:
-    """Overwrite the lower triangle of L by that of L G, ``rows`` rows at a time.
+    """Overwrite the lower triangle of L by that of L G, ``rows`` rows at a time, or a panel's.
 
     Each tile is copied into contiguous scratch ``[L_ij | K_i]`` and multiplied once by
     ``[G_jj; W_j]``.
     """
     n, k = keys.shape
     width = stacked.shape[2]
+    rows = max(rows, width)  # else a corner would lie in two blocks
     scratch = factor.new_empty(min(rows, n), width + k)
     for top in range(0, n, rows):
         bottom = min(top + rows, n)
