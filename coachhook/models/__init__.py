@@ -14,7 +14,7 @@ from coachhook.models.modules import (
     set_submodule,
     weight_of,
 )
-from coachhook.models.partial import ForwardEnded, partial_forward
+from coachhook.models.partial import ForwardEnded, partial_forward, skipped
 
 __all__ = [
     "EditableLayer",
@@ -32,6 +32,7 @@ __all__ = [
     "planless_attention",
     "prepare_tokenizer",
     "set_submodule",
+    "skipped",
     "usable_device",
     "weight_of",
 ]
