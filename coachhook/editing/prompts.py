@@ -86,11 +86,11 @@ def check_contexts(contexts: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: there is none, the first is not ``"{}"``, or one lacks exactly one ``{}``.
     """
-    checked = tuple(contexts)
+    checked = tuple(contexts) if isinstance(contexts, Iterable) else (contexts,)
     if not checked or checked[0] != "{}":
         raise ValueError(f"EditConfig: contexts must start with '{{}}', got {checked!r}")
     for context in checked:
-        if context.count("{}") != 1:
+        if not isinstance(context, str) or context.count("{}") != 1:
             raise ValueError(
                 f"EditConfig: contexts must have exactly one '{{}}' each, got {context!r}"
             )

@@ -5,7 +5,13 @@ from __future__ import annotations
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.discovery import describe
 from coachhook.models.fused import fused_activations, planless_attention
-from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer, usable_device
+from coachhook.models.loading import (
+    check_padding,
+    end_tokens,
+    load_model,
+    prepare_tokenizer,
+    usable_device,
+)
 from coachhook.models.modules import (
     check_finite,
     evaluating,
@@ -21,6 +27,7 @@ __all__ = [
     "ForwardEnded",
     "ModelDescription",
     "check_finite",
+    "check_padding",
     "describe",
     "end_tokens",
     "evaluating",
