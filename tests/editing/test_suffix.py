@@ -148,7 +148,7 @@ def test_log_probabilities_are_those_of_the_model(family):
     mask = torch.ones_like(ids)
     with torch.no_grad():
         found = suffix.log_probs(suffix.capture(ids, mask).hidden)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.double()
     torch.testing.assert_close(found, logits.log_softmax(-1), rtol=1e-5, atol=1e-5)
 
 
