@@ -13,6 +13,8 @@ from coachhook.editing.prompts import PLACES, check_contexts
 if TYPE_CHECKING:
     from torch import nn
 
+    from coachhook.models import ModelDescription
+
 SCOPES = ("sequence", "prefix", "population", "membership")
 STORAGES = ("auto", "dense", "factored")
 KEY_POOLINGS = ("mean", "each")
@@ -78,6 +80,7 @@ class EditConfig:
         alpha_answer: the same at the prompt's last token and in the target, whose cue is the whole
             subject.
         include_padding: whether padding enters the sequence statistics, as in the published code.
+            The membership scope has none, and never looks at padding.
         contexts: templates with one ``{}`` into which prompts are set; the first is ``"{}"``. One
             that a long prompt leaves no room for loses its first words.
         key_pooling: "mean" takes one key for each request, half of it from the bare prompt and half
@@ -111,7 +114,8 @@ class EditConfig:
         rewordings: at most so many other wordings of each request, which the model says by itself,
             are optimised with it; see :mod:`coachhook.editing.rewordings`. 0 is none.
         state_dtype: "float64"; or "float32", which rounds the accumulated covariance and the hook's
-            weight after every batch as the published code does (z-score scopes only).
+            weight after every batch as the published code does (z-score scopes only); what is
+            rounded is stored densely, whatever ``storage`` says.
         storage: "dense", "factored", or "auto" (factored while it is cheaper). The membership scope
             has a form of its own whatever is asked, one pair of vectors for each edit.
         max_rank: largest rank of a factored correction; above it storage is dense. None is the
@@ -174,11 +178,12 @@ class EditConfig:
             )
         object.__setattr__(self, "layers", [int(i) for i in layers])
         object.__setattr__(self, "contexts", check_contexts(self.contexts))
-        places = tuple(self.places)
-        if not places or places[0] != PLACES[0] or not set(places) <= set(PLACES):
+        places = tuple(self.places) if isinstance(self.places, Iterable) else ()
+        known = set(places) <= set(PLACES) and len(set(places)) == len(places)
+        if not places or places[0] != PLACES[0] or not known:
             raise ValueError(
                 f"EditConfig: places must start with {PLACES[0]!r} and be of "
-                f"{', '.join(PLACES)}, got {self.places!r}"
+                f"{', '.join(PLACES)}, each once, got {self.places!r}"
             )
         object.__setattr__(self, "places", places)
         for name, allowed in (
@@ -210,6 +215,10 @@ class EditConfig:
             "target_lr",
             "target_clamp",
             "target_steps",
+            # Thresholds that a token without any coefficient must not pass.
+            "alpha_cued",
+            "alpha_answer",
+            *(["alpha"] if self.scope == "membership" else []),
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(
@@ -227,6 +236,8 @@ class EditConfig:
                 raise ValueError(
                     f"EditConfig: {name} must not be negative, got {getattr(self, name)!r}"
                 )
+        if not 0 <= self.false_fire <= 1:
+            raise ValueError(f"EditConfig: false_fire must be from 0 to 1, got {self.false_fire!r}")
         if self.state_dtype == "float32" and self.scope == "membership":
             raise ValueError(
                 "EditConfig: state_dtype must be 'float64' for the membership scope, got "
@@ -326,6 +337,11 @@ class EditConfig:
         return _checked(model, {**preset, **overrides}, cls)
 
     @property
+    def counts_padding(self) -> bool:
+        """Whether what a prompt is padded with has a part in the gate's statistics."""
+        return self.include_padding and self.scope != "membership"
+
+    @property
     def uses_cues(self) -> bool:
         """Whether edits wait for their cues, which takes the membership scope and "own"."""
         return self.cues and self.scope == "membership" and self.correction == "own"
@@ -378,6 +394,16 @@ def _checked(
     config = cls(**values)
     if single and small and beside and config.layers[0] > 0 and "alpha_cued" not in values:
         config = config.with_(alpha_cued=_ALPHA_CUED_BESIDE)
+    check_layers(config, description)
+    return config
+
+
+def check_layers(config: EditConfig, description: ModelDescription) -> None:
+    """Checks that a model has the layers of a configuration.
+
+    Raises:
+        ValueError: it has not, or the likelihood would be read below the last edited one.
+    """
     for layer in config.layers:
         description.layer(layer)
     if config.target_loss_layer is not None:
@@ -387,4 +413,3 @@ def _checked(
                 "EditConfig: target_loss_layer must not lie below the last edited layer "
                 f"{config.layers[-1]}, got {config.target_loss_layer}"
             )
-    return config

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coachhook.editing.config import EditConfig
+from coachhook.editing.config import EditConfig, check_layers
 from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, memory_device, save_state
@@ -53,6 +53,7 @@ from coachhook.hooks import HookSet, attach_hooks
 from coachhook.models import (
     EditableLayer,
     check_finite,
+    check_padding,
     describe,
     end_tokens,
     evaluating,
@@ -108,8 +109,7 @@ class Editor:
         check_kind("Editor: statistics", statistics, Statistics)
         check_kind("Editor: config", config, EditConfig)
         description = describe(model)
-        for layer in config.layers:
-            description.layer(layer)
+        check_layers(config, description)
         check_finite(model)
         statistics.check(model)
         layers = {}
@@ -126,6 +126,7 @@ class Editor:
     def _start(self, model: nn.Module, tokenizer: Any, state: EditState) -> None:
         self._model = model
         self._tokenizer = prepare_tokenizer(tokenizer)
+        self._vocabulary = check_padding(model, self._tokenizer)
         self._description = describe(model)
         self._in_words: Tensor | None = None
         self._suffix: Suffix | None = None
@@ -326,9 +327,8 @@ class Editor:
         return found
 
     def _encoded(self, requests: Sequence[EditRequest]) -> list[EncodedRequest]:
-        return encode_requests(
-            self._tokenizer, requests, self.config.contexts, self._description.max_positions
-        )
+        contexts, window = self.config.contexts, self._description.max_positions
+        return encode_requests(self._tokenizer, requests, contexts, window, self._vocabulary)
 
     def _continuing(self) -> Tensor | None:
         """Ids that go on with a word, where targets must end theirs."""
@@ -551,7 +551,7 @@ class Editor:
             layer,
             last,
             pad_id=pad_id,
-            together=self.config.include_padding,
+            together=self.config.counts_padding,
         )
 
     def _bounds(self, encoded: list[EncodedRequest], pad_id: int) -> dict[int, float]:
@@ -569,7 +569,7 @@ class Editor:
         bounds = {}
         for layer, x in inputs.items():
             hook = self.hooks[layer]
-            z = whole_scores(hook, x, None if self.config.include_padding else mask.to(x.device))
+            z = whole_scores(hook, x, None if self.config.counts_padding else mask.to(x.device))
             largest = z.nan_to_num(nan=-float("inf")).amax(dim=-1)
             defined = largest[largest > -float("inf")]
             bounds[layer] = float(defined.min()) if len(defined) else float("nan")
@@ -588,6 +588,8 @@ def _new_memory(
                 f"Editor: {layer.path} must have a plain weight for state_dtype 'float32', got "
                 f"{type(module).__name__}; use state_dtype='float64'"
             )
+        if config.ridge:
+            covariance = regularized_prior(covariance, 1.0, config.ridge)
         return PublishedMemory(covariance, config.covariance_weight, frozen)
     prior = regularized_prior(covariance, config.covariance_weight, config.ridge)
     # Coefficients need every key; nothing may be folded into the prior.

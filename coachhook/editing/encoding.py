@@ -52,12 +52,21 @@ def encode_requests(
     requests: Sequence[EditRequest],
     contexts: Sequence[str],
     max_positions: int | None,
+    vocabulary: int | None = None,
 ) -> list[EncodedRequest]:
     """Tokenises all prompts of a batch and locates the subject in each.
 
+    Args:
+        tokenizer: of the model, a fast one.
+        requests: the batch.
+        contexts: templates.
+        max_positions: the context window; None is any number.
+        vocabulary: tokens the model knows; None does not check.
+
     Raises:
-        ValueError: a subject is not covered by a token, a target gives none, or a prompt with its
-            target does not fit the context window; the message names the request.
+        ValueError: a subject is not covered by a token, a target gives none, a prompt with its
+            target does not fit the context window, or has a token that the model does not know; the
+            message names the request.
     """
     encoded = []
     for number, request in enumerate(requests):
@@ -87,6 +96,13 @@ def encode_requests(
             prompts = [
                 encode_in_context(tokenizer, request, c, max_positions, reserve) for c in contexts
             ]
+            largest = max([*target, *(i for p in [*prompts, *mentions] for i in p.ids)])
+            if vocabulary is not None and largest >= vocabulary:
+                raise ValueError(
+                    f"edit: tokens must be of the model's vocabulary of {vocabulary}, got "
+                    f"{tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}; use the "
+                    "model's own tokenizer"
+                )
             encoded.append(EncodedRequest(prompts, target, essence, [], mentions, ends))
         except ValueError as error:
             raise ValueError(f"{error} (request {number}: {request.text!r})") from error

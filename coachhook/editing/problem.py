@@ -170,7 +170,7 @@ def make_problem(
     captured = suffix.capture(
         ids,
         mask,
-        apart=group if config.include_padding else None,
+        apart=group if config.counts_padding else None,
         keep=True,
         loss_layer=config.target_loss_layer,
     )

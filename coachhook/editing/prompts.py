@@ -23,6 +23,8 @@ from coachhook.editing.requests import EditRequest
 PLACES = ("subject_last", "target", "target_last", "subject_previous", "prompt_last")
 # At these the requests about one subject have one key.
 SUBJECT_PLACES = ("subject_last", "subject_previous")
+# What a target is tokenised after; the words that prompts end in matter to no known tokenizer.
+_WORD = "a"
 # One token: a name of PLACES, and which token of the target it is (0 for the other names).
 Place = tuple[str, int]
 
@@ -84,11 +86,11 @@ def check_contexts(contexts: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ValueError: there is none, the first is not ``"{}"``, or one lacks exactly one ``{}``.
     """
-    checked = tuple(contexts)
+    checked = tuple(contexts) if isinstance(contexts, Iterable) else (contexts,)
     if not checked or checked[0] != "{}":
         raise ValueError(f"EditConfig: contexts must start with '{{}}', got {checked!r}")
     for context in checked:
-        if context.count("{}") != 1:
+        if not isinstance(context, str) or context.count("{}") != 1:
             raise ValueError(
                 f"EditConfig: contexts must have exactly one '{{}}' each, got {context!r}"
             )
@@ -183,12 +185,18 @@ def encode_in_context(
 
 
 def encode_target(tokenizer: Any, target: str) -> list[int]:
-    """Token ids of ``" " + target`` without special tokens.
+    """Token ids of ``" " + target`` after a word, without special tokens.
 
     Raises:
         ValueError: the target gives no token.
     """
-    ids = list(tokenizer(" " + target.strip(), add_special_tokens=False)["input_ids"])
+    text = f" {target.strip()}"
+    word, both, alone = (
+        list(tokenizer(x, add_special_tokens=False)["input_ids"])
+        for x in (_WORD, f"{_WORD}{text}", text)
+    )
+    # By themselves Llama 2's, Mistral's and Phi-3's would start with a space of their own.
+    ids = both[len(word) :] if both[: len(word)] == word else alone
     if not ids:
         raise ValueError(f"edit: target_new must give at least one token, got {target!r}")
     return ids

@@ -69,7 +69,7 @@ class HookPayload:
         """Copies the payload into the hook's buffers."""
         hook.set_scope(
             config.scope,  # type: ignore[arg-type]
-            include_padding=config.include_padding,
+            include_padding=config.counts_padding,
             population=self.population,
         )
         hook.set_alpha(self.alpha)
@@ -160,7 +160,7 @@ class EditState:
         coefficient of the membership scope is on a fixed scale, and its threshold stays.
         """
         alpha = self.config.alpha
-        margin = 0.0 if self.config.include_padding else _MARGIN
+        margin = 0.0 if self.config.counts_padding else _MARGIN
         if self.config.scope == "membership":
             return alpha
         for batch in self.batches.values():
@@ -389,7 +389,7 @@ class EditState:
         limit = config.max_rank if config.max_rank is not None else int(BREAK_EVEN * m)
         rank = min(edits.memory.num_keys + edits.memory.num_folded, m)
         # Rounding the weight leaves no exact factors.
-        wide = config.storage == "auto" and rank > limit
+        wide = rank > limit and (config.storage == "auto" or config.max_rank is not None)
         if isinstance(edits.memory, PublishedMemory) or config.storage == "dense" or wide:
             tensors = {"delta": edits.memory.delta()}
             return HookPayload("dense", tensors, alpha, population)

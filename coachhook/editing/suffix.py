@@ -8,7 +8,7 @@ that a change can reach (:mod:`coachhook.editing.live`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from coachhook.models import (
     get_submodule,
     linear_shape,
     partial_forward,
+    skipped,
 )
 
 _log = logging.getLogger(__name__)
@@ -35,27 +36,6 @@ _REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Largest relative difference between the whole suffix and its live part that rounding explains. A
 # wrong mask or position gives one of order 1; some families compute attention in float32 always.
 _AGREE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-
-
-@contextmanager
-def _skipped(blocks: Sequence[nn.Module], rest: tuple[Any, ...] | None) -> Iterator[None]:
-    """Blocks hand on the hidden state they are given, alone or (``rest``) first in a tuple."""
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return hidden_states if rest is None else (hidden_states, *rest)
-
-    # A device map, for one, has put another forward there already.
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            vars(block)["forward"] = forward
-        yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
-                del vars(block)["forward"]
-            else:
-                vars(block)["forward"] = own
 
 
 def _select(value: Any, rows: Tensor, batch: int) -> Any:
@@ -165,6 +145,7 @@ class Suffix:
         self._norm = get_submodule(model, description.final_norm_path)
         self._head = get_submodule(model, description.lm_head_path)
         self._max_positions = description.max_positions
+        self._scale, self._cap = description.logit_scale, description.logit_cap
         self._keeps = self._narrows = self._packs = True
         # Of each form of capture, the most tokens of a row that live runs were found to agree for.
         self._agreed: dict[Any, int] = {}
@@ -348,8 +329,8 @@ class Suffix:
             for i, block in enumerate(self._above)
         ]
         handles.append(self._below[-1].register_forward_hook(take))
-        skipped = self._below if below is not None and below.only_hidden else []
-        with partial_forward(*handles), _skipped(skipped, below.rest if below else None):
+        below_blocks = self._below if below is not None and below.only_hidden else []
+        with partial_forward(*handles), skipped(below_blocks, below.rest if below else None):
             self._base(input_ids=ids, attention_mask=mask, use_cache=False)
         hidden = entering[0]
         captured = Captured(hidden, [found[i] for i in range(len(self._above))])
@@ -445,4 +426,8 @@ class Suffix:
         logits = self._head(self._norm(states))
         if logits.dtype != torch.float64:
             logits = logits.float()
+        if self._cap is not None:
+            logits = self._cap * torch.tanh(logits / self._cap)
+        if self._scale != 1:
+            logits = logits * self._scale
         return torch.log_softmax(logits, dim=-1)

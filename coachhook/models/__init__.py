@@ -5,7 +5,13 @@ from __future__ import annotations
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.discovery import describe
 from coachhook.models.fused import fused_activations, planless_attention
-from coachhook.models.loading import end_tokens, load_model, prepare_tokenizer, usable_device
+from coachhook.models.loading import (
+    check_padding,
+    end_tokens,
+    load_model,
+    prepare_tokenizer,
+    usable_device,
+)
 from coachhook.models.modules import (
     check_finite,
     evaluating,
@@ -14,13 +20,14 @@ from coachhook.models.modules import (
     set_submodule,
     weight_of,
 )
-from coachhook.models.partial import ForwardEnded, partial_forward
+from coachhook.models.partial import ForwardEnded, partial_forward, skipped
 
 __all__ = [
     "EditableLayer",
     "ForwardEnded",
     "ModelDescription",
     "check_finite",
+    "check_padding",
     "describe",
     "end_tokens",
     "evaluating",
@@ -32,6 +39,7 @@ __all__ = [
     "planless_attention",
     "prepare_tokenizer",
     "set_submodule",
+    "skipped",
     "usable_device",
     "weight_of",
 ]

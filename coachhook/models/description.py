@@ -42,6 +42,9 @@ class ModelDescription:
         max_positions: longest input in tokens, ``None`` where the architecture sets no bound.
         parallel_residual: whether attention and MLP of a block read the same residual; None where
             that is not known (a family outside the table).
+        logit_scale: what the head's output is multiplied by to give the logits, as in Cohere and
+            Granite.
+        logit_cap: c of logits that are ``c tanh(logits / c)``, as in NanoChat; None for others.
     """
 
     family: str
@@ -53,6 +56,8 @@ class ModelDescription:
     hidden_size: int
     max_positions: int | None
     parallel_residual: bool | None
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
 
     @property
     def num_layers(self) -> int:

@@ -3,7 +3,8 @@
 The routine looks for the list of ``num_hidden_layers`` equal blocks, in a block for the one module
 outside attention that maps some width to the residual width, next to the blocks for the final norm,
 and asks transformers for the head. Then it adds a vector to the output of the first down-projection
-and accepts the model only if the block's output moves by just that vector.
+and accepts the model only if the block's output moves by just that vector, and the logits are what
+norm and head give, or that times a number, or capped as the configuration says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from coachhook.errors import UnsupportedModelError
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.families import FAMILIES, Family
 from coachhook.models.modules import get_submodule, is_linear_like, linear_shape
-from coachhook.models.partial import ForwardEnded, partial_forward
+from coachhook.models.partial import ForwardEnded, partial_forward, skipped
 
 _EXPERT_NAMES = frozenset({"experts", "block_sparse_moe", "router", "shared_expert"})
 _POST_MLP_NORMS = (
@@ -32,7 +33,8 @@ _POST_MLP_NORMS = (
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff")
 _DOWN_NAMES = ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2", "wo")
 _NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f")
-# The block's output may round once more than the vector added; a norm in between is far off.
+# The block's output may round once more than the vector added, and logits than the head's output; a
+# norm or a cap in between is far off.
 _PROBE_TOLERANCE = 0.05
 
 
@@ -40,7 +42,8 @@ def describe(model: nn.Module) -> ModelDescription:
     """Find the editable down-projection of every block of a causal language model.
 
     A model whose family is not in the table is run for one block on two tokens, to verify that the
-    down-projection's output is added to the residual unchanged.
+    down-projection's output is added to the residual unchanged, and without its blocks, to see what
+    it makes of its head's output.
 
     Args:
         model: a transformers causal language model, hooks attached or not.
@@ -48,8 +51,9 @@ def describe(model: nn.Module) -> ModelDescription:
     Raises:
         TypeError: ``model`` is not a module, has no transformers configuration, or is compiled.
         UnsupportedModelError: no editable down-projection was found, or editing it would not add to
-            the residual (a norm or scale in between), or the model has experts; the message names
-            what was looked for and what was found.
+            the residual (a norm or scale in between), the logits are not the head's output times a
+            number, or the model has experts; the message names what was looked for and what was
+            found.
     """
     config = _text_config(model)
     family = FAMILIES.get(config.model_type) or _discover(model, config)
@@ -59,10 +63,12 @@ def describe(model: nn.Module) -> ModelDescription:
     layers = [
         _editable_layer(model, family, index, config.hidden_size) for index in range(len(blocks))
     ]
-    _require(model, family.norm)
-    head = _head_path(model)
+    norm = _require(model, family.norm)
+    head = _head_path(model, config.hidden_size)
+    scale, cap = 1.0, None
     if config.model_type not in FAMILIES:
-        _probe(model, layers[0])
+        rest, cap = _probe(model, layers[0]), getattr(config, "final_logit_softcapping", None)
+        scale = _logit_scale(model, blocks, rest, norm, get_submodule(model, head), cap)
     parallel = family.parallel
     return ModelDescription(
         family=config.model_type,
@@ -74,6 +80,8 @@ def describe(model: nn.Module) -> ModelDescription:
         hidden_size=config.hidden_size,
         max_positions=getattr(config, "max_position_embeddings", None),
         parallel_residual=getattr(config, parallel) if isinstance(parallel, str) else parallel,
+        logit_scale=scale,
+        logit_cap=cap,
     )
 
 
@@ -196,7 +204,7 @@ def _discover(model: nn.Module, config: Any) -> Family:
     )
 
 
-def _head_path(model: nn.Module) -> str:
+def _head_path(model: nn.Module, hidden: int) -> str:
     find = getattr(model, "get_output_embeddings", lambda: None)
     head = find()
     path = next((path for path, module in model.named_modules() if module is head), None)
@@ -204,6 +212,12 @@ def _head_path(model: nn.Module) -> str:
         raise UnsupportedModelError(
             "describe: model must be a causal language model with output embeddings, "
             f"got {type(model).__name__} without"
+        )
+    width, _ = linear_shape(get_submodule(model, path))
+    if width != hidden:
+        raise UnsupportedModelError(
+            f"describe: {path} must read the residual width {hidden}, got {width} (a projection in "
+            f"between) in {type(model).__name__}"
         )
     return path
 
@@ -232,36 +246,80 @@ def _find_down(model: nn.Module, block: nn.Module, hidden: int) -> str:
     return down[0]
 
 
-def _probe(model: nn.Module, layer: EditableLayer) -> None:
-    plain = _first_block_output(model, layer, None)
+def _probe(model: nn.Module, layer: EditableLayer) -> tuple[Any, ...] | None:
+    """Checks that the layer's output is added as it is; gives what a block gives besides it."""
+    plain, rest = _first_block_output(model, layer, None)
     # The vector is as large as the stream, so that rounding cannot hide it nor a norm swallow it.
     signs = torch.arange(layer.out_features, device=plain.device) % 2 * 2 - 1
     vector = signs.to(plain.dtype) * plain.abs().mean()
-    moved = _first_block_output(model, layer, vector) - plain - vector
+    moved = _first_block_output(model, layer, vector)[0] - plain - vector
     if not bool(moved.norm(dim=-1).max() <= _PROBE_TOLERANCE * vector.norm()):
         raise UnsupportedModelError(
             "describe: the MLP's output must be added to the residual as it is, but a vector added "
             f"to the output of {layer.path} does not move the output of {layer.block_path} by that "
             f"vector ({type(model).__name__})"
         )
+    return rest
 
 
-def _first_block_output(model: nn.Module, layer: EditableLayer, vector: Tensor | None) -> Tensor:
-    answers: list[Tensor] = []
+def _first_block_output(
+    model: nn.Module, layer: EditableLayer, vector: Tensor | None
+) -> tuple[Tensor, tuple[Any, ...] | None]:
+    answers: list[Any] = []
 
     def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
         return output if vector is None else output + vector.to(output)
 
     def stop(_module: nn.Module, _args: object, output: Any) -> None:
-        answers.append(output if isinstance(output, Tensor) else output[0])
+        answers.append(output)
         raise ForwardEnded  # once the first block has answered
 
     down = get_submodule(model, layer.path).register_forward_hook(add)
     block = get_submodule(model, layer.block_path).register_forward_hook(stop)
     with partial_forward(down, block), torch.no_grad(), _evaluating(model):
-        device = cast(Any, model).get_input_embeddings().weight.device
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    return answers[0].float()
+        model(input_ids=_two_tokens(model), use_cache=False)
+    output = answers[0]
+    if isinstance(output, Tensor):
+        return output.float(), None
+    return output[0].float(), tuple(output[1:])
+
+
+def _logit_scale(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    rest: tuple[Any, ...] | None,
+    norm: nn.Module,
+    head: nn.Module,
+    cap: float | None,
+) -> float:
+    """What the model multiplies its head's output by, seen in a run without the blocks."""
+    states: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: object, output: Any) -> None:
+        states.append(output if isinstance(output, Tensor) else output[0])
+
+    last = blocks[-1].register_forward_hook(keep)
+    with torch.no_grad(), _evaluating(model):
+        with partial_forward(last), skipped(list(blocks), rest):
+            logits = model(input_ids=_two_tokens(model), use_cache=False).logits.double()
+        plain = head(norm(states[0])).double()
+    if cap is not None:
+        plain = cap * torch.tanh(plain / cap)
+    if torch.equal(logits, plain):
+        return 1.0
+    scale = float((logits * plain).sum() / plain.square().sum())
+    if not bool((logits - scale * plain).norm() <= _PROBE_TOLERANCE * logits.norm()):
+        raise UnsupportedModelError(
+            "describe: the logits must be what the final norm and the head give, or that times a "
+            f"number, got others from {type(model).__name__} (another map in between)"
+        )
+    return scale
+
+
+def _two_tokens(model: nn.Module) -> Tensor:
+    # Two that differ: the embedding of a padding token may be zero.
+    device = cast(Any, model).get_input_embeddings().weight.device
+    return torch.tensor([[1, 2]], device=device)
 
 
 @contextmanager

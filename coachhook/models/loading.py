@@ -89,6 +89,22 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def check_padding(model: Any, tokenizer: Any) -> int:
+    """Checks that the model knows the pad token; the size of its vocabulary.
+
+    Raises:
+        ValueError: it does not.
+    """
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= vocabulary:
+        raise ValueError(
+            "check_padding: tokenizer.pad_token must be one of the model's "
+            f"{vocabulary} tokens, got {tokenizer.pad_token!r} with id {tokenizer.pad_token_id}; "
+            "set another pad_token, or call model.resize_token_embeddings before anything else"
+        )
+    return vocabulary
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids after which a text of the model has ended."""
     config = getattr(model, "generation_config", None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -26,3 +28,24 @@ def partial_forward(*handles: RemovableHandle) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def skipped(blocks: Sequence[nn.Module], rest: tuple[Any, ...] | None) -> Iterator[None]:
+    """Blocks hand on the hidden state they are given, alone or (``rest``) first in a tuple."""
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return hidden_states if rest is None else (hidden_states, *rest)
+
+    # A device map, for one, has put another forward there already.
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            vars(block)["forward"] = forward
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del vars(block)["forward"]
+            else:
+                vars(block)["forward"] = own

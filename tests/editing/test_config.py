@@ -67,11 +67,23 @@ def test_what_is_named_stays() -> None:
         ({"rewordings": True}, "rewordings must be an int, got True"),
         ({"cues": "no"}, "cues must be True or False, got 'no'"),
         ({"max_rank": 1.5}, "max_rank must be an int or None, got 1.5"),
+        ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ({"alpha_cued": -1.0}, "alpha_cued must be positive, got -1.0"),
+        ({"alpha_answer": 0.0}, "alpha_answer must be positive, got 0.0"),
+        ({"false_fire": 2.0}, "false_fire must be from 0 to 1, got 2.0"),
+        ({"places": ["subject_last", "target", "target"]}, "places must .* each once"),
+        ({"places": None}, "places must start with"),
+        ({"contexts": None}, "contexts must start with"),
+        ({"contexts": ["{}", 3]}, "contexts must have exactly one '{}' each, got 3"),
     ],
 )
 def test_values_of_another_kind_are_refused(changes, message) -> None:
     with pytest.raises(ValueError, match=f"EditConfig: {message}"):
         EditConfig(**{"layers": [0], **changes})
+
+
+def test_a_z_score_may_be_negative() -> None:
+    assert EditConfig([0], scope="sequence", alpha=-1e9).alpha == -1e9
 
 
 def test_a_configuration_is_a_value() -> None:

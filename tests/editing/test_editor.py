@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -380,6 +382,65 @@ def test_bad_input_changes_nothing(make_editor, requests):
             editor.edit(bad)
     assert_same_bits(state_bits(editor), before)
     assert list(editor.batches) == [1]
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(make_editor, bundled, requests):
+    editor, model, tokenizer = make_editor()
+    before = state_bits(editor)
+    editor._tokenizer = copy.deepcopy(tokenizer)
+    first = model.get_input_embeddings().num_embeddings
+    editor._tokenizer.add_tokens([f"Zork{i}" for i in range(first + 1 - len(tokenizer))])
+    word = editor._tokenizer.convert_ids_to_tokens(first)
+    for bad in (
+        EditRequest("The home of {} is", word, "here"),
+        EditRequest("The home of {} is", "Velmora", word),
+        EditRequest(f"{word}: the home of {{}} is", "Velmora", "here"),
+    ):
+        with pytest.raises(ValueError, match=rf"vocabulary of {first}, got '{word}'.*request 1"):
+            editor.edit([requests[0], bad])
+    assert_same_bits(state_bits(editor), before)
+    editor._tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    with pytest.raises(ValueError, match="pad_token must be one of the model's"):
+        Editor(model, editor._tokenizer, statistics=bundled[2], config=editor.config)
+
+
+@pytest.mark.parametrize("layer", [0, -1, 99])
+def test_a_loss_is_read_from_a_block_above_the_edits(bundled, layer):
+    model, tokenizer, statistics = bundled
+    config = EditConfig([1], target_loss_layer=layer)
+    with pytest.raises(ValueError, match="target_loss_layer must not lie below|index must be"):
+        Editor(model, tokenizer, statistics=statistics, config=config)
+
+
+def test_padding_says_nothing_to_the_membership_scope(make_editor, requests):
+    """Cues are remembered while decoding, also where padding would enter statistics."""
+    editor, model, tokenizer = make_editor(include_padding=True)
+    editor.edit([replace(r, target_new=f"{r.target_new}, not there") for r in requests[:2]])
+    for request in requests[:2]:
+        ids = tokenizer(request.text, return_tensors="pt")
+        cached, whole = (
+            model.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+        assert cached.tolist() == whole.tolist()
+
+
+def test_a_ridge_reaches_the_published_state(make_editor):
+    plain, ridged = (make_editor("paper", ridge=ridge)[0] for ridge in (0.0, 0.5))
+    for layer in plain.config.layers:
+        known = plain._state.layers[layer].memory._prior
+        added = ridged._state.layers[layer].memory._prior - known
+        expected = 0.5 * known.diagonal().mean() * torch.eye(len(known))
+        torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+
+
+@pytest.mark.parametrize("storage", ["auto", "factored"])
+def test_a_rank_above_the_largest_is_stored_densely(make_editor, requests, storage):
+    options = {"state_dtype": "float64", "storage": storage, "target_steps": 2}
+    editor, _, _ = make_editor("paper", max_rank=1, **options)
+    for request, kind in zip(requests[:2], ("factored", "dense"), strict=True):
+        editor.edit([request])
+        assert editor.hooks[0].storage == kind
 
 
 def test_wrong_statistics_and_layers_are_refused(bundled):

@@ -18,20 +18,22 @@ from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Suffix
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
-from tests.models.families import DISCOVERED, SUPPORTED, tiny
+from tests.models.families import DISCOVERED, LAYERS, SUPPORTED, tiny
 
 WIDTH = 19
 PADDED = [WIDTH, 7, 12, 15, 1, 12]
 TRANSFORMERS = Version(transformers.__version__)
-# MPT and Bloom take their softmax in float32, GPT-Neo its attention; so did GPT-J and CodeGen.
+# MPT, Bloom and VaultGemma take their softmax in float32, GPT-Neo its attention; so did GPT-J and
+# CodeGen.
 SINGLE = (
     "mpt",
     "bloom",
+    "vaultgemma",
     "gpt_neo",
     *(("gptj", "codegen") if TRANSFORMERS < Version("5.24") else ()),
 )
 # Their norms are in float32, where the gradients of the last block's two runs are rounded apart.
-SINGLE_NORMS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo", "cohere")
+SINGLE_NORMS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo", "cohere", "granite")
 
 
 def in_float64(family):
@@ -135,6 +137,19 @@ def test_rows_of_other_lengths_are_captured_apart_to_the_same_end(family, monkey
         live = real & (torch.arange(WIDTH) >= lengths[:, None] // 2)
         for output in outputs:
             same(output[live], wanted[live])
+
+
+@pytest.mark.parametrize("family", SUPPORTED | DISCOVERED)
+def test_log_probabilities_are_those_of_the_model(family):
+    model = in_float64(family)
+    description = describe(model)
+    suffix = Suffix(model, description, LAYERS - 1)
+    ids = torch.randint(3, 60, (2, 7))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        found = suffix.log_probs(suffix.capture(ids, mask).hidden)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.double()
+    torch.testing.assert_close(found, logits.log_softmax(-1), rtol=1e-5, atol=1e-5)
 
 
 def test_an_argument_of_unknown_layout_is_not_merged(caplog):

@@ -87,6 +87,16 @@ DISCOVERED: dict[str, tuple[str, dict[str, Any], str]] = {
         dict(vocab_size=VOCAB, d_model=HIDDEN, n_layers=LAYERS, n_heads=4, max_seq_len=64),
         "transformer.blocks.1.ffn.down_proj",
     ),
+    "granite": (
+        "GraniteConfig",
+        _GROUPED | dict(residual_multiplier=1.0, logits_scaling=4.0),
+        "model.layers.1.mlp.down_proj",
+    ),
+    "vaultgemma": (
+        "VaultGemmaConfig",
+        _GROUPED | dict(head_dim=8, final_logit_softcapping=3.0),
+        "model.layers.1.mlp.down_proj",
+    ),
 }
 
 # name -> (configuration class, arguments, what the refusal must name)
@@ -96,7 +106,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmo2": ("Olmo2Config", _GROUPED, "post_feedforward_layernorm"),
     "glm4": ("Glm4Config", _GROUPED | dict(head_dim=8), "post_mlp_layernorm"),
     "opt-350m": ("OPTConfig", _OPT | dict(do_layer_norm_before=False), "do_layer_norm_before"),
-    "granite": ("GraniteConfig", _GROUPED | dict(residual_multiplier=0.5), "residual_multiplier"),
+    "opt-projected": ("OPTConfig", _OPT | dict(word_embed_proj_dim=16), "a projection in between"),
+    "granite-scaled": (
+        "GraniteConfig",
+        _GROUPED | dict(residual_multiplier=0.5),
+        "residual_multiplier",
+    ),
     "mixtral": ("MixtralConfig", _GROUPED | dict(num_local_experts=2), "mixture of experts"),
     "qwen2_moe": (
         "Qwen2MoeConfig",

@@ -125,6 +125,27 @@ def test_the_probe_leaves_mode_and_weights_alone() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_what_the_logits_are_of_the_heads_output() -> None:
+    expected = {"llama": (1.0, None), "cohere": (0.0625, None), "granite": (0.25, None)}
+    for name, (scale, cap) in (expected | {"vaultgemma": (1.0, 3.0)}).items():
+        for dtype in (torch.float32, torch.bfloat16):
+            description = describe(tiny(name).to(dtype))
+            assert description.logit_scale == pytest.approx(scale, rel=1e-3), name
+            assert description.logit_cap == cap
+
+
+def test_another_map_after_the_head_is_refused() -> None:
+    model = tiny("stablelm")
+
+    def square(_module, _args, output):
+        output.logits = output.logits**2
+        return output
+
+    model.register_forward_hook(square)
+    with pytest.raises(UnsupportedModelError, match="another map in between"):
+        describe(model)
+
+
 def test_parallel_residual() -> None:
     expected = {"gptj": True, "phi": True, "gpt_neox": True, "gpt_neox-sequential": False}
     for name, parallel in (expected | {"gpt2": False, "llama": False, "stablelm": None}).items():
