@@ -46,6 +46,8 @@ class Handle:
     def swap(self, path: str | os.PathLike[str]) -> None:
         """Puts other edits of the same layers in place, in the buffers a running graph reads.
 
+        Between forwards: one that another thread runs meanwhile may read half of them.
+
         Raises:
             FormatError: not an EDITS folder, damaged, or of a newer version.
             FingerprintMismatchError: the edits belong to other weights.

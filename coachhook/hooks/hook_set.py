@@ -18,7 +18,8 @@ class HookSet(Mapping[int, HookedLinear]):
     """The hooks of one model, by layer index; made by :func:`attach_hooks`.
 
     Usable as a context manager that detaches at the end. Several threads may run the model at once;
-    what :meth:`disabled`, :meth:`record` and :meth:`packed` say holds for all of them.
+    what :meth:`disabled`, :meth:`record` and :meth:`packed` say holds for all of them. What a hook
+    holds must not be changed while a forward runs.
 
     Args:
         model: the model they are attached to.
