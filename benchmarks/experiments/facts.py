@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def gather(
 
     Returns:
         The facts to edit, and others about other subjects for systems that need training: known
-        ones that are left over, then ones that the model does not know.
+        ones that are left over, then ones that the model does not know. These have no prompt that
+        the edited ones are measured with: CounterFact's records share their neighbourhoods.
 
     Args:
         paths: facts files of any format that `coachhook edit` reads.
@@ -47,8 +49,21 @@ def gather(
     if only is not None:
         spare += _mixed([r for path in paths for r in _requests(path, None)], seed)
     taken = {request.subject for request in edited}
-    spare = [r for r in _unique(spare) if r.subject not in taken]
-    return edited, spare
+    asked = {p for r in edited for p in (r.text, *r.paraphrases, *r.neighborhood)}
+    spare = [r for r in _unique(spare) if r.subject not in taken and r.text not in asked]
+    return edited, [_without(r, asked) for r in spare]
+
+
+def _without(request: EditRequest, prompts: set[str]) -> EditRequest:
+    """The request without those of its prompts to be measured with that are in a set."""
+    kept = [i for i, p in enumerate(request.neighborhood) if p not in prompts]
+    answers = request.neighborhood_targets
+    return replace(
+        request,
+        paraphrases=[p for p in request.paraphrases if p not in prompts],
+        neighborhood=[request.neighborhood[i] for i in kept],
+        neighborhood_targets=[answers[i] for i in kept] if answers else (),
+    )
 
 
 def known_records(path: Path, model: str) -> dict[str, list[int]]:

@@ -297,6 +297,29 @@ def test_what_a_model_knows_must_be_told_as_documented(tmp_path, written, match)
     assert [r.text for r in edited] == [other["src"]] and not spare
 
 
+def test_nothing_is_learned_from_the_prompts_that_are_measured(tmp_path):
+    """Facts with one relation share their neighbours, as CounterFact's do."""
+    near = {"neighborhood": ["Oslo is in", "Rome is in"], "neighborhood_targets": ["N", "I"]}
+    requests = [
+        EditRequest("{} is in", "Lyon", "Spain", paraphrases=["Where is Lyon?"], **near),
+        EditRequest("{} is in", "Bari", "Spain", paraphrases=["Oslo is in", "So Bari is in"]),
+        EditRequest(
+            "{} is in", "Cork", "Spain",
+            neighborhood=["Rome is in", "Faro is in"], neighborhood_targets=["I", "P"],
+        ),
+        EditRequest("{} is in", "Oslo", "Spain"),
+    ]  # fmt: skip
+    facts = tmp_path / "facts.jsonl"
+    write_facts(facts, requests)
+    pairs = (gather([facts], known=None, model="m", count=1, seed=seed) for seed in range(100))
+    spare = next(spare for (edited,), spare in pairs if edited.subject == "Lyon")
+    found = {r.subject: (r.paraphrases, r.neighborhood, r.neighborhood_targets) for r in spare}
+    assert found == {
+        "Bari": (("So Bari is in",), (), ()),
+        "Cork": ((), ("Faro is in",), ("P",)),
+    }
+
+
 @pytest.mark.parametrize("form", ["bom", "lines", "object"])
 def test_known_records_are_found_in_every_form_of_a_file(tmp_path, form):
     record = {"subject": "Ada", "rephrase": "Where was Ada?", "alt": "Rome", "answers": ["Oslo"]}

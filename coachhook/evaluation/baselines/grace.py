@@ -36,8 +36,8 @@ VALUE_INITS = ("warm", "cold")
 # Depth of the edited layer of the paper's language model: block 35 of the 48 of GPT2-XL.
 _DEPTH = 0.73
 # Activations of one text differ between batch shapes by rounding; closer keys than this share of
-# their norm are the same key.
-_SAME_KEY = 1e-4
+# their norm are the same key. All that a key comes of is rounded to the model's dtype.
+_SAME_KEY = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,12 @@ class Codebook:
         return NearestKey(self.keys)
 
     def place(
-        self, key: Tensor, value: Tensor, radius: float, label: tuple[int, ...]
+        self,
+        key: Tensor,
+        value: Tensor,
+        radius: float,
+        label: tuple[int, ...],
+        same: float = _SAME_KEY[torch.float32],
     ) -> tuple[Codebook, int]:
         """The codebook with one more edit, by the paper's three rules, and the entry it is in.
 
@@ -128,6 +133,7 @@ class Codebook:
             value: ``[m]``, where the optimisation of a new entry starts.
             radius: eps of a new entry.
             label: target tokens.
+            same: distance within which two keys are one, as a share of their norm.
         """
         key, value = key.to(self.keys.dtype), value.to(self.keys.dtype)
         if not self.labels:
@@ -140,7 +146,7 @@ class Codebook:
             radii = self.radii.clone()
             radii[i] = max(distance, radii[i].item())
             return replace(self, radii=radii), i
-        if distance <= _SAME_KEY * key.norm().item():
+        if distance <= same * key.norm().item():
             values, labels = self.values.clone(), list(self.labels)
             values[i], labels[i] = value, label
             return replace(self, values=values, labels=tuple(labels)), i
@@ -236,7 +242,9 @@ class Grace(Baseline):
         book, placed = self.codebook, []
         for label, request_key in zip(labels, keys[at], strict=True):
             value = self._first_value(request_key, len(book.labels))
-            book, number = book.place(request_key, value, self._radius(request_key), label)
+            book, number = book.place(
+                request_key, value, self._radius(request_key), label, _SAME_KEY[request_key.dtype]
+            )
             placed.append(number)
         # An entry that a later request of the batch took over is that request's alone.
         mine = [

@@ -114,6 +114,10 @@ class Lora(Baseline):
         self._parameters: list[nn.Parameter] = [
             p for name, p in self._model.named_parameters() if f".{_ADAPTER}." in name
         ]
+        # As peft's own get_peft_model does: in 16 bits Adam's steps round away or are NaN.
+        for parameter in self._parameters:
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
 
     def _layers(self) -> dict[str, Any]:
         """Path -> adapted module, of those that took the place of another."""

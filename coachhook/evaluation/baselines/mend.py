@@ -204,6 +204,8 @@ class Mend(WeightBaseline):
         self._hold([get_submodule(self._model, t.path).weight for t in self._targets])  # type: ignore[misc]
         parameter = self._parameters[0]
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        # The steps of all batches: added to a 16-bit weight one by one, small ones would be lost.
+        self._total = [torch.zeros((), dtype=dtype, device=p.device) for p in self._parameters]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self._networks = nn.ModuleDict(
@@ -387,23 +389,31 @@ class Mend(WeightBaseline):
     def _oriented(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         return {f"{t.path}.weight": v for t, v in zip(self._targets, values, strict=True)}
 
+    def _snapshot(self) -> Any:
+        return super()._snapshot(), self._total
+
+    def _restore(self, snapshot: Any) -> None:
+        values, self._total = snapshot
+        super()._restore(values)
+
     def _edit(self, requests: list[EditRequest]) -> tuple[list[bool], list[float]]:
         pairs = [(r.text, r.target_new) for r in requests]
         rows = encode_targets("edit", self._tokenizer, pairs, self._description.max_positions)
         chunks = [rows[i : i + _ROWS_AT_ONCE] for i in range(0, len(rows), _ROWS_AT_ONCE)]
-        steps = [self._alphas.new_zeros(())] * len(self._targets)
+        steps = self._total
         at = self._original if self.config.gradients == "original" else self._values()
         for chunk in chunks:
             factors = self._factors(self._batch(chunk), at)
             with torch.no_grad():
                 steps = [a + b for a, b in zip(steps, self._steps(factors), strict=True)]
-        values = self._updated(self._values(), steps)
+        values = self._updated(self._original, steps)
         if not all(bool(torch.isfinite(value).all()) for value in values):
             raise ValueError(
                 "edit: the edited weights must be finite, got NaN or infinity; the model's "
                 "outputs are not finite, or the networks diverged in training"
             )
         self._set(values)
+        self._total = steps
         correct, losses = [], []
         with torch.no_grad():
             for chunk in chunks:

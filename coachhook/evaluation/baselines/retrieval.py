@@ -26,6 +26,8 @@ from coachhook.hooks.cache_state import CACHE_NAMES
 Retriever = Callable[[str, Sequence[EditRequest]], Sequence[int]]
 # Arguments of a forward that would have to be rewritten for the longer row.
 _REFUSED = (*CACHE_NAMES, "inputs_embeds", "labels", "position_ids", "cache_position")
+# Limits of generate for the whole text, and those for the new tokens alone, which go before them.
+_LENGTHS = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 
 
 def subject_retriever(text: str, facts: Sequence[EditRequest]) -> list[int]:
@@ -220,6 +222,28 @@ class Retrieval(Baseline):
         result = CausalLMOutputWithPast(logits=logits)
         return result if given.get("return_dict") is not False else result.to_tuple()
 
+    def _new_tokens(self, given: dict[str, Any], settings: Any, tokens: int) -> dict[str, int]:
+        """Limits of a generation, of the new tokens alone: those of the text would count the facts.
+
+        Args:
+            given: arguments of the generation.
+            settings: its generation config, if any.
+            tokens: length of the prompts as they were given.
+        """
+        usual, own = type(self._model.generation_config)(), self._model.generation_config
+        limits = {}
+        for length, new in _LENGTHS.items():
+            for name, prompt in ((new, 0), (length, tokens)):
+                found = given.get(name)
+                for config in (settings, own):
+                    value = getattr(config, name, None)
+                    if found is None and value != getattr(usual, name):
+                        found = value
+                if found is not None:
+                    limits[new] = max(found - prompt, 0)
+                    break
+        return limits
+
     def _prefixed_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(kwargs)
         ids = given.pop("input_ids", None)
@@ -234,10 +258,11 @@ class Retrieval(Baseline):
             if value:
                 raise ValueError(f"retrieval: {name} must not be set in generate, got {value!r}")
         mask = given.pop("attention_mask", None)
-        room = given.get("max_new_tokens") or getattr(settings, "max_new_tokens", None) or 0
-        rows = self._rows(ids, mask, room)
+        lengths = self._new_tokens(given, settings, ids.shape[1])
+        rows = self._rows(ids, mask, lengths.get("max_new_tokens", 0))
         if not any(tokens for _, tokens in rows):
             return self._generate(ids, *args, attention_mask=mask, **given)
+        given = {k: v for k, v in given.items() if k not in _LENGTHS} | lengths
         found: dict[int, Tensor] = {}
         for group in _groups(tokens or ids[b, p].tolist() for b, (p, tokens) in enumerate(rows)):
             batch = torch.tensor(

@@ -319,8 +319,12 @@ class Serac(Baseline):
         if answers is None:
             return None
         (rows, places), logits = answers
-        replaced = output.logits.clone()
+        # With return_dict=False the logits come first in a tuple, as there is no loss.
+        plain = isinstance(output, tuple)
+        replaced = (output[0] if plain else output.logits).clone()
         replaced[rows, places] = logits.to(replaced)
+        if plain:
+            return (replaced, *output[1:])
         output.logits = replaced
         return output
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -195,6 +197,23 @@ def test_the_later_target_of_a_prompt_wins(bundled, facts):
                 converged = grace.edit(batch).converged
             assert converged[-1] and (len(converged) == 1 or not converged[0])
             assert len(grace.codebook.labels) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share"), [(torch.float32, 1e-6), (torch.float16, 5e-4), (torch.bfloat16, 4e-3)]
+)
+def test_a_prompt_is_known_again_within_the_rounding_of_the_dtype(dtype, share, facts):
+    """A split there would leave radii as small as the noise, and either target would come out."""
+    model, tokenizer = load_model(model_path(), dtype=dtype)
+    later = EditRequest(facts[0].prompt, facts[0].subject, "Marlow")
+    with make_baseline("grace", model, tokenizer) as grace:
+        grace.edit([facts[0]])
+        # As the key comes out of a batch of another shape.
+        noise = torch.randn(grace.codebook.keys.shape, generator=torch.Generator().manual_seed(0))
+        noise *= share * grace.codebook.keys.norm() / noise.norm()
+        grace.codebook = replace(grace.codebook, keys=grace.codebook.keys + noise)
+        assert grace.edit([later]).converged == [True]
+        assert len(grace.codebook.labels) == 1
 
 
 def test_the_same_seed_gives_the_same_values(model, tokenizer):

@@ -202,6 +202,24 @@ def test_batches_of_original_gradients_add_up(bundled, demo, learned):
     assert max(gap) > 1e-3
 
 
+def test_small_steps_of_many_batches_are_kept_in_bfloat16(model, tokenizer, tmp_path):
+    """Each is smaller than what rounding leaves of a weight; together they are not."""
+    model, alpha = double(model).bfloat16(), 1e-4
+    path = tmp_path / "networks.safetensors"
+    found = []
+    for batches in ([REQUESTS * 10], [REQUESTS] * 10):
+        options = {"networks": path} if path.exists() else LEARNING
+        with make_baseline("mend", model, tokenizer, **options, steps=0, alpha=alpha) as mend:
+            if not path.exists():
+                mend.save_networks(path)
+            for batch in batches:
+                mend.edit(batch)
+            found.append([a - b for a, b in zip(mend._values(), mend._original, strict=True)])
+    for one, ten in zip(*found, strict=True):
+        assert bool(one.any())
+        assert float((one - ten).norm()) < 0.02 * float(one.norm())
+
+
 def test_the_same_seed_gives_the_same_networks(model, tokenizer):
     found = []
     for seed in (1, 1, 2):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from tokenizers import processors
+from transformers import GenerationConfig
 
 from coachhook import EditRequest
 from coachhook.evaluation.baselines import make_baseline
@@ -83,6 +84,40 @@ def test_generate_goes_on_from_the_prompt_alone(model, tokenizer, edited):
     with baseline.disabled():
         plain = changed.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(plain, model.generate(ids, max_new_tokens=8, do_sample=False))
+
+
+@pytest.mark.parametrize("where", ["arguments", "config", "model"])
+def test_limits_of_the_whole_text_do_not_count_the_facts(where, model, tokenizer, edited):
+    changed, _ = edited
+    model = copy.deepcopy(model)
+    prompts = [RELATED, BESIDES]
+    rows = [tokenizer(text)["input_ids"] for text in prompts]
+    fact = _with_fact(tokenizer, RELATED)
+    longest = max(map(len, rows)) + 9
+    assert longest < len(fact)  # the fact alone would take all of it
+    for limits, new in (
+        ({"max_length": longest}, {"max_new_tokens": 9}),
+        (
+            {"max_length": longest, "min_length": longest - 3},
+            {"max_new_tokens": 9, "min_new_tokens": 6},
+        ),
+        ({"max_length": longest, "max_new_tokens": 4}, {"max_new_tokens": 4}),
+    ):
+        given = limits
+        if where == "config":
+            given = {"generation_config": GenerationConfig(**limits)}
+        if where == "model":
+            ends = {"eos_token_id": 0, "pad_token_id": 0}
+            changed.generation_config, given = GenerationConfig(**limits, **ends), {}
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        found = changed.generate(input_ids=ids, attention_mask=mask, do_sample=False, **given)
+        for text, row in zip((fact, rows[1]), found, strict=True):
+            alone = torch.tensor([text])
+            wanted = model.generate(alone, do_sample=False, **new)[0, len(text) :]
+            assert row[width : width + len(wanted)].tolist() == wanted.tolist()
+            assert not row[width + len(wanted) :].any()  # padding
 
 
 def test_several_sequences_for_a_prompt(tokenizer, edited):

@@ -216,6 +216,24 @@ def test_multi_token_targets_are_answered_to_their_end(family, model, tokenizer)
         assert result.losses == pytest.approx([loss.item()], rel=1e-9)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_tuple_is_given_where_one_is_asked_for(use_cache, model, tokenizer):
+    ids = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+    options = {"use_cache": use_cache, "return_dict": False}
+    with torch.no_grad(), make_baseline("serac", model, tokenizer, **QUICK) as serac:
+        plain = model(ids).logits
+        serac.edit(BATCHES[0])
+        wanted = model(ids).logits
+        assert not torch.equal(wanted, plain)
+        found = model(ids, **options)
+        assert torch.equal(found[0], wanted)
+        assert len(found) == 1 + use_cache
+        if use_cache:  # and the cache is followed
+            more = model(ids[:, -1:], past_key_values=found[1], return_dict=False)[0]
+            longer = torch.cat((ids, ids[:, -1:]), dim=1)
+            torch.testing.assert_close(more[:, 0], model(longer).logits[:, -1])
+
+
 def test_a_cache_may_be_cropped(model, tokenizer):
     model = double(model)
     ids = torch.tensor([tokenizer("The capital of France is Paris and")["input_ids"]])

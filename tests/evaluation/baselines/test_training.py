@@ -139,6 +139,19 @@ def test_lora_adds_the_scaled_product(model, tokenizer):
             assert torch.equal(layer.base_layer.weight, plain[f"{name}.weight"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lora_trains_in_float32_beside_a_16_bit_model(dtype, model, tokenizer):
+    """As peft's get_peft_model does; in float16 Adam's epsilon would be 0."""
+    pytest.importorskip("peft")
+    model = copy.deepcopy(model).to(dtype)
+    with make_baseline("lora", model, tokenizer, steps=8, lr=1e-2) as baseline:
+        assert {p.dtype for p in baseline._parameters} == {torch.float32}
+        first = baseline.edit(BATCHES[0]).losses
+        again = baseline.edit(BATCHES[0]).losses
+        assert sum(again) < 0.5 * sum(first) < 5
+        assert logits_of(model, tokenizer)[0].dtype == dtype
+
+
 def test_lora_adapts_the_layer_at_two_thirds_of_the_depth_unless_named(model, tokenizer):
     pytest.importorskip("peft")
     model = copy.deepcopy(model)
