@@ -8,6 +8,7 @@ the same folder takes over as it is.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -161,7 +162,8 @@ def load_state(
 def memory_device(model: nn.Module, layer: int) -> torch.device:
     """Where the memory of a layer belongs: beside the layer, or where there is float64."""
     module = get_submodule(model, describe(model).layer(layer).path)
-    device = next(module.parameters()).device
+    # A quantised layer may have buffers alone.
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
     return torch.device("cpu") if device.type == "mps" else device
 
 

@@ -25,6 +25,7 @@ from coachhook.models import (
     ModelDescription,
     fused_activations,
     get_submodule,
+    is_linear_like,
     linear_shape,
     partial_forward,
     skipped,
@@ -144,6 +145,10 @@ class Suffix:
         ]
         self._norm = get_submodule(model, description.final_norm_path)
         self._head = get_submodule(model, description.lm_head_path)
+        # That of activations: weights may be quantised, and then no parameters either.
+        self._element_size = next(
+            p.element_size() for p in model.parameters() if p.is_floating_point()
+        )
         self._max_positions = description.max_positions
         self._scale, self._cap = description.logit_scale, description.logit_cap
         self._keeps = self._narrows = self._packs = True
@@ -195,8 +200,9 @@ class Suffix:
 
         Twice that, as activations, norms and attention keep about as much again.
         """
-        matrices = [w for b in self._above for w in b.parameters() if w.dim() == 2]
-        return 2 * sum((w.shape[0] + w.shape[1]) * w.element_size() for w in matrices)
+        modules = [module for block in self._above for module in block.modules()]
+        widths = [sum(linear_shape(module)) for module in modules if is_linear_like(module)]
+        return 2 * sum(widths) * self._element_size
 
     @property
     def bytes_per_kept_token(self) -> int:
@@ -206,7 +212,7 @@ class Suffix:
         again beside the live ones' own. A block's are as wide as its hidden state at most.
         """
         width, _ = linear_shape(self._head)
-        return 6 * width * len(self._above) * next(self._head.parameters()).element_size()
+        return 6 * width * len(self._above) * self._element_size
 
     @torch.no_grad()
     def capture(

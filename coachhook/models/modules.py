@@ -87,6 +87,18 @@ def weight_of(module: nn.Module) -> Tensor | None:
     return weight if weight.shape == (m, n) else None
 
 
+def plain_parts(value: Tensor) -> Iterator[Tensor]:
+    """The ordinary tensors that a tensor is made of: itself, or the parts of a subclass.
+
+    A quantised weight of torchao, for one, answers to products alone.
+    """
+    if type(value) in (Tensor, nn.Parameter) or not hasattr(value, "__tensor_flatten__"):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from plain_parts(getattr(value, name))
+
+
 def check_finite(model: nn.Module) -> None:
     """Check that no weight is NaN or infinite.
 
@@ -95,11 +107,13 @@ def check_finite(model: nn.Module) -> None:
     """
     bad = []
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
-            continue
-        low, high = torch.aminmax(parameter.detach())
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            bad.append(name)
+        for part in plain_parts(parameter.detach()):
+            if not part.is_floating_point() or part.is_meta or not part.numel():
+                continue
+            low, high = torch.aminmax(part)
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                bad.append(name)
+                break
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ValueError(

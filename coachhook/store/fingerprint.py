@@ -8,6 +8,8 @@ import json
 import torch
 from torch import Tensor, nn
 
+from coachhook.models import is_linear_like, plain_parts
+
 _SCHEME = "coachhook fingerprint 1"
 _BLOCKS = 64
 _BLOCK = 1024
@@ -17,26 +19,33 @@ _TINY = 2.0**-16
 def fingerprint(model: nn.Module) -> str:
     """Return a hexadecimal digest (128 bits of SHA-256) of the weights of `model`.
 
-    It covers the model type, the numbers of heads, the activation, and the name, shape and a
-    fixed sample of the values of every parameter: all of them up to 65,536 elements, else 64
-    evenly spaced runs of 1,024. Values are rounded to bfloat16 and magnitudes up to 2^-16 count
-    as zero before they are hashed, so one checkpoint has one fingerprint in float64, float32 and
-    bfloat16, and a bfloat16 checkpoint also in float16. A float32 checkpoint cast to float16 is
-    rounded twice and differs.
+    It covers the model type, the numbers of heads, the activation, and the name, shape and a fixed
+    sample of the values of every parameter, and of the buffers of linear layers without one: all of
+    them up to 65,536 elements, else 64 evenly spaced runs of 1,024. Values are rounded to bfloat16
+    and magnitudes up to 2^-16 count as zero before they are hashed, so one checkpoint has one
+    fingerprint in float64, float32 and bfloat16, and a bfloat16 checkpoint also in float16. A
+    float32 checkpoint cast to float16 is rounded twice and differs.
 
     Names are those of ``model.state_dict()``, where attached hooks do not show; tied weights
     appear under each of their names, whether the tie still holds or not. The device does not
-    matter.
+    matter. A quantised model has another fingerprint than the one it was made from.
 
     Raises:
         ValueError: a parameter is on the meta device and has no values.
     """
     digest = hashlib.sha256(_SCHEME.encode())
     digest.update(json.dumps(_config_essentials(model), sort_keys=True).encode())
-    parameters = model.state_dict(keep_vars=True)
-    for name in sorted(parameters):
-        value = parameters[name]
-        if not isinstance(value, nn.Parameter):
+    # A quantised layer may keep its weight in buffers.
+    buffered = {
+        path
+        for path, module in model.named_modules()
+        if is_linear_like(module) and not isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+    entries = model.state_dict(keep_vars=True)
+    for name in sorted(entries):
+        value = entries[name]
+        kept = isinstance(value, Tensor) and name.rpartition(".")[0] in buffered
+        if not (kept or isinstance(value, nn.Parameter)):
             continue
         if value.is_meta:
             raise ValueError(
@@ -44,7 +53,8 @@ def fingerprint(model: nn.Module) -> str:
                 "load the model without offloading"
             )
         digest.update(f"{name} {list(value.shape)}".encode())
-        digest.update(_sampled_bytes(value.detach()))
+        for part in plain_parts(value.detach()):
+            digest.update(_sampled_bytes(part))
     return digest.hexdigest()[:32]
 
 
