@@ -14,6 +14,7 @@ from coachhook import bundled
 from coachhook.cli import main
 
 FACTS = 4
+WIDTH = json.loads((bundled.model_path() / "config.json").read_text())["n_embd"] * 4
 
 
 def call(*argv):
@@ -97,6 +98,23 @@ def test_a_wrong_folder_is_refused_before_the_model_is_read(world, tmp_path, cap
     assert call(*argv) == 2
     held = "statistics" if command == "edit" else "edits"
     assert f"must hold coachhook {held}" in capsys.readouterr().err
+
+
+def test_too_little_text_is_refused_with_remedies_that_help(world, tmp_path, capsys):
+    model = bundled.model_path()
+    few = ["--text", world / "text.txt", "--tokens", 200, "--layers", "0,1"]
+    assert call("stats", model, *few, "--out", tmp_path / "plain") == 0
+    assert call("stats", model, *few, "--out", tmp_path / "shrunk", "--minimal") == 0
+    plain, shrunk = (
+        ["edit", model, world / "the facts.json", "--limit", 1, "--stats", tmp_path / name]
+        for name in ("plain", "shrunk")
+    )
+    capsys.readouterr()
+    assert call(*plain, "--out", tmp_path / "a") == 2
+    err = capsys.readouterr().err
+    assert f"more than {WIDTH} tokens" in err and "--minimal" in err and "--ridge" in err
+    assert call(*shrunk, "--out", tmp_path / "a") == 0
+    assert call(*plain, "--out", tmp_path / "b", "--ridge", 1e-4) == 0
 
 
 def test_the_command_that_measures_asks_for_the_same_facts(world, tmp_path, capsys):
