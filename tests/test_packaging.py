@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -58,6 +59,22 @@ def pure_wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def source_archive(source: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names of the files in the sdist, below its one folder."""
+    pytest.importorskip("setuptools", minversion="77")
+    copy, out = (tmp_path_factory.mktemp("sdist") / name for name in ("source", "out"))
+    shutil.copytree(source, copy)
+    (copy / "tests").mkdir()
+    shutil.copy(__file__, copy / "tests")
+    build = "from setuptools import build_meta as b; import sys; b.build_sdist(sys.argv[1])"
+    result = run(sys.executable, "-c", build, str(out), cwd=copy, COACHHOOK_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (path,) = out.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        return {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
+
+
 def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -73,6 +90,15 @@ def test_changelog_names_the_version() -> None:
 
 def test_metadata_is_static() -> None:
     assert "dynamic" not in project()
+
+
+def test_source_archive_contents(source_archive: set[str]) -> None:
+    tops = {name.partition("/")[0] for name in source_archive}
+    assert {"coachhook", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= tops
+    assert not tops & {"tests", "benchmarks", "tools", "docs"}
+    held = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert {n for n in held if n.endswith((".h", ".cuh", ".cu", ".cpp"))} <= source_archive
+    assert "coachhook/py.typed" in source_archive
 
 
 def test_wheel_contents(pure_wheel: Path) -> None:

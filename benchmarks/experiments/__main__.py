@@ -165,6 +165,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(write_report(args.out))
     except (plan.ExperimentError, ValueError, OSError) as error:
         return refuse(args, error)
+    except KeyboardInterrupt:
+        kept = f"what is done is in {args.out}; give the same command again to go on"
+        print(f"{args.experiment}: interrupted; {kept}", file=sys.stderr)
+        return 130
     failed = [run for run in results if "error" in run]
     for run in failed:
         print(f"{run['spec']['label']}: failed: {run['error']}", file=sys.stderr)

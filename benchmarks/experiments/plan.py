@@ -304,12 +304,17 @@ def _run_one(folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.experiments", "run", str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     tail = b""
-    if process.stderr is not None:
-        while block := process.stderr.read1():  # type: ignore[attr-defined]
-            sys.stderr.buffer.write(block)
-            sys.stderr.buffer.flush()
-            tail = (tail + block)[-4000:]
-    status = process.wait()
+    try:
+        if process.stderr is not None:
+            while block := process.stderr.read1():  # type: ignore[attr-defined]
+                sys.stderr.buffer.write(block)
+                sys.stderr.buffer.flush()
+                tail = (tail + block)[-4000:]
+        status = process.wait()
+    except KeyboardInterrupt:  # which the run need not have been sent, too
+        process.terminate()
+        process.wait()
+        raise
     if status:
         lines = [line for line in tail.decode(errors="replace").splitlines() if line.strip()]
         reason = lines[-1] if lines and status > 0 else f"killed by signal {-status}"

@@ -7,6 +7,8 @@ Results go to stdout, as text or with ``--json`` as one JSON value; progress and
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from coachhook._version import __version__
@@ -55,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, FactsError) as error:
         log(f"coachhook {args.command}: {error}")
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has enough, as `head` has. What is still buffered goes nowhere, or
+        # Python complains when it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (FailedError, CoachhookError, OSError) as error:
         log(f"coachhook {args.command}: failed: {error}")
         return 1

@@ -101,10 +101,12 @@ def register(commands: Any) -> None:
 def run_generate(args: argparse.Namespace) -> int:
     """Greedy continuations of the edited model."""
     from coachhook.editing import attach
+    from coachhook.store import read_manifest
 
     with checking():
         if not all(prompt.strip() for prompt in args.prompts):
             raise InputError("prompts must not be empty")
+        read_manifest(args.edits, "edits")  # before the model is read, which may take long
         model, tokenizer = open_model(args)
         check_window(model, tokenizer, args.prompts)
         handle = attach(model, args.edits)
@@ -135,11 +137,13 @@ def run_eval(args: argparse.Namespace) -> int:
     from coachhook.evaluation import evaluate, render_evaluation, table
     from coachhook.evaluation.metrics import long_prompts
     from coachhook.statistics import read_texts
+    from coachhook.store import read_manifest
 
     with checking():
         facts = read_records(args)
         if args.text is not None and next(read_texts(args.text), None) is None:
             raise InputError(f"--text must hold text, got only empty lines in {args.text}")
+        read_manifest(args.edits, "edits")  # before the model is read, which may take long
         model, tokenizer = open_model(args)
         requests = fitting_requests(args, facts, long_prompts(model, tokenizer, facts.requests))
         handle = attach(model, args.edits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -158,6 +159,25 @@ def read_records(args: argparse.Namespace) -> FactsFile:
         log(f"warning: {args.facts}: {line}")
     _leave_out(args, facts)
     return facts.some(slice(args.limit))
+
+
+def command_line(args: argparse.Namespace, command: str, *more: object) -> str:
+    """A command for the same model and facts, to be pasted into a shell.
+
+    Args:
+        args: of a command that takes MODEL and FACTS.
+        command: the name of the other one.
+        more: what comes behind FACTS.
+    """
+    words = ["coachhook", command, args.model, args.facts, *more]
+    for name in ("format", "limit", "device"):
+        if (value := getattr(args, name)) is not None:
+            words += [f"--{name}", value]
+    if args.dtype != "auto":
+        words += ["--dtype", args.dtype]
+    if args.skip_bad:
+        words.append("--skip-bad")
+    return shlex.join(map(str, words))
 
 
 def fitting_requests(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -163,15 +164,16 @@ def _show_scores(result: dict[str, Any]) -> None:
 
 def _show_next(args: argparse.Namespace, requests: Sequence[EditRequest]) -> None:
     # Inside an environment that is not activated the command is not found by its name.
-    program = "coachhook" if shutil.which("coachhook") else f"{sys.executable} -m coachhook"
+    here = f"{shlex.quote(sys.executable)} -m coachhook"
+    program = "coachhook" if shutil.which("coachhook") else here
     show("How to go on:\n")
     if args.out is None:
         show("  keep the edits of this demo in a folder, and ask the model beside them")
         show(f"    {program} demo --out EDITS")
     else:
         show("  ask the model with and without the edits")
-    folder = args.out if args.out is not None else "EDITS"
-    show(f"    {program} generate {args.model} \\")
+    folder = shlex.quote(str(args.out if args.out is not None else "EDITS"))
+    show(f"    {program} generate {shlex.quote(args.model)} \\")
     show(f'      --edits {folder} --compare "{requests[0].text}"\n')
     show("  the same with your own model and facts")
     show(f"    {program} stats MODEL --text TEXT --out STATS")

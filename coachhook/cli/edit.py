@@ -18,6 +18,7 @@ from coachhook.cli.common import (
     batches,
     check_output,
     checking,
+    command_line,
     emit,
     fitting_requests,
     layer_list,
@@ -129,12 +130,16 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks everything, then edits batch after batch."""
+    from coachhook.store import read_manifest
+
     with checking():
         overrides = _overrides(args)
         facts = read_records(args)
         resumed = check_output(args.out, resume=args.resume)
         if not resumed and args.stats is None:
             raise InputError("--stats is needed; `coachhook stats` writes it")
+        # Before the model is read, which may take long.
+        read_manifest(*((args.out, "edits") if resumed else (args.stats, "statistics")))
         model, tokenizer = open_model(args)
         start = _resume if resumed else _start
         editor = start(args, model, tokenizer, overrides)
@@ -245,6 +250,7 @@ def unfit_prompts(
 def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest]) -> dict[str, Any]:
     total = math.ceil(len(todo) / args.batch_size)
     missed: list[dict[str, Any]] = []
+    kept = bool(editor.batches)
     warnings: list[str] = []
     alphas: dict[int, float] = dict(editor.alphas)
     started, done = time.perf_counter(), 0
@@ -255,11 +261,11 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
             editor.save(args.out)
         except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
             what = f"batch {number} of {total}: {type(error).__name__}: {error}"
-            raise FailedError(f"{what}\n{_kept(number, args.out)}") from error
+            raise FailedError(f"{what}\n{_kept(kept, args.out)}") from error
         except KeyboardInterrupt:
-            log(f"interrupted in batch {number} of {total}; {_kept(number, args.out)}")
+            log(f"interrupted in batch {number} of {total}; {_kept(kept, args.out)}")
             raise
-        done += len(batch)
+        done, kept = done + len(batch), True
         alphas = result.alphas
         failed = [r for r, ok in zip(batch, result.converged, strict=True) if not ok]
         missed += [{"id": r.id, "prompt": r.text, "target_new": r.target_new} for r in failed]
@@ -285,10 +291,10 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
     }
 
 
-def _kept(number: int, out: Path) -> str:
+def _kept(kept: bool, out: Path) -> str:
     return (
         f"what was written before it is in {out}; go on with --resume"
-        if number > 1
+        if kept
         else "nothing was written"
     )
 
@@ -328,4 +334,4 @@ def _print(args: argparse.Namespace, summary: dict[str, Any]) -> None:
     rows = [[one_line(sample[name]) for name in names] for sample in summary["samples"]]
     show(table(["prompt", "wanted", "before", "after"], rows))
     show()
-    show(f"measure: coachhook eval {args.model} --edits {args.out} {args.facts}")
+    show(f"measure: {command_line(args, 'eval', '--edits', args.out)}")

@@ -11,6 +11,7 @@ from coachhook.cli.common import (
     add_command,
     add_facts,
     checking,
+    command_line,
     emit,
     fitting_requests,
     layer_list,
@@ -110,4 +111,4 @@ def _print(args: argparse.Namespace, advice: Any) -> None:
     show(f"{advice.facts} facts, {advice.paraphrases} paraphrases that name the subject\n")
     show(table(headers, rows))
     show()
-    show(f"edit it: coachhook edit {args.model} {args.facts} --layers {advice.layer} ...")
+    show(f"edit it: {command_line(args, 'edit', '--layers', advice.layer)} ...")

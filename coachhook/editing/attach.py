@@ -51,8 +51,14 @@ class Handle:
         Raises:
             FormatError: not an EDITS folder, damaged, or of a newer version.
             FingerprintMismatchError: the edits belong to other weights.
+            RuntimeError: the handle was detached.
             ValueError: they edit other layers; attach them anew.
         """
+        if not self.hooks.attached:
+            raise RuntimeError(
+                "swap: hooks must be attached to the model, got detached ones, which would change "
+                "no answer; attach the edits instead"
+            )
         config, payloads = load_payloads(path, self._fingerprint)
         if sorted(payloads) != sorted(self.hooks):
             raise ValueError(

@@ -196,8 +196,9 @@ def factor_prior(prior: Tensor, dtype: torch.dtype) -> Tensor:
     if int(info) or bool((pivots <= noise).any()):
         raise NotPositiveDefiniteError(
             f"EditMemory: prior must be positive definite, got a {list(prior.shape)} matrix that "
-            "is singular or indefinite to rounding; collect statistics of more than n tokens, or "
-            "add a ridge with regularized_prior(covariance, weight, ridge)"
+            f"is singular or indefinite to rounding; collect statistics of more than {len(prior)} "
+            "tokens, or shrunk ones of less text (minimal=True, --minimal), or raise the ridge "
+            "(EditConfig.ridge, --ridge; regularized_prior for a matrix of your own)"
         )
     condition = float(pivots.max() / pivots.min())
     if dtype == torch.float32 and condition > _FLOAT32_CONDITION:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 MANIFEST = "manifest.json"
 
 
@@ -85,6 +87,7 @@ def write_folder_atomically(
 
     Raises:
         ValueError: see :func:`check_writable`; or another process is writing the same folder.
+        OSError: it could not be written, such as on a full disk; what was there is still there.
     """
     check_writable(path)
     final = Path(path).resolve()
@@ -95,7 +98,10 @@ def write_folder_atomically(
             os.rename(aside, final)
         elif aside.exists():
             shutil.rmtree(aside)
-        writer(temporary)
+        try:
+            writer(temporary)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"save: {final} could not be written: {error}") from error
         if final.exists():
             _carry_over(final, temporary, owned(final))
         _sync_tree(temporary)

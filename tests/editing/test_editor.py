@@ -269,6 +269,8 @@ def test_swapping_edit_sets_in_place(make_editor, requests, tmp_path):
     handle.swap(tmp_path / "two")
     assert torch.equal(logits(model, tokenizer, requests[2].text), two)
     handle.detach()
+    with pytest.raises(RuntimeError, match="swap: hooks must be attached"):
+        handle.swap(tmp_path / "one")
 
 
 def test_edits_of_another_model_are_refused(make_editor, requests, tmp_path):

@@ -80,6 +80,29 @@ def killed(world, tmp_path_factory):
     return out, before, messages, printed.getvalue()
 
 
+def test_an_interrupted_experiment_says_how_to_go_on_and_ends_its_run(world, tmp_path):
+    argv = [str(w) for w in words(world, "consecutive", tmp_path / "out", *CONSECUTIVE)]
+    # What is started in the background may have been told to ignore the signal.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = "import sys; from benchmarks.experiments.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", f"{heed}; {start}", *argv]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "ours: " in line:  # printed by the run itself
+            break
+    process.send_signal(signal.SIGINT)
+    said += process.communicate()[1]
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert said.endswith(f"is in {tmp_path / 'out'}; give the same command again to go on\n")
+    # Nobody holds the folder of the run any longer.
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    with plan.locked(folder):
+        pass
+
+
 def test_a_killed_run_goes_on_where_it_was(killed):
     out, before, messages, printed = killed
     assert 1 <= before <= 3
