@@ -85,7 +85,7 @@ def save_folder(
             tensor_file = folder / f"tensors-{number:05}.safetensors"
             entry = old.link(shard, tensor_file) if old is not None else None
             if entry is None:
-                _write(shard, tensor_file)
+                save_file(shard, tensor_file)
                 tensor_file.chmod(mode)  # safetensors leaves files for their owner alone
                 entry = {
                     "bytes": tensor_file.stat().st_size,
@@ -118,17 +118,6 @@ def save_folder(
     if (current := current_folder(path)).is_dir():
         owned(current)
     write_folder_atomically(path, write, owned=owned)
-
-
-def _write(shard: dict[str, Tensor], file: Path) -> None:
-    try:
-        save_file(shard, file)
-    except SafetensorError as error:
-        size = sum(tensor.nbytes for tensor in shard.values())
-        raise OSError(
-            f"save: {file.parent.parent} must have room for a file of {size / 1e6:.1f} MB, got: "
-            f"{error}; nothing was replaced: make room or choose another folder"
-        ) from error
 
 
 def load_folder(

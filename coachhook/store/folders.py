@@ -101,7 +101,10 @@ def write_folder_atomically(
         try:
             writer(temporary)
         except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(f"save: {final} could not be written: {error}") from error
+            raise OSError(
+                f"save: {final} must have room for what is written, got: {error}; nothing was "
+                "replaced: make room or choose another folder"
+            ) from error
         if final.exists():
             _carry_over(final, temporary, owned(final))
         _sync_tree(temporary)
