@@ -23,6 +23,7 @@ from coachhook.editing.replay import Replayed
 from coachhook.models import (
     ForwardEnded,
     ModelDescription,
+    check_gradients,
     fused_activations,
     get_submodule,
     is_linear_like,
@@ -146,9 +147,10 @@ class Suffix:
         self._norm = get_submodule(model, description.final_norm_path)
         self._head = get_submodule(model, description.lm_head_path)
         # That of activations: weights may be quantised, and then no parameters either.
-        self._element_size = next(
-            p.element_size() for p in model.parameters() if p.is_floating_point()
-        )
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self._element_size = dtype.itemsize
+        blocks = (module for block in self._above for module in block.modules())
+        check_gradients([*blocks, *self._head.modules()], dtype)
         self._max_positions = description.max_positions
         self._scale, self._cap = description.logit_scale, description.logit_cap
         self._keeps = self._narrows = self._packs = True

@@ -14,6 +14,7 @@ from coachhook.models.loading import (
 )
 from coachhook.models.modules import (
     check_finite,
+    check_gradients,
     evaluating,
     get_submodule,
     is_linear_like,
@@ -29,6 +30,7 @@ __all__ = [
     "ForwardEnded",
     "ModelDescription",
     "check_finite",
+    "check_gradients",
     "check_padding",
     "describe",
     "end_tokens",

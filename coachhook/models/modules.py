@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from coachhook.errors import UnsupportedModelError
+
+# Of what a layer that rounds its inputs, too, has for a gradient.
+_GRADIENT_TOLERANCE = 0.25
 
 
 def get_submodule(model: nn.Module, path: str) -> nn.Module:
@@ -121,6 +127,55 @@ def check_finite(model: nn.Module) -> None:
             f"got NaN or infinity in {', '.join(bad[:3])}{more}. The checkpoint is damaged or was "
             "loaded in a dtype it overflows; load it again, for instance in bfloat16 or float32"
         )
+
+
+def check_gradients(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    """Check that gradients pass through the quantised linear layers among some modules.
+
+    Kernels of quantisation libraries may give none, without an error. One layer of each class is
+    asked: ``g = W^T c`` for ``c = W d`` must have ``g . d = c . c``.
+
+    Args:
+        modules: all modules in question; one that holds others is passed over.
+        dtype: of their inputs.
+
+    Raises:
+        UnsupportedModelError: naming the class.
+    """
+    asked = set()
+    for module in modules:
+        plain = getattr(module, "weight", None)
+        if (
+            type(module) in asked
+            or not is_linear_like(module)
+            or any(True for _ in module.children())
+            or (type(plain) is nn.Parameter and plain.is_floating_point())
+        ):
+            continue
+        asked.add(type(module))
+        n, _ = linear_shape(module)
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        x, d = torch.randn(2, 4, n, generator=generator).to(device, dtype)
+        with torch.no_grad():
+            c = (module(x + d) - module(x)).float()
+        with torch.enable_grad():
+            y = module(x.requires_grad_())
+            g = None
+            if y.requires_grad:
+                (g,) = torch.autograd.grad(y, x, c.to(y.dtype), allow_unused=True)
+        wanted = float(c.square().sum())
+        if wanted == 0:
+            continue
+        found = 0.0 if g is None else float((g.float() * d.float()).sum()) / wanted
+        if not abs(found - 1) < _GRADIENT_TOLERANCE:
+            raise UnsupportedModelError(
+                f"edit: layers above the edited ones must have gradients, got {found:.2f} times "
+                f"the right one from {type(module).__name__} with a weight of type "
+                f"{type(plain).__name__} on {device.type}; edit on another device, or the model in "
+                "another form of quantisation"
+            )
 
 
 @contextmanager

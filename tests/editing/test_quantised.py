@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import coachhook
 from coachhook import Editor, EditRequest, collect_statistics
 from coachhook.bundled import texts
-from coachhook.errors import FingerprintMismatchError
+from coachhook.errors import FingerprintMismatchError, UnsupportedModelError
 from coachhook.hooks import attach_hooks
 from coachhook.models import check_finite, get_submodule, linear_shape, load_model, set_submodule
 from coachhook.models import describe as describe_model
@@ -156,6 +156,40 @@ def test_a_hook_lies_over_a_weight_that_answers_to_products_alone() -> None:
     model.model.layers[1].mlp.up_proj.weight.scale[3] = float("nan")
     with pytest.raises(ValueError, match=r"finite, got NaN or infinity in model\.layers\.1\.mlp"):
         check_finite(model)
+
+
+class Untaught(torch.autograd.Function):
+    """A kernel without a derivative, which torch takes for a constant or for zero."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, kind: str) -> Tensor:
+        ctx.kind = kind
+        if kind == "constant":
+            ctx.mark_non_differentiable(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * 0, None
+
+
+@pytest.mark.parametrize("kind", ["constant", "zero"])
+def test_layers_without_gradients_are_refused(bundled, requests, monkeypatch, kind: str) -> None:
+    """Their targets would converge all the same, by what the residual stream lets through."""
+    plain, tokenizer, statistics = bundled
+    model = in_buffers(plain)
+    monkeypatch.setattr(statistics, "check", lambda _model: None)
+    editor = Editor(model, tokenizer, statistics=statistics)
+    product = Int8Linear.forward
+    monkeypatch.setattr(
+        Int8Linear, "forward", lambda self, x: Untaught.apply(product(self, x), kind)
+    )
+    message = r"must have gradients, got 0\.00 times the right one from Int8Linear .* on cpu"
+    with pytest.raises(UnsupportedModelError, match=message):
+        editor.edit(requests[:2])
+    assert not editor.batches
+    monkeypatch.undo()
+    assert all(editor.edit(requests[:2]).converged)
 
 
 def test_what_a_token_takes_does_not_depend_on_how_weights_are_stored() -> None:
