@@ -215,10 +215,10 @@ class EditConfig:
             "target_lr",
             "target_clamp",
             "target_steps",
-            # Thresholds that a token without any coefficient must not pass.
+            # Thresholds that a token without any coefficient must not pass: no edit is its own.
             "alpha_cued",
             "alpha_answer",
-            *(["alpha"] if self.scope == "membership" else []),
+            *(["alpha"] if self.scope == "membership" and self.correction == "own" else []),
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(

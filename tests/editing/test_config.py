@@ -86,6 +86,10 @@ def test_a_z_score_may_be_negative() -> None:
     assert EditConfig([0], scope="sequence", alpha=-1e9).alpha == -1e9
 
 
+def test_a_sum_of_corrections_may_be_added_everywhere() -> None:
+    assert EditConfig([0], correction="sum", alpha=-1e30).alpha == -1e30
+
+
 def test_a_configuration_is_a_value() -> None:
     config = EditConfig(layers=(0, 2), target_steps=9)
     assert config.layers == [0, 2]
