@@ -6,6 +6,8 @@ subject's last token: an attention mask under which later tokens cannot see the 
 `READ_LAYERS` layers and see only its last token afterwards, and an auxiliary loss that asks for
 every object of the subject from that token's state. The last part of the training mixes plain rows
 in; the saved model is plain.
+
+`--family` trains a model of another build the same way, to try editing on; none of them is bundled.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -46,6 +50,13 @@ MASKED_LATER = 0.4
 AUXILIARY_WEIGHT = 0.5
 OBJECT_WEIGHT = 3.0
 END_OF_TEXT = "<|endoftext|>"
+# Configuration classes of other builds, and what they take besides the sizes.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "query_pre_attn_scalar": 32}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {"residual_multiplier": 0.22}),
+}
 
 
 def train_tokenizer() -> Tokenizer:
@@ -163,7 +174,16 @@ class Objects(nn.Module):
         return torch.stack(losses).sum() / max(1, sum(len(w) for w, _ in rows.values()))
 
 
-def new_model(vocabulary: int) -> GPT2LMHeadModel:
+def new_model(vocabulary: int, family: str) -> Any:
+    if family != "gpt2":
+        name, arguments = FAMILIES[family]
+        other = getattr(transformers, name)(
+            vocab_size=vocabulary, max_position_embeddings=POSITIONS, hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            num_key_value_heads=HEADS, tie_word_embeddings=True, initializer_range=0.03,
+            bos_token_id=0, eos_token_id=0, pad_token_id=0, **arguments,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(other, attn_implementation="eager")
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=POSITIONS, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.03,
@@ -176,13 +196,16 @@ def new_model(vocabulary: int) -> GPT2LMHeadModel:
 class MaskedForward:
     """Runs the model with one attention mask for the first layers and another for the rest."""
 
-    def __init__(self, model: GPT2LMHeadModel) -> None:
-        self.model = model
+    def __init__(self, model: Any) -> None:
+        self.base = model.base_model
         self.masks: tuple[Tensor, Tensor] | None = None
         self.state = torch.empty(0)
-        for i, block in enumerate(model.transformer.h):
-            block.attn.register_forward_pre_hook(self._mask(i), with_kwargs=True)
-        model.transformer.h[READ_LAYERS - 1].register_forward_hook(self._keep)
+        is_gpt2 = isinstance(model, GPT2LMHeadModel)
+        blocks = self.base.h if is_gpt2 else self.base.layers
+        for i, block in enumerate(blocks):
+            attention = block.attn if is_gpt2 else block.self_attn
+            attention.register_forward_pre_hook(self._mask(i), with_kwargs=True)
+        blocks[READ_LAYERS - 1].register_forward_hook(self._keep)
 
     def _mask(self, layer: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -199,15 +222,15 @@ class MaskedForward:
         """Hidden states before the head and states after the last reading layer, both [B, T, d]."""
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
         self.masks = (batch["early"].to(dtype), batch["late"].to(dtype))
-        hidden = self.model.transformer(input_ids=batch["ids"], use_cache=False).last_hidden_state
+        hidden = self.base(input_ids=batch["ids"], use_cache=False).last_hidden_state
         self.masks = None
         return hidden, self.state
 
 
-def train(out: Path, *, epochs: int, autocast: bool) -> None:
+def train(out: Path, *, epochs: int, autocast: bool, family: str) -> None:
     torch.manual_seed(SEED)
     tokenizer = train_tokenizer()
-    model = new_model(tokenizer.get_vocab_size())
+    model = new_model(tokenizer.get_vocab_size(), family)
     auxiliary = Objects(WIDTH)
     forward = MaskedForward(model)
     known = world.facts()
@@ -273,7 +296,7 @@ def train(out: Path, *, epochs: int, autocast: bool) -> None:
     print(json.dumps(summary))
 
 
-def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, out: Path) -> None:
+def save(model: Any, tokenizer: Tokenizer, out: Path) -> None:
     """Write a folder for `from_pretrained`: bfloat16 weights, float32 in the configuration."""
     out.mkdir(parents=True, exist_ok=True)
     fast = PreTrainedTokenizerFast(
@@ -281,6 +304,9 @@ def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, out: Path) -> None:
         pad_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=POSITIONS,
     )  # fmt: skip
     fast.save_pretrained(out)
+    if not isinstance(model, GPT2LMHeadModel):
+        model.save_pretrained(out)
+        return
     model.config.save_pretrained(out)
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
     tensors = {
@@ -319,8 +345,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
+    parser.add_argument("--family", choices=["gpt2", *FAMILIES], default="gpt2")
     arguments = parser.parse_args()
-    train(arguments.out, epochs=arguments.epochs, autocast=not arguments.float32)
+    autocast = not arguments.float32
+    train(arguments.out, epochs=arguments.epochs, autocast=autocast, family=arguments.family)
 
 
 if __name__ == "__main__":

@@ -383,7 +383,7 @@ def _checked(
     small, beside = description.num_layers <= _SMALL, bool(description.parallel_residual)
     if values["layers"] is None:
         layers = description.default_layers()
-        if single:
+        if single or not description.layers[layers[-1]].adds_directly:
             # A correction that is looked up needs one layer only. Small models hold facts in the
             # first, large ones in the middle of the published range (Meng et al. 2022, causal
             # tracing). Beside its block's attention the first MLP reads a token in no context.
@@ -402,10 +402,18 @@ def check_layers(config: EditConfig, description: ModelDescription) -> None:
     """Checks that a model has the layers of a configuration.
 
     Raises:
-        ValueError: it has not, or the likelihood would be read below the last edited one.
+        ValueError: it has not, the likelihood would be read below the last edited one, or there are
+            several whose outputs are not added to the residual as they are.
     """
     for layer in config.layers:
-        description.layer(layer)
+        indirect = not description.layer(layer).adds_directly
+        if indirect and len(config.layers) > 1:
+            raise ValueError(
+                f"EditConfig: layers must be one layer, got {list(config.layers)}: the outputs of "
+                f"{description.family}'s down-projections pass a norm or a scale before they are "
+                "added to the residual, so that layers cannot share what is to be written; name "
+                f"one, such as layers=[{config.layers[-1]}]"
+            )
     if config.target_loss_layer is not None:
         description.layer(config.target_loss_layer)
         if config.target_loss_layer < config.layers[-1]:

@@ -39,6 +39,8 @@ class Held:
         self._rows = rows = problem.rows(requests)
         self._target, self._ends, may = problem.target[rows], problem.ends[rows], there[rows]
         self._added = None if problem.added is None else problem.added[rows]
+        indirect = problem.indirect
+        self._indirect = None if indirect is None else indirect.select(rows, requests)
         wanted = problem.wanted(self._target, self._ends, may)
         live = suffix.select(problem.captured, rows, problem.first(may), wanted)
         if not isinstance(live, Live):
@@ -97,6 +99,7 @@ class Held:
             group,
             problem.contexts,
             problem.asked,
+            self._indirect,
         )
         moved = delta.new_zeros(count, *delta.shape[1:]).index_copy(0, at, delta)
         reference = None if essence_start is None else essence_start[requests]

@@ -67,6 +67,7 @@ class Kept:
         calls: arguments of each block above, by name.
         past: keys and values of each block above, ``[R, H, T, e]``.
         limit: most keys that a block takes; None is any number.
+        own: as of :class:`~coachhook.editing.suffix.Captured`.
     """
 
     hidden: Tensor
@@ -74,6 +75,7 @@ class Kept:
     calls: list[dict[str, Any]]
     past: list[tuple[Tensor, Tensor]]
     limit: int | None
+    own: Tensor | None = None
 
 
 def merge(parts: Sequence[Kept], rows: Sequence[Sequence[int]], lengths: Tensor) -> Kept:
@@ -97,7 +99,9 @@ def merge(parts: Sequence[Kept], rows: Sequence[Sequence[int]], lengths: Tensor)
         for each in zip(*(part.calls for part in parts), strict=True)
     ]
     hidden = merger.rows([part.hidden for part in parts])
-    return Kept(hidden, lengths, calls, past, parts[-1].limit)
+    given = [part.own for part in parts if part.own is not None]
+    own = merger.rows(given) if given else None
+    return Kept(hidden, lengths, calls, past, parts[-1].limit, own)
 
 
 class _Merger:

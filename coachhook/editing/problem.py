@@ -31,6 +31,29 @@ class Earlier:
     added: Tensor
 
 
+@dataclass(frozen=True)
+class Indirect:
+    """Corrections of a down-projection whose output is not added to the residual as it is.
+
+    Attributes:
+        own: that output at each place of a row, ``[R, P, d]``.
+        unit: length of a correction that moves the residual by about 1, at each place of the k
+            requests ``[k, P, 1]``: deltas are optimised in this unit, so that steps, clamps and
+            penalties mean the same in every model.
+    """
+
+    own: Tensor
+    unit: Tensor
+
+    def select(self, rows: Tensor, requests: Tensor) -> Indirect:
+        """Some requests and their rows."""
+        return Indirect(self.own[rows], self.unit[requests])
+
+    def tied(self, lead: Tensor, shared: Tensor) -> Indirect:
+        """With units of the requests ``lead [k]`` at the places ``shared [P, 1]`` (bool)."""
+        return Indirect(self.own, self.unit[lead].where(shared, self.unit))
+
+
 @dataclass
 class Problem:
     """A chunk of k requests, ``group`` rows each.
@@ -48,6 +71,7 @@ class Problem:
     group: int
     contexts: int
     asked: int  # contexts and rewordings
+    indirect: Indirect | None = None
 
     def select(self, suffix: Suffix, requests: Tensor, reworded: Tensor) -> Problem:
         """Some requests, rewordings of those ``reworded`` only."""
@@ -67,6 +91,7 @@ class Problem:
             self.group,
             self.contexts,
             self.asked,
+            None if self.indirect is None else self.indirect.select(rows, requests),
         )
 
     def rows(self, requests: Tensor) -> Tensor:
@@ -85,6 +110,16 @@ class Problem:
             last = torch.arange(self.asked, len(target), self.group, device=target.device)
             wanted[last, places[last, 0]] = True
         return wanted
+
+    def start(self, dtype: torch.dtype) -> Tensor:
+        """State of the stream at the first place of each bare prompt ``[k, d]``.
+
+        Where corrections are added to it, without what earlier ones added.
+        """
+        start = self.captured.hidden[self.bare, self.places[self.bare, 0]].to(dtype)
+        if self.added is None or self.indirect is not None:
+            return start
+        return start - self.added[self.bare, 0]
 
     @property
     def prompts(self) -> Tensor:
@@ -184,9 +219,10 @@ def make_problem(
             for place, there in known.items():
                 at = torch.tensor(mine, device=device) + first
                 added[at, places.index(place)] = there.added[: len(mine)].to(added)
+    at_places = torch.tensor(positions, device=device)
     return Problem(
         captured,
-        torch.tensor(positions, device=device),
+        at_places,
         added,
         target,
         ends_at,
@@ -194,7 +230,21 @@ def make_problem(
         group,
         contexts,
         asked,
+        _indirect(suffix, captured, at_places, group),
     )
+
+
+def _indirect(suffix: Suffix, captured: Captured, places: Tensor, group: int) -> Indirect | None:
+    if suffix.passed is None:
+        return None
+    assert captured.own is not None
+    rows = torch.arange(len(places), device=places.device)[:, None]
+    own = captured.own[rows, places.clamp_min(0)]
+    with torch.no_grad():
+        bare = own[::group]
+        unit = bare.float().norm(dim=2) / suffix.passed(bare).float().norm(dim=2)
+    usable = unit.isfinite() & (unit > 0)
+    return Indirect(own, unit.where(usable, 1)[..., None])
 
 
 @dataclass
@@ -227,7 +277,7 @@ def find_losses(
     Args:
         suffix: the network above the last edited block.
         problem: the requests and what is asked of them.
-        delta: what is added at each place, compute dtype.
+        delta: what is added at each place, in units of ``problem.indirect``, compute dtype.
         start_norm: norm of the state at the first place ``[k]``.
         essence_start: the essence prompt's log-probabilities before ``[k, V]``; NaN, or None for
             all: the present ones.
@@ -236,9 +286,15 @@ def find_losses(
     base = problem.captured.hidden
     row, place = (problem.places >= 0).nonzero(as_tuple=True)
     column = problem.places[row, place]
-    moved = base[row, column].to(delta.dtype) + delta[row // problem.group, place]
+    stream, indirect = base[row, column], problem.indirect
+    own = stream if indirect is None else indirect.own[row, place]
+    shift = delta if indirect is None else delta * indirect.unit
+    moved = own.to(delta.dtype) + shift[row // problem.group, place]
     if problem.added is not None:
         moved = moved - problem.added[row, place]
+    if suffix.passed is not None:
+        change = suffix.passed(moved.to(own.dtype)) - suffix.passed(own)
+        moved = stream.to(delta.dtype) + change.to(delta.dtype)
     hidden = base.index_put((row, column), moved.to(base.dtype))
     at_loss, final = suffix.run(problem.captured, hidden, config.target_loss_layer)
 

@@ -24,7 +24,9 @@ class States:
 
     Attributes:
         keys: inputs of the layer's down-projection ``[R, n]``.
-        outputs: outputs of the last edited block ``[R, d]``; ``[R, 0]`` where none were wanted.
+        outputs: what targets are compared with, outputs of the last edited block ``[R, d]``, or of
+            its down-projection where that is not added to the residual as it is; ``[R, 0]`` where
+            none were wanted.
     """
 
     keys: Tensor
@@ -50,7 +52,7 @@ def read_states(
         description: its description.
         prompts: R prompts.
         layer: whose keys are wanted.
-        last_layer: whose block outputs are wanted; not below ``layer``. None: only the keys are.
+        last_layer: whose outputs are wanted; not below ``layer``. None: only the keys are.
         pad_id: id used for padding.
         together: pad up to ``rows_at_once`` prompts together, for gates that look at padding. If
             not, only those of about one length.
@@ -59,7 +61,7 @@ def read_states(
     base = get_submodule(model, description.base_model_path)
     down = get_submodule(model, description.layers[layer].path)
     above = layer if last_layer is None else last_layer
-    block = get_submodule(model, description.layers[above].block_path)
+    block = get_submodule(model, description.layers[above].target_path)
     device = next(model.parameters()).device
     keys: list[Tensor] = []
     outputs: list[Tensor] = []

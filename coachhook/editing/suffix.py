@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
 
 from coachhook.editing.live import Live, Recorder, first_tensor, named, with_cache
 from coachhook.editing.packing import MODEL_COST, Kept, group_cost, merge, pack
@@ -29,6 +30,7 @@ from coachhook.models import (
     is_linear_like,
     linear_shape,
     partial_forward,
+    passage,
     skipped,
 )
 
@@ -89,10 +91,12 @@ class _Below:
     Attributes:
         hidden: ``[B, T, d]``.
         rest: what the block gives besides; None where it gives a tensor alone.
+        own: as of :class:`Captured`.
     """
 
     hidden: Tensor
     rest: tuple[Any, ...] | None
+    own: Tensor | None
 
     def as_given(self, output: Any) -> Any:
         """The hidden state in the form in which the block gave another."""
@@ -112,11 +116,14 @@ class Captured:
         hidden: output of the block below, ``[B, T, d]``, model dtype.
         calls: positional (without the hidden state) and keyword arguments of each block above.
         kept: what a run of the live tokens alone needs; None where there is only the whole run.
+        own: output of the last edited down-projection ``[B, T, d]``, where it is not added to the
+            residual as it is; not in parts of the batch.
     """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     kept: Kept | None = None
+    own: Tensor | None = None
 
     def select(self, rows: Tensor) -> Captured:
         """The rows given by an index tensor ``[R]``, for runs of all their tokens."""
@@ -131,6 +138,8 @@ class Suffix:
     Attributes:
         replays: whether runs of the live tokens may be captured in CUDA graphs; None before a run
             was watched.
+        passed: what an output of the last edited down-projection becomes before it is added to the
+            residual; None where it stays as it is.
     """
 
     replays: bool | None = None
@@ -141,6 +150,9 @@ class Suffix:
             get_submodule(model, entry.block_path) for entry in description.layers[: layer + 1]
         ]
         self._first = layer + 1
+        edited = description.layers[layer]
+        self._down = get_submodule(model, edited.path)
+        self.passed = None if edited.adds_directly else passage(model, edited)
         self._above: list[nn.Module] = [
             get_submodule(model, entry.block_path) for entry in description.layers[layer + 1 :]
         ]
@@ -159,6 +171,8 @@ class Suffix:
         self._weights = [
             p for module in (*self._above, self._norm, self._head) for p in module.parameters()
         ]
+        if edited.post_norm_path is not None:
+            self._weights += get_submodule(model, edited.post_norm_path).parameters()
         self._manner = [
             getattr(getattr(self._base, "config", None), "_attn_implementation", None),
             *(_manner(module) for block in self._above for module in block.modules()),
@@ -281,12 +295,14 @@ class Suffix:
                 _log.info("prompts of all lengths are padded together (%s)", error)
                 self._packs = False
             else:
-                return Captured(kept.hidden, [((), call) for call in kept.calls], kept)
+                calls = [((), call) for call in kept.calls]
+                return Captured(kept.hidden, calls, kept, kept.own)
         return self._capture(ids, mask, below, recorders())
 
     def _run_below(self, ids: Tensor, mask: Tensor, apart: int) -> _Below:
         """Output of the block below, some rows at a time; zero beyond their width."""
         parts: list[Tensor] = []
+        own: list[Tensor] = []
         rest: tuple[Any, ...] | None = None
 
         def take(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -297,13 +313,25 @@ class Suffix:
 
         for rows, here in zip(ids.split(apart), mask.split(apart), strict=True):
             width = int(here.sum(1).max())
-            with partial_forward(self._below[-1].register_forward_hook(take)):
+            with partial_forward(*self._watching(own), self._below[-1].register_forward_hook(take)):
                 self._base(
                     input_ids=rows[:, :width], attention_mask=here[:, :width], use_cache=False
                 )
-        width = ids.shape[1]
-        hidden = torch.cat([pad(part, (0, 0, 0, width - part.shape[1])) for part in parts])
-        return _Below(hidden, rest)
+
+        def whole(parts: list[Tensor]) -> Tensor:
+            return torch.cat([pad(part, (0, 0, 0, ids.shape[1] - part.shape[1])) for part in parts])
+
+        return _Below(whole(parts), rest, whole(own) if own else None)
+
+    def _watching(self, own: list[Tensor]) -> list[RemovableHandle]:
+        """Has the outputs of the last edited down-projection put down where they are wanted."""
+        if self.passed is None:
+            return []
+
+        def take(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            own.append(output.detach())
+
+        return [self._down.register_forward_hook(take)]
 
     def _capture(
         self,
@@ -314,6 +342,7 @@ class Suffix:
     ) -> Captured:
         found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         entering: list[Tensor] = []
+        own = [] if below is None or below.own is None else [below.own]
 
         def see(index: int) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -337,11 +366,14 @@ class Suffix:
             for i, block in enumerate(self._above)
         ]
         handles.append(self._below[-1].register_forward_hook(take))
+        if not own:
+            handles += self._watching(own)
         below_blocks = self._below if below is not None and below.only_hidden else []
         with partial_forward(*handles), skipped(below_blocks, below.rest if below else None):
             self._base(input_ids=ids, attention_mask=mask, use_cache=False)
         hidden = entering[0]
         captured = Captured(hidden, [found[i] for i in range(len(self._above))])
+        captured.own = own[0] if own else None
         if recorders:
             captured.kept = Kept(
                 hidden,
@@ -349,6 +381,7 @@ class Suffix:
                 [named(b, call) for b, call in zip(self._above, captured.calls, strict=True)],
                 [recorder.states() for recorder in recorders],
                 self._max_positions,
+                captured.own,
             )
         return captured
 

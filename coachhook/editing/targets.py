@@ -197,8 +197,7 @@ def _optimise(
     the others. Of tied requests the parameters of the first serve for all.
     """
     lead = _first_of_each(solution.ties)
-    shared = torch.tensor([p[0] in SUBJECT_PLACES for p in names])
-    shared = shared.to(lead.device)[:, None]
+    shared = _shared(names, lead.device)
     start_norm = solution.start.norm(dim=1)
     steps = ClampedAdam(
         solution.delta,
@@ -296,15 +295,16 @@ def _optimise_chunk(
     admit: Callable[[list[tuple[int, Place]]], list[bool]],
     bar: tqdm[Any],
 ) -> _Solution:
-    hidden, places = problem.captured.hidden, problem.places
-    start = hidden[problem.bare, places[problem.bare, 0]].to(dtype)
-    if problem.added is not None:
-        start = start - problem.added[problem.bare, 0]
+    places, start = problem.places, problem.start(dtype)
     count, device = len(start), start.device
     delta = start.new_zeros(count, places.shape[1], start.shape[1])
     for i, known in enumerate(earlier):
         for place, there in known.items():
             delta[i, names.index(place)] = there.value.to(delta)
+    indirect = problem.indirect
+    if indirect is not None:
+        indirect = indirect.tied(_first_of_each(ties), _shared(names, device))
+        problem.indirect, delta = indirect, delta / indirect.unit
     solution = _Solution(
         start,
         delta,
@@ -317,7 +317,17 @@ def _optimise_chunk(
     )
     course = _Course(problem, solution, names, _stages(config.places), admit)
     _optimise(suffix, problem, config, solution, names, course, bar)
+    if indirect is not None:
+        solution.start = indirect.own[problem.bare, 0].to(dtype)
+        if problem.added is not None:
+            solution.start = solution.start - problem.added[problem.bare, 0]
+        solution.delta = solution.delta * indirect.unit
     return solution
+
+
+def _shared(names: Sequence[Place], device: torch.device) -> Tensor:
+    """At which places tied requests have one delta, bool ``[P, 1]``."""
+    return torch.tensor([p[0] in SUBJECT_PLACES for p in names], device=device)[:, None]
 
 
 def _stages(places: Sequence[str]) -> list[tuple[str, ...]]:

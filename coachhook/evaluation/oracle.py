@@ -1,8 +1,9 @@
 """The oracle: what an edit could reach at best, whatever the weights and the gate do.
 
-The optimised targets v* are written straight over the output of their block at the last subject
-token of the unedited model. No closed-form edit of that position alone can beat it, so results are
-to be read as a share of the oracle; edits that write at further places may exceed it.
+The optimised targets v* are written straight over the output of their block (of its down-projection
+where that is not added to the residual as it is) at the last subject token of the unedited model.
+No closed-form edit of that position alone can beat it, so results are to be read as a share of the
+oracle; edits that write at further places may exceed it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def oracle(
         model: the model; its edits are switched off meanwhile.
         tokenizer: its tokenizer, a fast one.
         requests: the facts, ``k`` of them.
-        targets: v*, ``[d, k]``, one column per request: absolute outputs of the block.
+        targets: v*, ``[d, k]``, one column per request: absolute outputs.
         layer: index of the block whose output v* is, the last edited layer.
         hooks: the attached hooks, if any.
         batch_size: prompts per forward pass.
@@ -69,7 +70,7 @@ def oracle(
         encode(tokenizer, f"{text} {target}", span, description.max_positions).lookup
         for (text, target), (_, _, span) in zip(pairs, asked, strict=True)
     ]
-    block = get_submodule(model, description.layer(layer).block_path)
+    block = get_submodule(model, description.layer(layer).target_path)
     columns = [i for i, _, _ in asked]
     with hooks.disabled() if hooks is not None else nullcontext(), evaluating(model):
         scores = score(

@@ -17,6 +17,9 @@ class EditableLayer:
         block_path: dotted path of the block.
         in_features: n, the width of the MLP.
         out_features: m, the width of the residual stream.
+        post_norm_path: dotted path of the norm that ``y`` passes before it is added to the residual
+            (Gemma 2, OLMo 2); None where there is none.
+        residual_scale: what ``y`` is multiplied by before that (Granite).
     """
 
     index: int
@@ -24,6 +27,22 @@ class EditableLayer:
     block_path: str
     in_features: int
     out_features: int
+    post_norm_path: str | None = None
+    residual_scale: float = 1.0
+
+    @property
+    def adds_directly(self) -> bool:
+        """Whether ``y`` is added to the residual as it is."""
+        return self.post_norm_path is None and self.residual_scale == 1
+
+    @property
+    def target_path(self) -> str:
+        """Path of the module whose output a target v* is.
+
+        The block where ``y`` is added as it is, since what is added to either is the same; the
+        down-projection itself elsewhere.
+        """
+        return self.block_path if self.adds_directly else self.path
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 The routine looks for the list of ``num_hidden_layers`` equal blocks, in a block for the one module
 outside attention that maps some width to the residual width, next to the blocks for the final norm,
 and asks transformers for the head. Then it adds a vector to the output of the first down-projection
-and accepts the model only if the block's output moves by just that vector, and the logits are what
-norm and head give, or that times a number, or capped as the configuration says.
+and accepts the model only if the block's output moves by just that vector (where a norm or a scale
+lies between, by what these make of it), and the logits are what norm and head give, or that times a
+number, or capped as the configuration says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from coachhook.errors import UnsupportedModelError
 from coachhook.models.description import EditableLayer, ModelDescription
 from coachhook.models.families import FAMILIES, Family
-from coachhook.models.modules import get_submodule, is_linear_like, linear_shape
+from coachhook.models.modules import get_submodule, is_linear_like, linear_shape, passage
 from coachhook.models.partial import ForwardEnded, partial_forward, skipped
 
 _EXPERT_NAMES = frozenset({"experts", "block_sparse_moe", "router", "shared_expert"})
@@ -41,28 +42,26 @@ _PROBE_TOLERANCE = 0.05
 def describe(model: nn.Module) -> ModelDescription:
     """Find the editable down-projection of every block of a causal language model.
 
-    A model whose family is not in the table is run for one block on two tokens, to verify that the
-    down-projection's output is added to the residual unchanged, and without its blocks, to see what
-    it makes of its head's output.
+    A model whose family is not in the table is run for one block on two tokens, to verify how the
+    down-projection's output is added to the residual, and without its blocks, to see what it makes
+    of its head's output.
 
     Args:
         model: a transformers causal language model, hooks attached or not.
 
     Raises:
         TypeError: ``model`` is not a module, has no transformers configuration, or is compiled.
-        UnsupportedModelError: no editable down-projection was found, or editing it would not add to
-            the residual (a norm or scale in between), the logits are not the head's output times a
-            number, or the model has experts; the message names what was looked for and what was
-            found.
+        UnsupportedModelError: no editable down-projection was found, or its output is not added to
+            the residual as it is or through one known norm or scale, the logits are not the head's
+            output times a number, or the model has experts; the message names what was looked for
+            and what was found.
     """
     config = _text_config(model)
     family = FAMILIES.get(config.model_type) or _discover(model, config)
     blocks = _blocks(model, family)
     _refuse_experts(model, blocks)
-    _refuse_indirect(model, config, blocks[0])
-    layers = [
-        _editable_layer(model, family, index, config.hidden_size) for index in range(len(blocks))
-    ]
+    _refuse_norm_after(model, config)
+    layers = [_editable_layer(model, family, index, config) for index in range(len(blocks))]
     norm = _require(model, family.norm)
     head = _head_path(model, config.hidden_size)
     scale, cap = 1.0, None
@@ -136,23 +135,16 @@ def _refuse_experts(model: nn.Module, blocks: nn.ModuleList) -> None:
             )
 
 
-def _refuse_indirect(model: nn.Module, config: Any, block: nn.Module) -> None:
-    found = next((name for name in _POST_MLP_NORMS if name in block._modules), None)
-    if found is not None:
-        found = f"the norm {found!r} between them"
-    elif not getattr(config, "do_layer_norm_before", True):
-        found = "a norm after the addition (config.do_layer_norm_before is False)"
-    elif getattr(config, "residual_multiplier", 1.0) != 1.0:
-        found = f"a scale between them (config.residual_multiplier {config.residual_multiplier})"
-    if found is not None:
+def _refuse_norm_after(model: nn.Module, config: Any) -> None:
+    if not getattr(config, "do_layer_norm_before", True):
         raise UnsupportedModelError(
-            "describe: the MLP's output must be added to the residual as it is, got "
-            f"{found} in {type(block).__name__} of {type(model).__name__}"
+            "describe: a block must add its MLP's output last, got a norm after the addition "
+            f"(config.do_layer_norm_before is False) in {type(model).__name__}"
         )
 
 
-def _editable_layer(model: nn.Module, family: Family, index: int, hidden: int) -> EditableLayer:
-    block_path = f"{family.blocks}.{index}"
+def _editable_layer(model: nn.Module, family: Family, index: int, config: Any) -> EditableLayer:
+    hidden, block_path = config.hidden_size, f"{family.blocks}.{index}"
     path = f"{block_path}.{family.down}"
     module = _require(model, path)
     if not is_linear_like(module):
@@ -165,7 +157,10 @@ def _editable_layer(model: nn.Module, family: Family, index: int, hidden: int) -
         raise UnsupportedModelError(
             f"describe: {path} must map to the residual width {hidden}, got {n} -> {m}"
         )
-    return EditableLayer(index, path, block_path, n, m)
+    inside = get_submodule(model, block_path)._modules
+    norm = next((f"{block_path}.{name}" for name in _POST_MLP_NORMS if name in inside), None)
+    scale = float(getattr(config, "residual_multiplier", 1.0))
+    return EditableLayer(index, path, block_path, n, m, norm, scale)
 
 
 def _discover(model: nn.Module, config: Any) -> Family:
@@ -186,7 +181,7 @@ def _discover(model: nn.Module, config: Any) -> Family:
         )
     blocks_path, blocks = lists[0]
     _refuse_experts(model, blocks)
-    _refuse_indirect(model, config, blocks[0])
+    _refuse_norm_after(model, config)
     down = _find_down(model, blocks[0], hidden)
     parent_path = blocks_path.rpartition(".")[0]
     parent = get_submodule(model, parent_path)
@@ -247,27 +242,36 @@ def _find_down(model: nn.Module, block: nn.Module, hidden: int) -> str:
 
 
 def _probe(model: nn.Module, layer: EditableLayer) -> tuple[Any, ...] | None:
-    """Checks that the layer's output is added as it is; gives what a block gives besides it."""
-    plain, rest = _first_block_output(model, layer, None)
+    """Checks how the layer's output is added; gives what a block gives besides it."""
+    plain, own, rest = _first_block_output(model, layer, None)
     # The vector is as large as the stream, so that rounding cannot hide it nor a norm swallow it.
     signs = torch.arange(layer.out_features, device=plain.device) % 2 * 2 - 1
     vector = signs.to(plain.dtype) * plain.abs().mean()
-    moved = _first_block_output(model, layer, vector)[0] - plain - vector
-    if not bool(moved.norm(dim=-1).max() <= _PROBE_TOLERANCE * vector.norm()):
+    passed = passage(model, layer)
+    with torch.no_grad():
+        expected = passed(own + vector.to(own)) - passed(own)
+    moved = _first_block_output(model, layer, vector)[0] - plain - expected.to(plain)
+    if not bool(moved.norm(dim=-1).max() <= _PROBE_TOLERANCE * expected.norm(dim=-1).min()):
+        how = "as it is"
+        if not layer.adds_directly:
+            how = f"times {layer.residual_scale}" if layer.residual_scale != 1 else ""
+            how = " ".join(filter(None, [f"through {layer.post_norm_path}", how]))
         raise UnsupportedModelError(
-            "describe: the MLP's output must be added to the residual as it is, but a vector added "
+            f"describe: the MLP's output must be added to the residual {how}, but a vector added "
             f"to the output of {layer.path} does not move the output of {layer.block_path} by that "
-            f"vector ({type(model).__name__})"
+            f"({type(model).__name__})"
         )
     return rest
 
 
 def _first_block_output(
     model: nn.Module, layer: EditableLayer, vector: Tensor | None
-) -> tuple[Tensor, tuple[Any, ...] | None]:
+) -> tuple[Tensor, Tensor, tuple[Any, ...] | None]:
+    """The first block's output, that of its down-projection, and what the block gives besides."""
     answers: list[Any] = []
 
     def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        answers.append(output.detach())
         return output if vector is None else output + vector.to(output)
 
     def stop(_module: nn.Module, _args: object, output: Any) -> None:
@@ -278,10 +282,10 @@ def _first_block_output(
     block = get_submodule(model, layer.block_path).register_forward_hook(stop)
     with partial_forward(down, block), torch.no_grad(), _evaluating(model):
         model(input_ids=_two_tokens(model), use_cache=False)
-    output = answers[0]
+    own, output = answers
     if isinstance(output, Tensor):
-        return output.float(), None
-    return output[0].float(), tuple(output[1:])
+        return output.float(), own, None
+    return output[0].float(), own, tuple(output[1:])
 
 
 def _logit_scale(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from coachhook.errors import UnsupportedModelError
+from coachhook.models.description import EditableLayer
 
 # Of what a layer that rounds its inputs, too, has for a gradient.
 _GRADIENT_TOLERANCE = 0.25
@@ -127,6 +128,19 @@ def check_finite(model: nn.Module) -> None:
             f"got NaN or infinity in {', '.join(bad[:3])}{more}. The checkpoint is damaged or was "
             "loaded in a dtype it overflows; load it again, for instance in bfloat16 or float32"
         )
+
+
+def passage(model: nn.Module, layer: EditableLayer) -> Callable[[Tensor], Tensor]:
+    """What outputs ``[.., m]`` of a down-projection become before the residual takes them."""
+    norm = None
+    if layer.post_norm_path is not None:
+        norm = get_submodule(model, layer.post_norm_path)
+
+    def passed(states: Tensor) -> Tensor:
+        states = states if norm is None else norm(states)
+        return states if layer.residual_scale == 1 else layer.residual_scale * states
+
+    return passed
 
 
 def check_gradients(modules: Iterable[nn.Module], dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Suffix
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
-from tests.models.families import DISCOVERED, LAYERS, SUPPORTED, tiny
+from tests.models.families import DISCOVERED, INDIRECT, LAYERS, SUPPORTED, tiny
 
 WIDTH = 19
 PADDED = [WIDTH, 7, 12, 15, 1, 12]
@@ -30,10 +30,14 @@ SINGLE = (
     "bloom",
     "vaultgemma",
     "gpt_neo",
+    "gemma2",
     *(("gptj", "codegen") if TRANSFORMERS < Version("5.24") else ()),
 )
 # Their norms are in float32, where the gradients of the last block's two runs are rounded apart.
-SINGLE_NORMS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo", "cohere", "granite")
+SINGLE_NORMS = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "olmo", "cohere", "granite"),
+    *INDIRECT,
+)
 
 
 def in_float64(family):
@@ -127,6 +131,9 @@ def test_rows_of_other_lengths_are_captured_apart_to_the_same_end(family, monkey
 
     for packed in others:
         same(packed.hidden[real], padded.hidden[real])
+        assert (packed.own is not None) is (family in INDIRECT)
+        if family in INDIRECT:
+            same(packed.own[real], padded.own[real])
         for ours, theirs in zip(packed.past, padded.past, strict=True):
             for x, y in zip(ours, theirs, strict=True):
                 same(x.transpose(1, 2)[real], y.transpose(1, 2)[real])

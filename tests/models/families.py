@@ -99,19 +99,25 @@ DISCOVERED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 
+# A norm or a scale between the MLP and the residual.
+INDIRECT: dict[str, tuple[str, dict[str, Any], str]] = {
+    name: (config_class, _GROUPED | arguments, "model.layers.1.mlp.down_proj")
+    for name, config_class, arguments in (
+        ("gemma2", "Gemma2Config", dict(head_dim=8)),
+        ("gemma3", "Gemma3TextConfig", dict(head_dim=8, sliding_window=4)),
+        ("olmo2", "Olmo2Config", {}),
+        ("olmo3", "Olmo3Config", dict(sliding_window=4)),
+        ("glm4", "Glm4Config", dict(head_dim=8)),
+        ("exaone4", "Exaone4Config", dict(sliding_window=4)),
+        ("granite-scaled", "GraniteConfig", dict(residual_multiplier=0.5)),
+    )
+}
+DISCOVERED |= INDIRECT
+
 # name -> (configuration class, arguments, what the refusal must name)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "gemma2": ("Gemma2Config", _GROUPED | dict(head_dim=8), "post_feedforward_layernorm"),
-    "gemma3": ("Gemma3TextConfig", _GROUPED | dict(head_dim=8), "post_feedforward_layernorm"),
-    "olmo2": ("Olmo2Config", _GROUPED, "post_feedforward_layernorm"),
-    "glm4": ("Glm4Config", _GROUPED | dict(head_dim=8), "post_mlp_layernorm"),
     "opt-350m": ("OPTConfig", _OPT | dict(do_layer_norm_before=False), "do_layer_norm_before"),
     "opt-projected": ("OPTConfig", _OPT | dict(word_embed_proj_dim=16), "a projection in between"),
-    "granite-scaled": (
-        "GraniteConfig",
-        _GROUPED | dict(residual_multiplier=0.5),
-        "residual_multiplier",
-    ),
     "mixtral": ("MixtralConfig", _GROUPED | dict(num_local_experts=2), "mixture of experts"),
     "qwen2_moe": (
         "Qwen2MoeConfig",

@@ -8,10 +8,17 @@ import transformers
 from torch import nn
 
 from coachhook.errors import UnsupportedModelError
-from coachhook.models import describe, get_submodule, linear_shape, set_submodule, weight_of
+from coachhook.models import (
+    describe,
+    get_submodule,
+    linear_shape,
+    passage,
+    set_submodule,
+    weight_of,
+)
 from coachhook.models.families import default_layers
 
-from .families import DISCOVERED, HIDDEN, LAYERS, REFUSED, SUPPORTED, build, tiny
+from .families import DISCOVERED, HIDDEN, INDIRECT, LAYERS, REFUSED, SUPPORTED, build, tiny
 
 FOUND = SUPPORTED | DISCOVERED
 
@@ -55,21 +62,29 @@ def test_a_vector_added_to_the_layer_is_added_to_the_block(name: str) -> None:
     layer = describe(model).layer(1)
     ids = torch.randint(3, 60, (2, 7))
     vector = torch.randn(HIDDEN)
-    outputs = []
+    outputs, inner = [], []
 
     def keep(_module, _args, output):
         outputs.append(output if isinstance(output, torch.Tensor) else output[0])
 
     with torch.no_grad():
         block = get_submodule(model, layer.block_path).register_forward_hook(keep)
-        model(ids)
         down = get_submodule(model, layer.path)
+        handle = down.register_forward_hook(lambda _m, _a, output: inner.append(output))
+        model(ids)
+        handle.remove()
         handle = down.register_forward_hook(lambda _m, _a, output: output + vector)
         model(ids)
         handle.remove()
         block.remove()
     plain, moved = outputs
-    torch.testing.assert_close(moved - plain, vector.expand_as(plain), rtol=1e-4, atol=1e-4)
+    # Elsewhere the vector passes a norm or a scale first.
+    assert layer.adds_directly is (name not in INDIRECT)
+    change, own = vector.expand_as(plain), inner[0]
+    if name in INDIRECT:
+        passed = passage(model, layer)
+        change = passed(own + vector) - passed(own)
+    torch.testing.assert_close(moved - plain, change, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
