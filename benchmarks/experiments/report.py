@@ -310,9 +310,11 @@ def _figures(
     if len({row["edits"] for row in points}) > 1:
         caption = f"Teacher-forced, all facts edited so far. {figures.bands_note(points)}"
         add("curves", caption, figures.curves(points, _SHARES))
+        most = sorted({run["spec"]["first"] for run in done})
         caption = (
-            "The facts of the first batch alone, measured again after every checkpoint: what "
-            "later edits leave of early ones."
+            f"The first {' or '.join(map(str, most))} facts alone, as many of them as are edited, "
+            "measured again at every checkpoint: what later edits leave of early ones. "
+            f"{figures.bands_note(points)}"
         )
         columns = [(f"first_{name}", f"first facts: {title}") for name, title in _SHARES]
         add("retention", caption, figures.curves(points, columns))

@@ -247,6 +247,10 @@ def test_single_rounds_start_from_the_unedited_model(world, tmp_path):
     rounds = lines(tmp_path / "runs" / "ours-2" / "rounds.jsonl")
     assert ["extra" in r for r in rounds] == [True, False]
     assert final["language"] == rounds[0]["extra"]["language"]
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Side effects are those after the first round." in page
+    assert "first facts" not in page  # there are no checkpoints
 
 
 def test_a_smaller_last_round_weighs_less():

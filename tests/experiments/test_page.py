@@ -79,7 +79,7 @@ def test_it_says_what_a_reader_asks(page, folder):
         "Teacher-forced", "Generated", "By probability", "Side effects", "Cost",
         "reliability / oracle", "perplexity ratio", "Where the gate fired", "Worst failures",
         "Settings", "How to reproduce", "python -m benchmarks.experiments <again> & more",
-        "fingerprint", "torch", "edited facts",
+        "fingerprint", "torch", "edited facts", "The first 10 facts alone",
     ):  # fmt: skip
         assert part in text, part
     record = json.loads((folder / "runs" / "memit-2" / "final.json").read_text())["records"]
