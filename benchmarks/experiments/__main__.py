@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.experiment == "report":
         try:
             print(write_report(args.out))
-        except plan.ExperimentError as error:
+        except (plan.ExperimentError, OSError) as error:
             return refuse(args, error)
         return 0
     args.settings = settings_of(args.changes)

@@ -25,6 +25,18 @@ def refused(capsys, argv, out):
     return line
 
 
+def test_scores_are_those_of_a_gate(world, tmp_path, capsys):
+    out = tmp_path / "new"
+    argv = [*words(world, "zscores", out), "--systems", "ours,memit,no-gate"]
+    line = refused(capsys, argv, out)
+    assert "must have a gate (ours, paper), got ['memit', 'no-gate']" in line
+
+
+def test_a_folder_that_is_not_there_has_no_run(tmp_path, capsys):
+    line = refused(capsys, ["run", tmp_path / "new"], tmp_path / "new")
+    assert line.startswith("run: FOLDER must be that of a run, got ")
+
+
 @pytest.mark.parametrize("experiment", plan.DEFAULTS)
 @pytest.mark.parametrize(
     ("argv", "message"),
@@ -53,6 +65,7 @@ def test_every_experiment_refuses_it_at_once(world, tmp_path, capsys, experiment
         (["--known", "nosuch"], "nosuch"),
         (["--text", "nosuch"], "nosuch"),
         (["--device", "abacus"], "device must be a torch device"),
+        (["--text-tokens", "1"], "--text must hold two tokens in a row"),
     ],
 )
 def test_what_cannot_be_run_is_refused(world, tmp_path, capsys, argv, message):

@@ -184,6 +184,34 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_written_again(killed, tmp_p
     assert begun.lines("new.jsonl") == [{"a": 1}]
 
 
+def test_a_spec_outlives_a_disk_that_is_full(killed, world, tmp_path):
+    out, *_ = killed
+    shutil.copytree(out, tmp_path / "out")
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    spec = json.loads((folder / "spec.json").read_text())
+    code = (
+        "import json, resource, sys; from pathlib import Path;"
+        "from benchmarks.experiments import plan;"
+        "spec = json.loads(sys.stdin.read());"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"  # as a disk with 100 bytes left
+        "plan.run_all(Path(sys.argv[1]), [spec])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    text = json.dumps(spec)
+    done = subprocess.run(command, cwd=ROOT, input=text, stderr=subprocess.PIPE, text=True)
+    assert "File too large" in done.stderr
+    assert plan.read_run(folder)["spec"] == spec
+
+
+def test_a_report_that_cannot_be_written_is_said(killed, tmp_path, capsys):
+    out, *_ = killed
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "results.csv").unlink()
+    (tmp_path / "out" / "results.csv").mkdir()
+    assert main(["report", str(tmp_path / "out")]) == 2
+    assert "results.csv" in capsys.readouterr().err
+
+
 def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, world, capsys):
     out, *_ = killed
     final = out / "runs" / f"ours-{BATCH}" / "final.json"
