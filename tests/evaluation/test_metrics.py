@@ -11,7 +11,7 @@ from coachhook.editing.requests import EditRequest
 from coachhook.errors import FactsError
 from coachhook.evaluation import evaluate
 from coachhook.evaluation.intervals import harmonic_mean, wilson
-from coachhook.evaluation.observations import begins_with
+from coachhook.evaluation.observations import begins_with, contains
 from coachhook.evaluation.scoring import encode_pairs, encode_prompts, greedy, score
 from coachhook.hooks import attach_hooks
 
@@ -318,10 +318,40 @@ def test_greedy_stops_at_the_end_of_text_and_at_the_window(model, tokenizer):
         (" Ly", "Lyon", False),
         (" New York City", "New York", True),
         (" Élan", "Él", False),
+        (" U.S.A", "U.S.", False),
+        # Scripts that set no space between words, alone and beside others.
+        ("里昂是法国的城市", "里昂", True),
+        (" 里昂。", "里昂", True),
+        (" 巴黎", "里昂", False),
+        ("กรุงเทพเป็นเมือง", "กรุงเทพ", True),
+        ("Lyon是法国的城市", "Lyon", True),
+        ("2010年", "2010", True),
+        ("20105", "2010", False),
+        # An accent that is a character of its own.
+        ("Zoe\u0308 speaks", "Zoe", False),
+        ("Zoe\u0308 speaks", "Zoe\u0308", True),
     ],
 )
 def test_what_counts_as_an_answer(continuation, target, right):
     assert begins_with(continuation, target) is right
+    # Whole words anywhere are judged alike.
+    assert contains(f"({continuation})", target) is (right or continuation == " the Lyon")
+
+
+@pytest.mark.parametrize(
+    ("continuation", "target", "right"),
+    [
+        ("Lyonaise, then Lyon", "Lyon", True),
+        ("OldLyon", "Lyon", False),
+        ("他住在里昂市", "里昂", True),
+        ("在Lyon住", "Lyon", True),
+        ("aa", "a", False),
+        ("e\u0308Lyon", "Lyon", False),
+        ("snake_Lyon_case", "Lyon", True),
+    ],
+)
+def test_what_counts_as_contained(continuation, target, right):
+    assert contains(continuation, target) is right
 
 
 def test_wilson_interval():
