@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -277,16 +278,33 @@ def test_greedy_equals_decoding_without_a_cache(model, tokenizer):
     assert greedy(model, tokenizer, [], max_new_tokens=3) == []
 
 
-def test_greedy_ignores_the_models_own_generation_settings(model, tokenizer):
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 5.0, "do_sample": True, "no_repeat_ngram_size": 1},
+        {"num_beams": 4, "min_length": 40},
+        {"suppress_tokens": "first"},
+        {"bad_words_ids": "first"},
+        {"stop_strings": ["a"]},
+        {"max_time": 1e-9},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_greedy_ignores_the_models_own_generation_settings(model, tokenizer, own):
     prompts = encode_prompts(tokenizer, ["Bob", "Cid lives in"])
     plain = greedy(model, tokenizer, prompts, max_new_tokens=9)
-    config = model.generation_config
-    before = config.repetition_penalty, config.do_sample, config.no_repeat_ngram_size
-    config.repetition_penalty, config.do_sample, config.no_repeat_ngram_size = 5.0, True, 1
+    first = {"suppress_tokens": [plain[0][0]], "bad_words_ids": [[plain[0][0]]]}
+    kept = model.generation_config
+    model.generation_config = copy.deepcopy(kept)
     try:
+        for name, value in own.items():
+            setattr(model.generation_config, name, first[name] if value == "first" else value)
+        mine = model.generation_config
         assert greedy(model, tokenizer, prompts, max_new_tokens=9) == plain
+        assert model.generation_config is mine
     finally:
-        config.repetition_penalty, config.do_sample, config.no_repeat_ngram_size = before
+        model.generation_config = kept
 
 
 def test_greedy_stops_at_the_end_of_text_and_at_the_window(model, tokenizer):
