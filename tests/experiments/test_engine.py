@@ -212,6 +212,20 @@ def test_a_report_that_cannot_be_written_is_said(killed, tmp_path, capsys):
     assert "results.csv" in capsys.readouterr().err
 
 
+def test_work_that_a_disk_ends_is_a_failure(killed, world, tmp_path, capsys):
+    out, *_ = killed
+    argv = words(world, "consecutive", out, *CONSECUTIVE)
+    page, kept = out / "report.html", tmp_path / "report.html"
+    page.rename(kept)
+    page.mkdir()  # cannot be written
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    page.rmdir()
+    kept.rename(page)
+    assert said.startswith("consecutive: failed: [Errno") and "report.html" in said
+    assert said.endswith(f"what is done is in {out}; give the same command again to go on\n")
+
+
 def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, world, capsys):
     out, *_ = killed
     final = out / "runs" / f"ours-{BATCH}" / "final.json"
