@@ -134,7 +134,8 @@ def families_of(
         asked: list[Prompt], new: list[Score], true: list[Score | None], *, wanted: bool
     ) -> Observed:
         return [
-            (p.request, float(n.nll < t.nll if wanted else n.nll > t.nll))
+            # Of one answer the two scores differ by rounding at most, which prefers neither.
+            (p.request, float(p.new != p.true and (n.nll < t.nll if wanted else n.nll > t.nll)))
             for p, n, t in zip(asked, new, true, strict=True)
             if t is not None
         ]

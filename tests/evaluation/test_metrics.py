@@ -12,8 +12,8 @@ from coachhook.editing.requests import EditRequest
 from coachhook.errors import FactsError
 from coachhook.evaluation import evaluate
 from coachhook.evaluation.intervals import harmonic_mean, wilson
-from coachhook.evaluation.observations import begins_with, contains
-from coachhook.evaluation.scoring import encode_pairs, encode_prompts, greedy, score
+from coachhook.evaluation.observations import Pass, Prompts, begins_with, contains, families_of
+from coachhook.evaluation.scoring import Score, encode_pairs, encode_prompts, greedy, score
 from coachhook.hooks import attach_hooks
 
 ALPHA = 3.0
@@ -229,6 +229,20 @@ def test_undefined_numbers_are_none(model, tokenizer):
     assert result["probability"]["score"]["after"] is None
     assert result["teacher_forced"]["mean"]["after"] is None
     assert result["probability"]["intervals"]["after"]["efficacy"] is None
+
+
+@pytest.mark.parametrize("noise", [-1e-7, 0.0, 1e-7])
+def test_an_answer_is_never_more_likely_than_itself(noise):
+    """Its two scores may come from two batches, which round otherwise."""
+    request = EditRequest(
+        prompt="{} is in", subject="Lyon", target_new="France", target_true="France",
+        paraphrases=["Lyon, in"], neighborhood=["Paris is in"],
+    )  # fmt: skip
+    prompts = Prompts.of([request])
+    new, true = Score((1,), (1,), 1.0), Score((1,), (1,), 1.0 + noise)
+    seen = Pass([new] * 3, [true] * 3, None)
+    found = families_of(None, prompts, seen, seen, 10)["probability"]
+    assert found == [[(0, 0.0)]] * 3
 
 
 def test_bad_calls(model, tokenizer):
