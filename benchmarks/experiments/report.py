@@ -350,7 +350,9 @@ def _score_tables(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "tokens": f"{row['tokens']:,}",
                     "fired": f"{100 * row['fired']:.2f} %",
                     "auc": "–" if row["group"] == "edited" else f"{row['auc']:.4f}",
-                    "quantiles": [f"{row[q]:.3g}" for q in ("q01", "q50", "q99")],
+                    "quantiles": [
+                        f"{row[q]:.3g}" if row["defined"] else "–" for q in ("q01", "q50", "q99")
+                    ],
                     "undefined": row["tokens"] - row["defined"],
                 }
                 for row in run["final"]["scores"]

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,15 @@ def test_a_spec_outlives_a_disk_that_is_full(killed, world, tmp_path):
     done = subprocess.run(command, cwd=ROOT, input=text, stderr=subprocess.PIPE, text=True)
     assert "File too large" in done.stderr
     assert plan.read_run(folder)["spec"] == spec
+
+
+def test_a_model_that_diverged_leaves_rows_that_every_reader_takes(tmp_path):
+    rows = [{"system": "mend", "ppl_ratio": math.inf, "kl_text": math.nan, "edits": 3}]
+    tables.write(tmp_path / "results.csv", rows)
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert line == '{"system": "mend", "ppl_ratio": null, "kl_text": null, "edits": 3}'
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert (row["ppl_ratio"], row["kl_text"]) == ("inf", "nan")
 
 
 def test_a_report_that_cannot_be_written_is_said(killed, tmp_path, capsys):

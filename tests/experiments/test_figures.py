@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from benchmarks.experiments import figures
+import pytest
+import torch
+
+from benchmarks.experiments import figures, report, scores
 from benchmarks.experiments.scores import GROUPS
 
 SHARE = ("tf_reliability", "reliability")
@@ -79,3 +82,28 @@ def test_distributions_name_their_batch_size():
     ]
     found = titles(figures.score_distributions(runs))
     assert found == [f"coachhook (default)\nbatches of {n}, layer 0" for n in (4, 8)]
+
+
+def test_a_group_without_any_defined_score_is_shown_as_such(tmp_path):
+    """In the published scope the score of a sequence of one token is undefined."""
+    found = {
+        (0, "edited"): (torch.tensor([2.0, 3.0]), torch.tensor([True, True])),
+        (0, "neighbour"): (torch.tensor([math.nan]), torch.tensor([False])),
+    }
+    rows = scores.summary(found)
+    assert [(row["group"], row["tokens"], row["defined"]) for row in rows] == [
+        ("edited", 2, 2),
+        ("neighbour", 1, 0),
+    ]
+    assert rows[1]["auc"] == 1.0 and math.isnan(rows[1]["q50"])
+    run = {
+        "spec": {"system": "paper", "batch_size": 10},
+        "edits": [{"alphas": {"0": 2.2}}],
+        "final": {"scores": rows, "values": scores.thinned(found, 0)},
+    }
+    (table,) = report._score_tables([run])
+    assert [row["quantiles"] for row in table["rows"]] == [["2.01", "2.5", "2.99"], ["–"] * 3]
+    figures.save(figures.score_distributions([run]), tmp_path / "scores.png")
+    head = {"system": "paper", "batch_size": 10, "alpha": 2.2}
+    points = [{**head, "edits": n, **row} for n in (10, 20) for row in rows]
+    figures.save(figures.score_bands(points), tmp_path / "bands.png")
