@@ -27,6 +27,7 @@ from benchmarks.experiments.systems import TITLES
 from benchmarks.experiments.worker import open_model, whole_lines
 from coachhook.editing import EditConfig, EditRequest
 from coachhook.evaluation.language import unrelated_rows
+from coachhook.evaluation.metrics import long_prompts
 from coachhook.models import describe
 from coachhook.statistics import collect_statistics
 from coachhook.store import fingerprint
@@ -116,6 +117,12 @@ def read_inputs(args: Any) -> Inputs | None:
     transformers.logging.disable_progress_bar()
     model, tokenizer = open_model(vars(args))
     checks.check_model(args, model, statistics)
+    long = [line for lines in long_prompts(model, tokenizer, edited).values() for line in lines]
+    if long:
+        raise ValueError(
+            f"FACTS must hold prompts that the model can be asked, got {len(long)} that are too "
+            f"long: {long[0]}; take those records out"
+        )
     text = facts_module.unrelated(args.text, edited, tokenizer, args.text_tokens)
     if not text:
         raise ValueError(

@@ -231,7 +231,8 @@ def _glance(rows: list[Row]) -> list[dict[str, str]]:
         value = first.get(column)
         if value is not None:
             share = column.startswith("gen")
-            ratio = f"{value:.4f}" if column == "ppl_ratio" else f"{value:.2g}"
+            speed = f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+            ratio = f"{value:.4f}" if column == "ppl_ratio" else speed
             cards.append({"value": f"{100 * value:.1f} %" if share else ratio, "title": title})
     return cards
 

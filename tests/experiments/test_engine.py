@@ -305,6 +305,22 @@ def test_single_rounds_start_from_the_unedited_model(world, tmp_path):
     assert "first facts" not in page  # there are no checkpoints
 
 
+def test_passages_longer_than_the_context_window_are_cut(world, tmp_path):
+    facts = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
+    subjects = {fact["subject"] for fact in facts}
+    other = [t for t in bundled.texts()[:200] if not any(s in t for s in subjects)]
+    (tmp_path / "text.txt").write_text(" ".join(other), encoding="utf-8")
+    argv = words(world, "consecutive", tmp_path / "out", "--count", 1, "--systems", "ours")
+    argv[argv.index("--text") + 1] = str(tmp_path / "text.txt")
+    argv += ["--set", f"ours.target_steps={STEPS}"]
+    assert main(argv) == 0
+    (found,) = plan.read_all(tmp_path / "out")
+    assert found["final"]["language"]["tokens"] in (399, 400)
+    (picture,) = [p for p in found["final"]["pictures"] if p["kind"] == "unrelated text"]
+    assert abs(len(picture["tokens"]) - measure.PICTURE_TOKENS) < 5
+    assert " ".join(other).startswith(picture["text"])
+
+
 def test_a_smaller_last_round_weighs_less():
     def one(kl, fired):
         gate = {"fired_unrelated": fired / 2, "fired_edited": fired}
