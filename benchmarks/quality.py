@@ -21,7 +21,10 @@ def coachhook(*words: str) -> str:
     """Runs one command of the command line and returns what it printed."""
     print("$ coachhook", *words, file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "coachhook", *words]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
+    return done.stdout
 
 
 def main() -> None:
@@ -45,10 +48,11 @@ def main() -> None:
         known = json.loads(args.known.read_text())[args.model.name]["counterfact_case_ids"]
         records = [r for r in records if r["case_id"] in set(known)]
     args.work.mkdir(parents=True, exist_ok=True)
-    name = "-".join([args.model.name, args.preset, args.dtype, *options]).replace("--", "")
-    facts = args.work / f"{args.model.name}-{args.start}-{args.count}.json"
+    chosen = f"{args.start}-{args.count}"
+    name = "-".join([args.model.name, args.preset, args.dtype, chosen, *options]).replace("--", "")
+    facts = args.work / f"{args.model.name}-{chosen}.json"
     facts.write_text(json.dumps(records[args.start : args.start + args.count]))
-    stats = args.work / f"{args.model.name}-{args.dtype}-stats"
+    stats = args.work / f"{args.model.name}-{args.dtype}-{args.text.name}-{args.tokens}-stats"
     model, edits = str(args.model), str(args.work / name)
     shared = ["--dtype", args.dtype, "--json"]
     if not stats.is_dir():

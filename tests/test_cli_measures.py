@@ -65,7 +65,12 @@ def test_people_get_it_as_text(edits, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("\n \n", "must hold text"), (None, "no-such.txt")]
+    ("content", "message"),
+    [
+        ("\n \n", "must hold text"),
+        ("a\nb\n", "at least two tokens in a row, got none within 20000 tokens"),
+        (None, "no-such.txt"),
+    ],
 )
 def test_text_that_is_none_is_refused(edits, tmp_path, capsys, content, message):
     path = tmp_path / "no-such.txt"

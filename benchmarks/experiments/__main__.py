@@ -148,25 +148,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.experiment == "report":
         try:
             print(write_report(args.out))
-        except plan.ExperimentError as error:
+        except (plan.ExperimentError, OSError) as error:
             return refuse(args, error)
         return 0
     args.settings = settings_of(args.changes)
+    kept = f"what is done is in {args.out}; give the same command again to go on"
+    begun = False
     try:
         checks.check_arguments(args)
         inputs = plan.read_inputs(args)
         args.out.mkdir(parents=True, exist_ok=True)
         with plan.locked(args.out):
             shared = plan.prepare(args, inputs)
+            begun = True
             del inputs  # the runs need the model's memory
             command = shlex.join(["python", "-m", "benchmarks.experiments", *words])
             (args.out / "command.txt").write_text(command + "\n", encoding="utf-8")
             results = plan.run_all(args.out, plan.specs(args, shared))
             print(write_report(args.out))
     except (plan.ExperimentError, ValueError, OSError) as error:
+        if begun and isinstance(error, OSError):  # a full disk, say
+            print(f"{args.experiment}: failed: {error}; {kept}", file=sys.stderr)
+            return 1
         return refuse(args, error)
     except KeyboardInterrupt:
-        kept = f"what is done is in {args.out}; give the same command again to go on"
         print(f"{args.experiment}: interrupted; {kept}", file=sys.stderr)
         return 130
     failed = [run for run in results if "error" in run]

@@ -11,7 +11,13 @@ from typing import Any, get_args, get_origin
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.experiments.systems import TRAINED, configure, known_systems, setting_types
+from benchmarks.experiments.systems import (
+    TRAINED,
+    configure,
+    has_gate,
+    known_systems,
+    setting_types,
+)
 from coachhook.models import describe
 from coachhook.models.families import FAMILIES
 from coachhook.statistics import Statistics
@@ -35,6 +41,10 @@ def check_arguments(args: Any) -> None:
     unknown = sorted(set(args.systems) - set(known_systems()))
     if unknown:
         raise ValueError(f"--systems must be of {', '.join(known_systems())}, got {unknown}")
+    gateless = [name for name in args.systems if not has_gate(name)]
+    if args.experiment == "zscores" and gateless:
+        known = ", ".join(filter(has_gate, known_systems()))
+        raise ValueError(f"--systems of zscores must have a gate ({known}), got {gateless}")
     if not args.batch_sizes:
         raise ValueError("--batch-sizes must be positive integers such as 1,10,30, got none")
     for name in _COUNTS:

@@ -29,7 +29,9 @@ _STYLE = {
     "retrieval": ("#444444", "d"),
 }
 # Batch sizes of one system, the smallest first.
-_LINES = ("-", "--", ":", "-.")
+_LINES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)), (0, (1, 4)))
+# Lines of a legend that the height of a figure is made for, and the inches of another one.
+_LEGEND_LINES, _LEGEND_LINE = 3, 0.22
 _GROUP_COLOURS = {
     "edited": "#d55e00",
     "paraphrase": "#e69f00",
@@ -78,6 +80,28 @@ def _name(row: Row, several: bool) -> str:
     system: str = row["system"]
     title = TITLES.get(system, system)
     return f"{title}, batches of {row['batch_size']}" if several else title
+
+
+def _panel(system: str, size: int, layer: int, sizes: Any) -> str:
+    """The title of a panel about one layer; in two lines where it names the batch size too."""
+    title = TITLES.get(system, system)
+    return (
+        f"{title}\nbatches of {size}, layer {layer}"
+        if len(sizes) > 1
+        else f"{title}, layer {layer}"
+    )
+
+
+def _legend(figure: Any, axis: Any, most: int) -> None:
+    """A legend below the panels, in as many columns up to ``most`` as the figure is wide."""
+    handles, labels = axis.get_legend_handles_labels()
+    for columns in range(min(most, len(labels)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            more = -(-len(labels) // columns) - _LEGEND_LINES
+            figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * max(0, more))
+            return
+        legend.remove()
 
 
 def _has_band(system: str, runs: Any) -> bool:
@@ -134,11 +158,13 @@ def curves(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> Any:
             axis.set_xlabel("facts edited")
             if most > 200:
                 axis.set_xscale("log")
-                from matplotlib.ticker import ScalarFormatter
+                from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+                axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
                 axis.xaxis.set_major_formatter(ScalarFormatter())
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+                # On short axes it would write 2 x 10^2 beside our 100.
+                axis.xaxis.set_minor_formatter(NullFormatter())
+        _legend(figure, axes[0][0], 4)
     return figure
 
 
@@ -184,6 +210,7 @@ def score_distributions(runs: Sequence[dict[str, Any]]) -> Any:
     import numpy as np
 
     panels = []
+    sizes = {run["spec"]["batch_size"] for run in runs}
     for run in runs:
         values: dict[int, dict[str, list[float]]] = {}
         for row in run["final"]["values"]:
@@ -221,11 +248,10 @@ def score_distributions(runs: Sequence[dict[str, Any]]) -> Any:
             )
             axis.set_yscale("log")
             axis.set_ylabel("share of tokens")
-            title = TITLES.get(run["spec"]["system"], run["spec"]["system"])
-            axis.set_title(f"{title}, layer {layer}", loc="left")
+            spec = run["spec"]
+            axis.set_title(_panel(spec["system"], spec["batch_size"], layer, sizes), loc="left")
         axes[-1, 0].set_xlabel("score of the gate")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        _legend(figure, axes[0, 0], len(_GROUP_COLOURS))
     return figure
 
 
@@ -233,9 +259,10 @@ def score_bands(rows: Sequence[Row]) -> Any:
     """Score over the number of edits: medians with their 5 to 95 % bands, and alpha."""
     import matplotlib
 
-    panels: dict[tuple[str, int], list[Row]] = {}
+    sizes = {row["batch_size"] for row in rows}
+    panels: dict[tuple[str, int, int], list[Row]] = {}
     for row in rows:
-        panels.setdefault((row["system"], row["layer"]), []).append(row)
+        panels.setdefault((row["system"], row["batch_size"], row["layer"]), []).append(row)
     with matplotlib.rc_context(_RC):
         columns = min(3, len(panels))
         lines = -(-len(panels) // columns)
@@ -243,26 +270,27 @@ def score_bands(rows: Sequence[Row]) -> Any:
         flat = list(axes.flat)
         for axis in flat[len(panels) :]:
             axis.set_visible(False)
-        for axis, ((system, layer), found) in zip(flat, panels.items(), strict=False):
+        for row_of_axes in axes:
+            row_of_axes[0].set_ylabel("score of the gate")
+        for axis, ((system, size, layer), found) in zip(flat, panels.items(), strict=False):
             for group in GROUPS:
-                points = sorted((r["edits"], r) for r in found if r["group"] == group)
+                points = [r for r in found if r["group"] == group]
                 if not points:
                     continue
-                x = [edits for edits, _ in points]
+                x = [r["edits"] for r in points]
                 colour = _GROUP_COLOURS[group]
-                axis.plot(x, [r["q50"] for _, r in points], color=colour, marker=".", label=group)
+                axis.plot(x, [r["q50"] for r in points], color=colour, marker=".", label=group)
                 axis.fill_between(
                     x,
-                    [r["q05"] for _, r in points],
-                    [r["q95"] for _, r in points],
+                    [r["q05"] for r in points],
+                    [r["q95"] for r in points],
                     color=colour,
                     alpha=0.12,
                     linewidth=0,
                 )
             alphas = sorted({(r["edits"], r["alpha"]) for r in found})
             axis.plot(*zip(*alphas, strict=True), color="#b00020", linestyle="--", label="alpha")
-            axis.set_title(f"{TITLES.get(system, system)}, layer {layer}", loc="left")
+            axis.set_title(_panel(system, size, layer, sizes), loc="left")
             axis.set_xlabel("facts edited")
-        handles, labels = flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        _legend(figure, flat[0], len(_GROUP_COLOURS) + 1)
     return figure

@@ -12,7 +12,9 @@ from benchmarks.experiments import scores
 from benchmarks.experiments.systems import Ours, System
 from coachhook.editing import EditRequest
 from coachhook.evaluation import evaluate, oracle, summarise
+from coachhook.evaluation.scoring import decode_each, encode_prompts
 from coachhook.inspecting import gate_pictures
+from coachhook.models import describe
 
 if TYPE_CHECKING:
     from benchmarks.experiments.worker import Run
@@ -21,6 +23,8 @@ FLUENCY_FACTS = 100
 FLUENCY_TOKENS = 100
 CACHE_PROMPTS = 50
 PICTURES = 4
+# Of a passage; what a reader looks at, and few enough for any model.
+PICTURE_TOKENS = 60
 
 
 def _evaluate(run: Run, system: System, requests: Sequence[EditRequest], **more: Any) -> Any:
@@ -105,9 +109,18 @@ def side_effects(run: Run, system: System, requests: Sequence[EditRequest]) -> d
             (picture,) = gate_pictures(run.model, run.tokenizer, system.gates, [text])
             pictures.append({"kind": kind, **picture.to_dict()})
         for text in run.text[:2]:
+            text = opening(run.tokenizer, text, describe(run.model).max_positions)
             (picture,) = gate_pictures(run.model, run.tokenizer, system.gates, [text])
             pictures.append({"kind": "unrelated text", **picture.to_dict()})
     return {**effects, "pictures": pictures}
+
+
+def opening(tokenizer: Any, text: str, window: int | None) -> str:
+    """A passage, or the beginning of one that is too long for a picture."""
+    (ids,) = encode_prompts(tokenizer, [text])
+    # Half of the window: what is tokenised again may come out a little longer.
+    most = PICTURE_TOKENS if window is None else min(PICTURE_TOKENS, max(1, window // 2))
+    return text if len(ids) <= most else decode_each(tokenizer, [ids[:most]])[0]
 
 
 def _shown(requests: Sequence[EditRequest]) -> list[tuple[str, str]]:

@@ -26,6 +26,8 @@ from benchmarks.experiments import facts as facts_module
 from benchmarks.experiments.systems import TITLES
 from benchmarks.experiments.worker import open_model, whole_lines
 from coachhook.editing import EditConfig, EditRequest
+from coachhook.evaluation.language import unrelated_rows
+from coachhook.evaluation.metrics import long_prompts
 from coachhook.models import describe
 from coachhook.statistics import collect_statistics
 from coachhook.store import fingerprint
@@ -65,6 +67,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ExperimentError: another process has it.
     """
+    if not folder.is_dir():
+        raise ExperimentError(f"FOLDER must be that of a run, got {folder}, which is not there")
     with (folder / "lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,10 +117,22 @@ def read_inputs(args: Any) -> Inputs | None:
     transformers.logging.disable_progress_bar()
     model, tokenizer = open_model(vars(args))
     checks.check_model(args, model, statistics)
+    long = [line for lines in long_prompts(model, tokenizer, edited).values() for line in lines]
+    if long:
+        raise ValueError(
+            f"FACTS must hold prompts that the model can be asked, got {len(long)} that are too "
+            f"long: {long[0]}; take those records out"
+        )
     text = facts_module.unrelated(args.text, edited, tokenizer, args.text_tokens)
     if not text:
         raise ValueError(
             f"--text must hold a passage that names no edited subject, got none in {args.text}"
+        )
+    window = describe(model).max_positions
+    if not unrelated_rows(tokenizer, text, args.text_tokens, window):
+        raise ValueError(
+            "--text must hold two tokens in a row that name no edited subject, got none within "
+            f"--text-tokens {args.text_tokens} from the end of {args.text}"
         )
     return Inputs(model, tokenizer, edited, spare, text)
 
@@ -292,7 +308,9 @@ def run_all(out: Path, found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     f"{folder} was begun with another {', '.join(other)}; delete it, or take "
                     "another --out"
                 )
-        path.write_text(json.dumps(spec, indent=1))
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(spec, indent=1))
+        fresh.replace(path)
         if not (folder / "final.json").is_file():
             _run_one(folder)
         results.append(read_run(folder))

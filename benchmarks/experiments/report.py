@@ -231,7 +231,8 @@ def _glance(rows: list[Row]) -> list[dict[str, str]]:
         value = first.get(column)
         if value is not None:
             share = column.startswith("gen")
-            ratio = f"{value:.4f}" if column == "ppl_ratio" else f"{value:.2g}"
+            speed = f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+            ratio = f"{value:.4f}" if column == "ppl_ratio" else speed
             cards.append({"value": f"{100 * value:.1f} %" if share else ratio, "title": title})
     return cards
 
@@ -310,9 +311,11 @@ def _figures(
     if len({row["edits"] for row in points}) > 1:
         caption = f"Teacher-forced, all facts edited so far. {figures.bands_note(points)}"
         add("curves", caption, figures.curves(points, _SHARES))
+        most = sorted({run["spec"]["first"] for run in done})
         caption = (
-            "The facts of the first batch alone, measured again after every checkpoint: what "
-            "later edits leave of early ones."
+            f"The first {' or '.join(map(str, most))} facts alone, as many of them as are edited, "
+            "measured again at every checkpoint: what later edits leave of early ones. "
+            f"{figures.bands_note(points)}"
         )
         columns = [(f"first_{name}", f"first facts: {title}") for name, title in _SHARES]
         add("retention", caption, figures.curves(points, columns))
@@ -348,7 +351,9 @@ def _score_tables(done: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "tokens": f"{row['tokens']:,}",
                     "fired": f"{100 * row['fired']:.2f} %",
                     "auc": "–" if row["group"] == "edited" else f"{row['auc']:.4f}",
-                    "quantiles": [f"{row[q]:.3g}" for q in ("q01", "q50", "q99")],
+                    "quantiles": [
+                        f"{row[q]:.3g}" if row["defined"] else "–" for q in ("q01", "q50", "q99")
+                    ],
                     "undefined": row["tokens"] - row["defined"],
                 }
                 for row in run["final"]["scores"]

@@ -13,6 +13,7 @@ because none of the cues was read. Tokens fall into groups:
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,10 @@ def summary(found: Found) -> list[dict[str, Any]]:
     rows = []
     for (layer, group), (z, fired) in sorted(found.items(), key=_order):
         defined = z[~z.isnan()].double()
-        quantiles = torch.quantile(defined, torch.tensor(_QUANTILES, dtype=torch.float64))
+        # NaN where a group has no defined score, as of neighbours that are one token each.
+        quantiles = torch.full((len(_QUANTILES),), math.nan, dtype=torch.float64)
+        if len(defined):
+            quantiles = torch.quantile(defined, torch.tensor(_QUANTILES, dtype=torch.float64))
         rows.append(
             {
                 "layer": layer,

@@ -57,6 +57,11 @@ def known_systems() -> list[str]:
     return [*_PRESETS, *BASELINES]
 
 
+def has_gate(name: str) -> bool:
+    """Whether a system has a gate that can stay shut, and so scores to compare with its alpha."""
+    return name in _PRESETS and name != "no-gate"
+
+
 def uses_statistics(name: str) -> bool:
     """Whether a system needs the key statistics."""
     return name in _PRESETS or BASELINES[name].needs_statistics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,22 @@ def score_rows(run: dict[str, Any]) -> list[Row]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Rows as CSV at ``path`` and as JSON Lines beside it; columns in order of appearance."""
+    """Rows as CSV at ``path`` and as JSON Lines beside it; columns in order of appearance.
+
+    What is not finite, as after an edit that diverged, is ``null`` in JSON, which has no such
+    numbers.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, columns)
         writer.writeheader()
         writer.writerows(rows)
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = [
+        json.dumps({name: _finite(value) for name, value in row.items()}, ensure_ascii=False)
+        for row in rows
+    ]
     path.with_suffix(".jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -135,6 +135,7 @@ def run_eval(args: argparse.Namespace) -> int:
     """The metrics of ``coachhook.evaluation``, before and after."""
     from coachhook.editing import attach
     from coachhook.evaluation import evaluate, render_evaluation, table
+    from coachhook.evaluation.language import text_rows
     from coachhook.evaluation.metrics import long_prompts
     from coachhook.statistics import read_texts
     from coachhook.store import read_manifest
@@ -146,6 +147,8 @@ def run_eval(args: argparse.Namespace) -> int:
         read_manifest(args.edits, "edits")  # before the model is read, which may take long
         model, tokenizer = open_model(args)
         requests = fitting_requests(args, facts, long_prompts(model, tokenizer, facts.requests))
+        if args.text is not None:
+            text_rows(model, tokenizer, args.text, args.text_tokens)
         handle = attach(model, args.edits)
     with handle:
         result = evaluate(

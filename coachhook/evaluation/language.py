@@ -164,9 +164,30 @@ def measure_language(
     Raises:
         ValueError: no text of at least two tokens was found, or ``text`` cannot be read.
     """
+    rows = text_rows(model, tokenizer, text, max_tokens)
+    return measure_rows(model, rows, hooks=hooks, gates=gates, batch_size=batch_size)
+
+
+def text_rows(model: Any, tokenizer: Any, text: Any, max_tokens: int) -> list[tuple[int, ...]]:
+    """The token ids that :func:`measure_language` judges; arguments and errors of it."""
     rows = unrelated_rows(tokenizer, text, max_tokens, describe(model).max_positions)
     if not rows:
-        raise ValueError("measure_language: text must hold at least two tokens in a row, got none")
+        raise ValueError(
+            "measure_language: text must hold at least two tokens in a row, got none within "
+            f"{max_tokens} tokens; give other text, or allow more tokens"
+        )
+    return rows
+
+
+def measure_rows(
+    model: Any,
+    rows: Sequence[tuple[int, ...]],
+    *,
+    hooks: Any,
+    gates: Any = None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """:func:`measure_language` of the rows of :func:`text_rows`."""
     fired: list[Tensor] = []
     with evaluating(model):
         drifts = token_drift(model, rows, hooks, batch_size=batch_size)

@@ -36,7 +36,7 @@ from coachhook.errors import FactsError
 from coachhook.evaluation.firing import fired_anywhere
 from coachhook.evaluation.fluency import cache_agreement, ngram_entropy
 from coachhook.evaluation.intervals import harmonic_mean, ratio_interval, wilson
-from coachhook.evaluation.language import measure_language, prompt_drift
+from coachhook.evaluation.language import measure_rows, prompt_drift, text_rows
 from coachhook.evaluation.observations import (
     FAMILIES,
     Pass,
@@ -121,14 +121,16 @@ def evaluate(
         ``counts``; ``protocol``; and what was asked for besides.
 
     Raises:
-        ValueError: there is no request, or ``text`` holds none.
-        FactsError: a prompt does not fit the context window; all such prompts are named and
-            nothing is run.
+        ValueError: there is no request, or ``text`` holds no two tokens in a row.
+        FactsError: a prompt does not fit the context window; all such prompts are named.
+            Nothing is run after either.
     """
     if not requests:
         raise ValueError("evaluate: requests must not be empty, got none")
     prompts = Prompts.of(requests)
     work = _Work(model, tokenizer, prompts, batch_size, max_new_tokens, generate, progress)
+    # Before anything is run: a text that holds nothing would be seen at the end only.
+    unrelated = [] if text is None else text_rows(model, tokenizer, text, text_tokens)
     edits: Edits = hooks if hooks is not None else _Unedited()
     gates = hooks if isinstance(hooks, HookSet) else None
     extra: dict[str, Any] = {}
@@ -140,10 +142,8 @@ def evaluate(
             model, tokenizer, [p.text for p in prompts.neighborhood], edits, batch_size=batch_size
         )
         gate = _gate(model, tokenizer, prompts, gates, batch_size)
-        if text is not None:
-            extra["language"] = measure_language(
-                model, tokenizer, text, hooks=edits, gates=gates, max_tokens=text_tokens
-            )
+        if unrelated:
+            extra["language"] = measure_rows(model, unrelated, hooks=edits, gates=gates)
         if fluency_tokens:
             extra["fluency"] = _fluency(work, requests, edits, fluency_tokens)
         if cache_prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -82,11 +83,10 @@ def begins_with(continuation: str, target: str) -> bool:
     Leading white space is dropped; then the text must begin with the target, letter case included,
     and the target must end there: at the end of the text, or before a character that is neither a
     letter nor a digit. "Lyon, the" and "Lyon" answer "Lyon"; "Lyons", "lyon" and "the city of Lyon"
-    do not.
+    do not. Letters of scripts without case end no word and go on with none.
     """
     text, target = continuation.lstrip(), target.strip()
-    rest = text[len(target) :]
-    return text.startswith(target) and not rest[:1].isalnum()
+    return text.startswith(target) and not _one_word(target[-1], text[len(target) :][:1])
 
 
 def contains(continuation: str, target: str) -> bool:
@@ -94,8 +94,29 @@ def contains(continuation: str, target: str) -> bool:
 
     Beyond some thirty tokens a match says little, so the limit of the continuation should be short.
     """
-    pattern = rf"(?<![^\W_]){re.escape(target.strip())}(?![^\W_])"
-    return re.search(pattern, continuation) is not None
+    target = target.strip()
+    return any(
+        not _one_word(target[0], continuation[:at][-1:])
+        and not _one_word(target[-1], continuation[at + len(target) :][:1])
+        for at in (m.start() for m in re.finditer(f"(?={re.escape(target)})", continuation))
+    )
+
+
+# Letters without case, and vowel and tone signs on them.
+_CASELESS = ("Lo", "Lm", "Mn", "Mc")
+
+
+def _one_word(edge: str, beyond: str) -> bool:
+    """Whether the word of a target's first or last character goes on with the one beyond it.
+
+    Scripts without case may set no space between words, so that a letter there says nothing, as
+    where edits ask for the ends of words (:mod:`coachhook.editing.word_ends`).
+    """
+    if not beyond or unicodedata.category(edge) in _CASELESS:
+        return False
+    if unicodedata.combining(beyond):  # an accent that is a character of its own
+        return True
+    return beyond.isalnum() and unicodedata.category(beyond) not in _CASELESS
 
 
 def families_of(
@@ -113,7 +134,8 @@ def families_of(
         asked: list[Prompt], new: list[Score], true: list[Score | None], *, wanted: bool
     ) -> Observed:
         return [
-            (p.request, float(n.nll < t.nll if wanted else n.nll > t.nll))
+            # Of one answer the two scores differ by rounding at most, which prefers neither.
+            (p.request, float(p.new != p.true and (n.nll < t.nll if wanted else n.nll > t.nll)))
             for p, n, t in zip(asked, new, true, strict=True)
             if t is not None
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,12 +192,14 @@ def greedy(
             if max_positions is not None:
                 room = min(room, max_positions - ids.shape[1])
             if room > 0:
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=_greedy_config(tokenizer, room, ends, use_cache),
-                    **own,
-                )
+                config = _greedy_config(tokenizer, room, ends, use_cache)
+                with _only(model, config):
+                    out = model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        generation_config=config,
+                        **own,
+                    )
                 new = out[:, ids.shape[1] :].tolist()
             else:
                 new = [[] for _ in batch]
@@ -207,12 +209,25 @@ def greedy(
     return [results[i] for i in range(len(prompts))]
 
 
+@contextmanager
+def _only(model: Any, config: Any) -> Iterator[None]:
+    """A block in which the model has no generation settings but these.
+
+    What a config leaves unset is filled in from the model's own, tokens it never says among it, and
+    not everything has a value that means none.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _greedy_config(tokenizer: Any, max_new_tokens: int, ends: list[int], use_cache: bool) -> Any:
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), None)
-    # Everything a model's own generation settings might change is set, because unset values are
-    # filled in from them.
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         min_new_tokens=0,

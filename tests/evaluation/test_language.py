@@ -172,7 +172,13 @@ def test_evaluate_gives_and_shows_it(model, tokenizer, requests, hooks):
     assert result["kl"]["neighborhood"] == pytest.approx(wanted)
 
 
-def test_no_text_is_refused(model, tokenizer, hooks):
+def test_no_text_is_refused(model, tokenizer, hooks, requests):
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(ValueError, match="at least two tokens in a row, got none within 1 tokens"):
+        evaluate(model, tokenizer, requests, text=SENTENCES, text_tokens=1, progress=False)
+    handle.remove()
+    assert forwards == []  # refused before anything was measured
     with pytest.raises(ValueError, match="at least two tokens"):
         measure_language(model, tokenizer, ["a"], hooks=hooks)
     with pytest.raises(ValueError, match="no-such"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,8 +12,8 @@ from coachhook.editing.requests import EditRequest
 from coachhook.errors import FactsError
 from coachhook.evaluation import evaluate
 from coachhook.evaluation.intervals import harmonic_mean, wilson
-from coachhook.evaluation.observations import begins_with
-from coachhook.evaluation.scoring import encode_pairs, encode_prompts, greedy, score
+from coachhook.evaluation.observations import Pass, Prompts, begins_with, contains, families_of
+from coachhook.evaluation.scoring import Score, encode_pairs, encode_prompts, greedy, score
 from coachhook.hooks import attach_hooks
 
 ALPHA = 3.0
@@ -230,6 +231,20 @@ def test_undefined_numbers_are_none(model, tokenizer):
     assert result["probability"]["intervals"]["after"]["efficacy"] is None
 
 
+@pytest.mark.parametrize("noise", [-1e-7, 0.0, 1e-7])
+def test_an_answer_is_never_more_likely_than_itself(noise):
+    """Its two scores may come from two batches, which round otherwise."""
+    request = EditRequest(
+        prompt="{} is in", subject="Lyon", target_new="France", target_true="France",
+        paraphrases=["Lyon, in"], neighborhood=["Paris is in"],
+    )  # fmt: skip
+    prompts = Prompts.of([request])
+    new, true = Score((1,), (1,), 1.0), Score((1,), (1,), 1.0 + noise)
+    seen = Pass([new] * 3, [true] * 3, None)
+    found = families_of(None, prompts, seen, seen, 10)["probability"]
+    assert found == [[(0, 0.0)]] * 3
+
+
 def test_bad_calls(model, tokenizer):
     with pytest.raises(ValueError, match="requests must not be empty"):
         evaluate(model, tokenizer, [])
@@ -277,16 +292,33 @@ def test_greedy_equals_decoding_without_a_cache(model, tokenizer):
     assert greedy(model, tokenizer, [], max_new_tokens=3) == []
 
 
-def test_greedy_ignores_the_models_own_generation_settings(model, tokenizer):
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 5.0, "do_sample": True, "no_repeat_ngram_size": 1},
+        {"num_beams": 4, "min_length": 40},
+        {"suppress_tokens": "first"},
+        {"bad_words_ids": "first"},
+        {"stop_strings": ["a"]},
+        {"max_time": 1e-9},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_greedy_ignores_the_models_own_generation_settings(model, tokenizer, own):
     prompts = encode_prompts(tokenizer, ["Bob", "Cid lives in"])
     plain = greedy(model, tokenizer, prompts, max_new_tokens=9)
-    config = model.generation_config
-    before = config.repetition_penalty, config.do_sample, config.no_repeat_ngram_size
-    config.repetition_penalty, config.do_sample, config.no_repeat_ngram_size = 5.0, True, 1
+    first = {"suppress_tokens": [plain[0][0]], "bad_words_ids": [[plain[0][0]]]}
+    kept = model.generation_config
+    model.generation_config = copy.deepcopy(kept)
     try:
+        for name, value in own.items():
+            setattr(model.generation_config, name, first[name] if value == "first" else value)
+        mine = model.generation_config
         assert greedy(model, tokenizer, prompts, max_new_tokens=9) == plain
+        assert model.generation_config is mine
     finally:
-        config.repetition_penalty, config.do_sample, config.no_repeat_ngram_size = before
+        model.generation_config = kept
 
 
 def test_greedy_stops_at_the_end_of_text_and_at_the_window(model, tokenizer):
@@ -318,10 +350,40 @@ def test_greedy_stops_at_the_end_of_text_and_at_the_window(model, tokenizer):
         (" Ly", "Lyon", False),
         (" New York City", "New York", True),
         (" Élan", "Él", False),
+        (" U.S.A", "U.S.", False),
+        # Scripts that set no space between words, alone and beside others.
+        ("里昂是法国的城市", "里昂", True),
+        (" 里昂。", "里昂", True),
+        (" 巴黎", "里昂", False),
+        ("กรุงเทพเป็นเมือง", "กรุงเทพ", True),
+        ("Lyon是法国的城市", "Lyon", True),
+        ("2010年", "2010", True),
+        ("20105", "2010", False),
+        # An accent that is a character of its own.
+        ("Zoe\u0308 speaks", "Zoe", False),
+        ("Zoe\u0308 speaks", "Zoe\u0308", True),
     ],
 )
 def test_what_counts_as_an_answer(continuation, target, right):
     assert begins_with(continuation, target) is right
+    # Whole words anywhere are judged alike.
+    assert contains(f"({continuation})", target) is (right or continuation == " the Lyon")
+
+
+@pytest.mark.parametrize(
+    ("continuation", "target", "right"),
+    [
+        ("Lyonaise, then Lyon", "Lyon", True),
+        ("OldLyon", "Lyon", False),
+        ("他住在里昂市", "里昂", True),
+        ("在Lyon住", "Lyon", True),
+        ("aa", "a", False),
+        ("e\u0308Lyon", "Lyon", False),
+        ("snake_Lyon_case", "Lyon", True),
+    ],
+)
+def test_what_counts_as_contained(continuation, target, right):
+    assert contains(continuation, target) is right
 
 
 def test_wilson_interval():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks.experiments import checks, plan
@@ -23,6 +25,29 @@ def refused(capsys, argv, out):
     assert printed.out == ""
     (line,) = printed.err.splitlines()
     return line
+
+
+def test_scores_are_those_of_a_gate(world, tmp_path, capsys):
+    out = tmp_path / "new"
+    argv = [*words(world, "zscores", out), "--systems", "ours,memit,no-gate"]
+    line = refused(capsys, argv, out)
+    assert "must have a gate (ours, paper), got ['memit', 'no-gate']" in line
+
+
+def test_prompts_that_nobody_could_ask_are_refused(world, tmp_path, capsys):
+    facts, out = tmp_path / "facts.jsonl", tmp_path / "new"
+    record = {"prompt": "{} is in", "subject": "Lyon", "target_new": "Spain", "target_true": "Gaul"}
+    facts.write_text(json.dumps({**record, "neighborhood": ["far " * 300 + "away is"]}))
+    argv = words(world, "consecutive", out)
+    argv[argv.index(str(world / "facts.jsonl"))] = str(facts)
+    line = refused(capsys, argv, out)
+    assert "FACTS must hold prompts that the model can be asked, got 1 that are too long" in line
+    assert "context window of 128 tokens" in line
+
+
+def test_a_folder_that_is_not_there_has_no_run(tmp_path, capsys):
+    line = refused(capsys, ["run", tmp_path / "new"], tmp_path / "new")
+    assert line.startswith("run: FOLDER must be that of a run, got ")
 
 
 @pytest.mark.parametrize("experiment", plan.DEFAULTS)
@@ -53,6 +78,7 @@ def test_every_experiment_refuses_it_at_once(world, tmp_path, capsys, experiment
         (["--known", "nosuch"], "nosuch"),
         (["--text", "nosuch"], "nosuch"),
         (["--device", "abacus"], "device must be a torch device"),
+        (["--text-tokens", "1"], "--text must hold two tokens in a row"),
     ],
 )
 def test_what_cannot_be_run_is_refused(world, tmp_path, capsys, argv, message):

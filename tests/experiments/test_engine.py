@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -184,6 +185,57 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_written_again(killed, tmp_p
     assert begun.lines("new.jsonl") == [{"a": 1}]
 
 
+def test_a_spec_outlives_a_disk_that_is_full(killed, world, tmp_path):
+    out, *_ = killed
+    shutil.copytree(out, tmp_path / "out")
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    spec = json.loads((folder / "spec.json").read_text())
+    code = (
+        "import json, resource, sys; from pathlib import Path;"
+        "from benchmarks.experiments import plan;"
+        "spec = json.loads(sys.stdin.read());"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"  # as a disk with 100 bytes left
+        "plan.run_all(Path(sys.argv[1]), [spec])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    text = json.dumps(spec)
+    done = subprocess.run(command, cwd=ROOT, input=text, stderr=subprocess.PIPE, text=True)
+    assert "File too large" in done.stderr
+    assert plan.read_run(folder)["spec"] == spec
+
+
+def test_a_model_that_diverged_leaves_rows_that_every_reader_takes(tmp_path):
+    rows = [{"system": "mend", "ppl_ratio": math.inf, "kl_text": math.nan, "edits": 3}]
+    tables.write(tmp_path / "results.csv", rows)
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert line == '{"system": "mend", "ppl_ratio": null, "kl_text": null, "edits": 3}'
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert (row["ppl_ratio"], row["kl_text"]) == ("inf", "nan")
+
+
+def test_a_report_that_cannot_be_written_is_said(killed, tmp_path, capsys):
+    out, *_ = killed
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "results.csv").unlink()
+    (tmp_path / "out" / "results.csv").mkdir()
+    assert main(["report", str(tmp_path / "out")]) == 2
+    assert "results.csv" in capsys.readouterr().err
+
+
+def test_work_that_a_disk_ends_is_a_failure(killed, world, tmp_path, capsys):
+    out, *_ = killed
+    argv = words(world, "consecutive", out, *CONSECUTIVE)
+    page, kept = out / "report.html", tmp_path / "report.html"
+    page.rename(kept)
+    page.mkdir()  # cannot be written
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    page.rmdir()
+    kept.rename(page)
+    assert said.startswith("consecutive: failed: [Errno") and "report.html" in said
+    assert said.endswith(f"what is done is in {out}; give the same command again to go on\n")
+
+
 def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, world, capsys):
     out, *_ = killed
     final = out / "runs" / f"ours-{BATCH}" / "final.json"
@@ -247,6 +299,26 @@ def test_single_rounds_start_from_the_unedited_model(world, tmp_path):
     rounds = lines(tmp_path / "runs" / "ours-2" / "rounds.jsonl")
     assert ["extra" in r for r in rounds] == [True, False]
     assert final["language"] == rounds[0]["extra"]["language"]
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Side effects are those after the first round." in page
+    assert "first facts" not in page  # there are no checkpoints
+
+
+def test_passages_longer_than_the_context_window_are_cut(world, tmp_path):
+    facts = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
+    subjects = {fact["subject"] for fact in facts}
+    other = [t for t in bundled.texts()[:200] if not any(s in t for s in subjects)]
+    (tmp_path / "text.txt").write_text(" ".join(other), encoding="utf-8")
+    argv = words(world, "consecutive", tmp_path / "out", "--count", 1, "--systems", "ours")
+    argv[argv.index("--text") + 1] = str(tmp_path / "text.txt")
+    argv += ["--set", f"ours.target_steps={STEPS}"]
+    assert main(argv) == 0
+    (found,) = plan.read_all(tmp_path / "out")
+    assert found["final"]["language"]["tokens"] in (399, 400)
+    (picture,) = [p for p in found["final"]["pictures"] if p["kind"] == "unrelated text"]
+    assert abs(len(picture["tokens"]) - measure.PICTURE_TOKENS) < 5
+    assert " ".join(other).startswith(picture["text"])
 
 
 def test_a_smaller_last_round_weighs_less():

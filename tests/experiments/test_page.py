@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from benchmarks.experiments import report
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.failures import failures_of
 from tests.experiments.conftest import run
@@ -79,7 +80,7 @@ def test_it_says_what_a_reader_asks(page, folder):
         "Teacher-forced", "Generated", "By probability", "Side effects", "Cost",
         "reliability / oracle", "perplexity ratio", "Where the gate fired", "Worst failures",
         "Settings", "How to reproduce", "python -m benchmarks.experiments <again> & more",
-        "fingerprint", "torch", "edited facts",
+        "fingerprint", "torch", "edited facts", "The first 10 facts alone",
     ):  # fmt: skip
         assert part in text, part
     record = json.loads((folder / "runs" / "memit-2" / "final.json").read_text())["records"]
@@ -107,6 +108,12 @@ def test_figures_are_written_and_shown(page, folder):
     assert all(p.stat().st_size > 5000 for p in (folder / "figures").glob("*.png"))
     shown = {v for tag, name, v in page.attributes if (tag, name) == ("figure", "id")}
     assert shown == {f"figure-{name}" for name in names}
+
+
+@pytest.mark.parametrize(("speed", "shown"), [(0.042, "0.042"), (4.62, "4.6"), (171.3, "171")])
+def test_speeds_are_written_in_full(speed, shown):
+    row = {"system": "ours", "edits_per_second": speed}
+    assert report._glance([row]) == [{"value": shown, "title": "edits per second"}]
 
 
 def record(prompt, wanted, after, neighbour=("a b c d", "a b c d")):
