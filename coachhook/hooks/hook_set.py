@@ -151,13 +151,11 @@ class HookSet(Mapping[int, HookedLinear]):
             ``fired`` is read off the rounded z.
         """
         sink: list[GateRecord] = []
-        self._context.sinks.append(sink)
+        self._context.sinks[id(sink)] = sink
         try:
             yield sink
         finally:
-            # Lists compare by content; this one must be found by identity.
-            sinks = self._context.sinks
-            del sinks[next(i for i, other in enumerate(sinks) if other is sink)]
+            del self._context.sinks[id(sink)]
 
     @contextmanager
     def packed(self, cu_seqlens: Tensor) -> Iterator[None]:
@@ -180,13 +178,12 @@ class HookSet(Mapping[int, HookedLinear]):
         ends = bounds.tolist()
         if ends[0] != 0 or ends != sorted(ends):
             raise ValueError(f"packed: cu_seqlens must start at 0 and not decrease, got {ends}")
-        before = self._context.cu_seqlens, self._context.packed_tokens
-        self._context.cu_seqlens = bounds.to(torch.int32)
-        self._context.packed_tokens = ends[-1]
+        packing = bounds.to(torch.int32), ends[-1]
+        self._context.packings[id(packing)] = packing
         try:
             yield
         finally:
-            self._context.cu_seqlens, self._context.packed_tokens = before
+            del self._context.packings[id(packing)]
 
 
 def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookSet:

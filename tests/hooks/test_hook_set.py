@@ -226,7 +226,7 @@ def test_packed_rows_are_judged_one_by_one(scope: str) -> None:
             hooks[0](x[start:stop][None])
         torch.testing.assert_close(alone[0][1][0], z[0, start:stop], equal_nan=True)
         assert torch.equal(alone[0][2][0], flags[0, start:stop])
-    assert hooks[0].context.cu_seqlens is None
+    assert hooks[0].context.packing is None
 
 
 def test_packed_rows_must_fit() -> None:
@@ -243,7 +243,7 @@ def test_packed_rows_must_fit() -> None:
             pass
     with pytest.raises(ValueError, match="one row of the 4 tokens"), hooks.packed([0, 2, 4]):
         answer(model)
-    assert hooks[0].context.cu_seqlens is None
+    assert hooks[0].context.packing is None
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
