@@ -79,11 +79,11 @@ class History:
 def _writable(table: dict[Key, Tensor], key: Key) -> Tensor:
     """An entry, copied where it was made in inference mode, outside of which it is read-only."""
     kept = table[key]
-    # Dynamo cannot ask.
-    if torch.compiler.is_compiling() or not kept.is_inference() or torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling():  # dynamo cannot be asked
         return kept
-    table[key] = kept.clone()
-    return table[key]
+    if kept.is_inference() and not torch.is_inference_mode_enabled():
+        table[key] = kept = kept.clone()
+    return kept
 
 
 @dataclass

@@ -126,13 +126,19 @@ class GateContext:
         forward.shape = forward.mask = forward.cache = forward.pending = None
         forward.cacheless = True
 
-    def gate_state(self) -> GateState | None:
+    def gate_state(self, kept: bool = True) -> GateState | None:
         """Where this forward's statistics are kept; None where no cache will carry them on.
 
+        Args:
+            kept: whether they are to be kept at all.
+
         Raises:
-            TypeError: the cache is a legacy tuple, which cannot carry them.
+            TypeError: the cache is a legacy tuple, which cannot carry them, or a paged one, whose
+                rows hold the tokens of several requests.
         """
         forward = self.forward
+        if not kept and not _is_paged(forward.cache):
+            return None
         if forward.shape is None or forward.cacheless or self.packings:
             return None
         if forward.cache is None:

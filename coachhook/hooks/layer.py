@@ -400,7 +400,7 @@ class HookedLinear(nn.Module):
             return Membership(None, "own", *cues, self._seen_cues(tokens))
         if self.scope == "population":
             return Population(store.mean, store.std)
-        state = None if self.include_padding else self.context.gate_state()
+        state = self.context.gate_state(kept=not self.include_padding)
         if state is None:
             return Sequence() if self.scope == "sequence" else Prefix()
         rows = tokens.shape[0]
@@ -418,7 +418,7 @@ class HookedLinear(nn.Module):
 
     def _seen_cues(self, tokens: Tensor) -> Tensor | None:
         """State of the cues beside the forward's cache; None where nothing carries it on."""
-        state = None if self.include_padding else self.context.gate_state()
+        state = self.context.gate_state(kept=not self.include_padding)
         if state is None:
             return None
         rows, edits = tokens.shape[0], self._store.operand()[1].shape[0]
