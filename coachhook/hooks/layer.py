@@ -54,7 +54,8 @@ def _is_bare_linear(module: nn.Module, dtype: torch.dtype) -> bool:
         and is_plain_eager(module.weight, module.bias)
         and "forward" not in vars(module)
         and not torch.nn.modules.module._has_any_global_hook()
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )
 
 

@@ -439,6 +439,24 @@ def test_gradients_pass_through_the_gate() -> None:
     torch.testing.assert_close(gradient[fired], (plain + (q @ s).sum(0))[fired])
 
 
+def test_observers_of_the_gradient_of_a_bare_linear_are_called() -> None:
+    base = nn.Linear(N, M)
+    layer = hook(base)
+    layer.set_factored(*factors(4))
+    layer.state = "validated"
+    seen: list[nn.Module] = []
+
+    def note(module: nn.Module, *_: object) -> None:
+        seen.append(module)
+
+    for observe in (base.register_full_backward_pre_hook, base.register_full_backward_hook):
+        seen.clear()
+        handle = observe(note)
+        layer(torch.randn(2, 6, N, requires_grad=True)).sum().backward()
+        assert seen == [base]
+        handle.remove()
+
+
 def test_the_compute_dtype_is_checked() -> None:
     with pytest.raises(ValueError, match=r"dtype must be float32 or float64, got torch\.bfloat16"):
         hook(nn.Linear(N, M), torch.bfloat16)
