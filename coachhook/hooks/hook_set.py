@@ -98,6 +98,7 @@ class HookSet(Mapping[int, HookedLinear]):
                 )
         for index, path in self._paths.items():
             set_submodule(self._model, path, self._layers[index].base)
+            _hand_on_offloading(self._layers[index])
         self._context.release()
 
     def __enter__(self) -> HookSet:
@@ -250,6 +251,16 @@ def attached_hooks(model: nn.Module) -> HookSet | None:
     layers = {layer.index: layer for layer in found.values()}
     paths = {layer.index: path for path, layer in found.items()}
     return HookSet(model, paths, layers, next(iter(layers.values())).context)
+
+
+def _hand_on_offloading(layer: HookedLinear) -> None:
+    """Gives the base what accelerate has put on the hook: without it the weights stay away."""
+    offloading = vars(layer).get("_hf_hook")
+    if offloading is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(layer)
+        add_hook_to_module(layer.base, offloading)
 
 
 def _placement(base: nn.Module) -> tuple[torch.dtype, torch.device]:

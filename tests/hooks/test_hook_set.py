@@ -400,3 +400,32 @@ def test_an_offloaded_model() -> None:
     torch.testing.assert_close(moved, answer(resident))
     hooks.detach()
     assert torch.equal(answer(model), plain)
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_a_model_offloaded_after_attaching(way: str, tmp_path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("llama")
+    plain = answer(model)
+    hooks = attach_hooks(model, [0, 1])
+    fill(hooks, "sequence")
+    hooks.set_state("temporary")
+    changed = answer(model)
+    if way == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert torch.equal(answer(model), changed)
+    with hooks.disabled():
+        assert torch.equal(answer(model), plain)
+    hooks.detach()
+    assert model.model.layers[0].mlp.down_proj.weight.is_meta, "it stays offloaded"
+    assert torch.equal(answer(model), plain)
+    again = attach_hooks(model, [1])
+    fill(again, "sequence")
+    again.set_state("temporary")
+    assert not torch.equal(answer(model), plain)
+    again.detach()
+    assert torch.equal(answer(model), plain)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(answer(model), plain)
