@@ -76,6 +76,16 @@ class History:
         return torch.stack(joined, dim=-1)
 
 
+def _writable(table: dict[Key, Tensor], key: Key) -> Tensor:
+    """An entry, copied where it was made in inference mode, outside of which it is read-only."""
+    kept = table[key]
+    if torch.compiler.is_compiling():  # dynamo cannot be asked
+        return kept
+    if kept.is_inference() and not torch.is_inference_mode_enabled():
+        table[key] = kept = kept.clone()
+    return kept
+
+
 @dataclass
 class GateState:
     """What the gate has seen of each row of one cache, per layer and scope.
@@ -97,8 +107,10 @@ class GateState:
         Raises:
             ValueError: they were kept for another number of rows.
         """
-        kept = self.moments.get(key)
-        if kept is not None and kept.shape[0] != rows:
+        if key not in self.moments:
+            return None
+        kept = _writable(self.moments, key)
+        if kept.shape[0] != rows:
             raise ValueError(
                 f"forward: the batch must have the {kept.shape[0]} rows its cache was filled with, "
                 f"got {rows}; expand a cache with batch_repeat_interleave"
@@ -128,7 +140,7 @@ class GateState:
             self.moments[key] = blank_state(rows, edits, version.device)
             self.versions[key] = version.clone()
             return self.moments[key]
-        known = self.versions[key]
+        known = _writable(self.versions, key)
         kept[:, 1:].masked_fill_(known != version, NEVER)
         known.copy_(version)
         return kept
@@ -157,6 +169,19 @@ class GateState:
             history.norms = change(history.norms)
             history.before = None if history.before is None else change(history.before)
 
+    def pass_over(self, columns: int) -> None:
+        """Count columns that the cache takes in while hooks are disabled, as if they were padding.
+
+        A crop may take them back.
+        """
+        for key, kept in list(self.moments.items()):
+            layer, kind = key
+            if kind == "membership":
+                _writable(self.moments, key)[:, 0].add_(columns)
+            elif kind == "prefix" and layer in self.histories:
+                history = self.history(layer, kept)
+                history.append(kept.new_full((kept.shape[0], columns), float("nan")))
+
     def take_back(self, columns: int) -> None:
         """Undo the last ``columns`` columns of the running moments and of the cues seen.
 
@@ -175,11 +200,12 @@ class GateState:
                     "a cache passed to the model; pass an empty DynamicCache with the prompt, or "
                     "use the scope 'population' or 'membership'"
                 )
-        for layer, moments in running.items():
+        for layer in running:
+            moments = _writable(self.moments, (layer, "prefix"))
             moments.copy_(self.histories[layer].take_back(columns))
-        for (_, kind), seen in self.moments.items():
-            if kind == "membership":
-                cut_back_(seen, columns)
+        for key in list(self.moments):
+            if key[1] == "membership":
+                cut_back_(_writable(self.moments, key), columns)
 
 
 class _FollowedMethod:
@@ -199,13 +225,14 @@ class _FollowedMethod:
                 "follow it; use copy.deepcopy"
             )
         state: GateState = getattr(cache, _ATTRIBUTE)
-        before = cache.get_seq_length() if self._name == "crop" else 0
+        # A static cache gives a tensor that the crop itself changes: hence a number.
+        before = int(cache.get_seq_length()) if self._name == "crop" else 0
         result = getattr(type(cache), self._name)(cache, *args, **kwargs)
         if self._name == "reset":
             state.clear()
         elif self._name == "crop":
-            after = cache.get_seq_length()
-            state.take_back(int(before - after)) if after else state.clear()
+            after = int(cache.get_seq_length())
+            state.take_back(before - after) if after else state.clear()
         elif self._name == "batch_repeat_interleave":
             (repeats,) = (*args, *kwargs.values())
             state.map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))

@@ -48,17 +48,19 @@ class GateContext:
         forward: what is known of the forward that the calling thread runs: the ``shape`` ``(B, T)``
             of its tokens, None outside of a forward of the base model, and their ``mask``, bool
             ``[B, T]``, True = real token, None where all are.
-        cu_seqlens: int32 boundaries of packed rows, set by ``HookSet.packed``.
+        packings: int32 boundaries of packed rows and their number of tokens, for each
+            ``HookSet.packed`` block; the last one holds.
         disabled: an entry for each ``HookSet.disabled`` block, of whatever thread.
         sinks: lists that ``HookSet.record`` fills with (layer, z, fired).
+
+    Blocks of several threads may end in any order: each takes out its own entry, by its key.
     """
 
     def __init__(self) -> None:
         self.forward = _Forward()
-        self.cu_seqlens: Tensor | None = None
-        self.packed_tokens = 0
+        self.packings: dict[int, tuple[Tensor, int]] = {}
         self.disabled: list[None] = []
-        self.sinks: list[list[GateRecord]] = []
+        self.sinks: dict[int, list[GateRecord]] = {}
         self._names: Sequence[str] = ()
         self._handles: list[RemovableHandle] = []
 
@@ -69,6 +71,12 @@ class GateContext:
             base_model.register_forward_pre_hook(self.enter, with_kwargs=True),
             base_model.register_forward_hook(self.leave, always_call=True),
         ]
+
+    @property
+    def packing(self) -> tuple[Tensor, int] | None:
+        """Boundaries of packed rows and their number of tokens; None where rows are not packed."""
+        packings = list(self.packings.values())
+        return packings[-1] if packings else None
 
     @property
     def watching(self) -> bool:
@@ -84,8 +92,6 @@ class GateContext:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of a forward that starts."""
         self._forget()
-        if self.disabled:
-            return
         # Written so that dynamo of torch 2.4 follows it.
         given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
         tokens = given.get("input_ids")
@@ -93,11 +99,17 @@ class GateContext:
             tokens = given.get("inputs_embeds")
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
+        cache = given_cache(given)
+        if self.disabled:
+            state = state_of(cache)
+            if state is not None:
+                state.pass_over(tokens.shape[1])
+            return
         forward = self.forward
         forward.shape = shape = (tokens.shape[0], tokens.shape[1])
-        forward.cache = cache = given_cache(given)
+        forward.cache = cache
         forward.cacheless = given.get("use_cache") is False and cache is None
-        if self.cu_seqlens is None:
+        if not self.packings:
             forward.mask = token_mask(given.get("attention_mask"), shape, cache)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -114,14 +126,20 @@ class GateContext:
         forward.shape = forward.mask = forward.cache = forward.pending = None
         forward.cacheless = True
 
-    def gate_state(self) -> GateState | None:
+    def gate_state(self, kept: bool = True) -> GateState | None:
         """Where this forward's statistics are kept; None where no cache will carry them on.
 
+        Args:
+            kept: whether they are to be kept at all.
+
         Raises:
-            TypeError: the cache is a legacy tuple, which cannot carry them.
+            TypeError: the cache is a legacy tuple, which cannot carry them, or a paged one, whose
+                rows hold the tokens of several requests.
         """
         forward = self.forward
-        if forward.shape is None or forward.cacheless or self.cu_seqlens is not None:
+        if not kept and not _is_paged(forward.cache):
+            return None
+        if forward.shape is None or forward.cacheless or self.packings:
             return None
         if forward.cache is None:
             if forward.pending is None:
@@ -149,9 +167,10 @@ class GateContext:
 def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tensor | None:
     """Mask ``[B, T]`` of the current tokens, True = real, from any form of attention mask.
 
-    A mask ``[B, K]`` covers cached and current tokens: the last T columns are taken. From a mask
-    ``[B, H, T, K]`` (bool, or 0 and a large negative number) or a dictionary of such, a token is
-    real where it may attend to itself. None means that every token is real.
+    A mask ``[B, K]`` covers cached and current tokens, and may go on behind them as a preallocated
+    cache does. From a mask ``[B, H, T, K]`` (bool, or 0 and a large negative number) or a
+    dictionary of such, a token is real where it may attend to itself. None means that every token
+    is real, and so does a paged cache, which holds no padding and lays its keys out in its own way.
 
     Raises:
         TypeError: a mask of another type, such as a compiled block mask.
@@ -161,7 +180,7 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     if isinstance(attention_mask, dict):
         masks = [attention_mask.get("full_attention"), *attention_mask.values()]
         attention_mask = next((mask for mask in masks if mask is not None), None)
-    if attention_mask is None:
+    if attention_mask is None or _is_paged(cache):
         return None
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
@@ -181,19 +200,31 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
             f"forward: attention_mask must cover the {columns} tokens of the input, got "
             f"{list(attention_mask.shape)}"
         )
-    if attention_mask.dim() == 2:
-        return (attention_mask[:, width - columns :] != 0).expand(rows, columns)
-    own = _own_column(attention_mask, columns, cache).expand(rows, columns)
-    if own.is_floating_point():
+    own = _own_columns(attention_mask, columns, cache).expand(rows, columns)
+    if own.is_floating_point() and attention_mask.dim() == 3:
         return own > torch.finfo(own.dtype).min / 2
     return own != 0
 
 
-def _own_column(mask: Tensor, columns: int, cache: Any) -> Tensor:
-    past = cache.get_seq_length() if is_cache(cache) else 0
+def _is_paged(cache: Any) -> bool:
+    """Whether this is the cache of continuous batching, in which requests share one row."""
+    return hasattr(cache, "update") and not is_cache(cache)
+
+
+def _own_columns(mask: Tensor, columns: int, cache: Any) -> Tensor:
+    """What a mask ``[B, K]`` or ``[B, T, K]`` says of each current token itself, ``[B, T]``."""
+    last_start = mask.shape[-1] - columns
+    if is_cache(cache):
+        past = cache.get_seq_length()
+    else:
+        past = 0 if cache is None and mask.dim() == 3 else last_start
     # A sliding window keeps the current tokens in its last columns, a preallocated cache behind
     # what it holds already.
-    last_start = mask.shape[-1] - columns
+    if mask.dim() == 2 and not isinstance(past, Tensor):
+        start = min(past, last_start)
+        return mask[:, start : start + columns]
     start = past.clamp(max=last_start) if isinstance(past, Tensor) else min(past, last_start)
-    index = torch.arange(columns, device=mask.device) + start
-    return mask.gather(-1, index.expand(mask.shape[0], columns)[..., None]).squeeze(-1)
+    index = (torch.arange(columns, device=mask.device) + start).expand(mask.shape[0], columns)
+    if mask.dim() == 2:
+        return mask.gather(-1, index)
+    return mask.gather(-1, index[..., None]).squeeze(-1)

@@ -98,6 +98,7 @@ class HookSet(Mapping[int, HookedLinear]):
                 )
         for index, path in self._paths.items():
             set_submodule(self._model, path, self._layers[index].base)
+            _hand_on_offloading(self._layers[index])
         self._context.release()
 
     def __enter__(self) -> HookSet:
@@ -151,13 +152,11 @@ class HookSet(Mapping[int, HookedLinear]):
             ``fired`` is read off the rounded z.
         """
         sink: list[GateRecord] = []
-        self._context.sinks.append(sink)
+        self._context.sinks[id(sink)] = sink
         try:
             yield sink
         finally:
-            # Lists compare by content; this one must be found by identity.
-            sinks = self._context.sinks
-            del sinks[next(i for i, other in enumerate(sinks) if other is sink)]
+            del self._context.sinks[id(sink)]
 
     @contextmanager
     def packed(self, cu_seqlens: Tensor) -> Iterator[None]:
@@ -180,13 +179,12 @@ class HookSet(Mapping[int, HookedLinear]):
         ends = bounds.tolist()
         if ends[0] != 0 or ends != sorted(ends):
             raise ValueError(f"packed: cu_seqlens must start at 0 and not decrease, got {ends}")
-        before = self._context.cu_seqlens, self._context.packed_tokens
-        self._context.cu_seqlens = bounds.to(torch.int32)
-        self._context.packed_tokens = ends[-1]
+        packing = bounds.to(torch.int32), ends[-1]
+        self._context.packings[id(packing)] = packing
         try:
             yield
         finally:
-            self._context.cu_seqlens, self._context.packed_tokens = before
+            del self._context.packings[id(packing)]
 
 
 def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookSet:
@@ -253,6 +251,16 @@ def attached_hooks(model: nn.Module) -> HookSet | None:
     layers = {layer.index: layer for layer in found.values()}
     paths = {layer.index: path for path, layer in found.items()}
     return HookSet(model, paths, layers, next(iter(layers.values())).context)
+
+
+def _hand_on_offloading(layer: HookedLinear) -> None:
+    """Gives the base what accelerate has put on the hook: without it the weights stay away."""
+    offloading = vars(layer).get("_hf_hook")
+    if offloading is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(layer)
+        add_hook_to_module(layer.base, offloading)
 
 
 def _placement(base: nn.Module) -> tuple[torch.dtype, torch.device]:

@@ -54,7 +54,8 @@ def _is_bare_linear(module: nn.Module, dtype: torch.dtype) -> bool:
         and is_plain_eager(module.weight, module.bias)
         and "forward" not in vars(module)
         and not torch.nn.modules.module._has_any_global_hook()
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
     )
 
 
@@ -324,11 +325,9 @@ class HookedLinear(nn.Module):
         output: Tensor | None = None
         if args or kwargs or not (fuses_products(x) and _is_bare_linear(self.base, x.dtype)):
             output = self.base(x, *args, **kwargs)
-        context = self.context
-        rows, columns = self._grid(x)
-        cu_seqlens = context.cu_seqlens
-        if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.to(x.device)
+        context, packing = self.context, self.context.packing
+        rows, columns = self._grid(x, None if packing is None else packing[1])
+        cu_seqlens = None if packing is None else packing[0].to(x.device)
         grid = (rows, columns) if cu_seqlens is None else (columns,)
         tokens = x.reshape(*grid, self.in_features)
         mask, scope = None, cast("Scope", Ungated())
@@ -343,7 +342,7 @@ class HookedLinear(nn.Module):
         else:
             on_grid = output.reshape(*grid, self.out_features)
             y, z = hook_output(on_grid, tokens, operand, alpha, **gate)
-        for sink in context.sinks:
+        for sink in list(context.sinks.values()):
             seen = z.detach().view(rows, columns)
             fired = torch.ones_like(seen, dtype=torch.bool)
             if self._state != "temporary":
@@ -354,8 +353,13 @@ class HookedLinear(nn.Module):
         shape = (*x.shape[:-1], self.out_features) if output is None else output.shape
         return y.reshape(shape)
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
-        """``(B, T)`` of the input; some models flatten it before their MLP."""
+    def _grid(self, x: Tensor, packed: int | None) -> tuple[int, int]:
+        """``(B, T)`` of the input; some models flatten it before their MLP.
+
+        Args:
+            x: the input.
+            packed: how many tokens it must have, in one row.
+        """
         if x.dim() == 3:
             rows, columns = x.shape[0], x.shape[1]
         elif x.dim() == 2:
@@ -364,12 +368,10 @@ class HookedLinear(nn.Module):
             rows, columns = cast("tuple[int, int]", known) if flattened else (1, x.shape[0])
         else:
             raise ValueError(f"forward: x must be [B, T, n] or [B T, n], got {list(x.shape)}")
-        if self.context.cu_seqlens is not None and (
-            rows != 1 or columns != self.context.packed_tokens
-        ):
+        if packed is not None and (rows != 1 or columns != packed):
             raise ValueError(
-                f"forward: x must be one row of the {self.context.packed_tokens} tokens that "
-                f"cu_seqlens cuts up, got {rows} x {columns}"
+                f"forward: x must be one row of the {packed} tokens that cu_seqlens cuts up, got "
+                f"{rows} x {columns}"
             )
         return rows, columns
 
@@ -399,7 +401,7 @@ class HookedLinear(nn.Module):
             return Membership(None, "own", *cues, self._seen_cues(tokens))
         if self.scope == "population":
             return Population(store.mean, store.std)
-        state = None if self.include_padding else self.context.gate_state()
+        state = self.context.gate_state(kept=not self.include_padding)
         if state is None:
             return Sequence() if self.scope == "sequence" else Prefix()
         rows = tokens.shape[0]
@@ -417,7 +419,7 @@ class HookedLinear(nn.Module):
 
     def _seen_cues(self, tokens: Tensor) -> Tensor | None:
         """State of the cues beside the forward's cache; None where nothing carries it on."""
-        state = None if self.include_padding else self.context.gate_state()
+        state = self.context.gate_state(kept=not self.include_padding)
         if state is None:
             return None
         rows, edits = tokens.shape[0], self._store.operand()[1].shape[0]

@@ -59,8 +59,7 @@ class ModelDescription:
             the cache: the model below the head, or its decoder.
         hidden_size: d, the width of the residual stream.
         max_positions: longest input in tokens, ``None`` where the architecture sets no bound.
-        parallel_residual: whether attention and MLP of a block read the same residual; None where
-            that is not known (a family outside the table).
+        parallel_residual: whether attention and MLP of a block read the same residual.
         logit_scale: what the head's output is multiplied by to give the logits, as in Cohere and
             Granite.
         logit_cap: c of logits that are ``c tanh(logits / c)``, as in NanoChat; None for others.
@@ -74,7 +73,7 @@ class ModelDescription:
     base_model_path: str
     hidden_size: int
     max_positions: int | None
-    parallel_residual: bool | None
+    parallel_residual: bool
     logit_scale: float = 1.0
     logit_cap: float | None = None
 

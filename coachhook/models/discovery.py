@@ -5,7 +5,8 @@ outside attention that maps some width to the residual width, next to the blocks
 and asks transformers for the head. Then it adds a vector to the output of the first down-projection
 and accepts the model only if the block's output moves by just that vector (where a norm or a scale
 lies between, by what these make of it), and the logits are what norm and head give, or that times a
-number, or capped as the configuration says.
+number, or capped as the configuration says. Whether attention and MLP lie beside each other shows
+in the first MLP's input: then it does not depend on the tokens before.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def describe(model: nn.Module) -> ModelDescription:
     """Find the editable down-projection of every block of a causal language model.
 
     A model whose family is not in the table is run for one block on two tokens, to verify how the
-    down-projection's output is added to the residual, and without its blocks, to see what it makes
-    of its head's output.
+    down-projection's output is added to the residual and to see whether attention and MLP lie
+    beside each other, and without its blocks, to see what it makes of its head's output.
 
     Args:
         model: a transformers causal language model, hooks attached or not.
@@ -65,10 +66,13 @@ def describe(model: nn.Module) -> ModelDescription:
     norm = _require(model, family.norm)
     head = _head_path(model, config.hidden_size)
     scale, cap = 1.0, None
+    parallel = family.parallel
+    if isinstance(parallel, str):
+        parallel = getattr(config, parallel)
     if config.model_type not in FAMILIES:
         rest, cap = _probe(model, layers[0]), getattr(config, "final_logit_softcapping", None)
         scale = _logit_scale(model, blocks, rest, norm, get_submodule(model, head), cap)
-    parallel = family.parallel
+        parallel = _is_parallel(model, layers[0])
     return ModelDescription(
         family=config.model_type,
         layers=layers,
@@ -78,7 +82,7 @@ def describe(model: nn.Module) -> ModelDescription:
         base_model_path=family.blocks.rpartition(".")[0],
         hidden_size=config.hidden_size,
         max_positions=getattr(config, "max_position_embeddings", None),
-        parallel_residual=getattr(config, parallel) if isinstance(parallel, str) else parallel,
+        parallel_residual=bool(parallel),
         logit_scale=scale,
         logit_cap=cap,
     )
@@ -286,6 +290,23 @@ def _first_block_output(
     if isinstance(output, Tensor):
         return output.float(), own, None
     return output[0].float(), own, tuple(output[1:])
+
+
+def _is_parallel(model: nn.Module, layer: EditableLayer) -> bool:
+    """Whether the first MLP reads a token in no context, as it does beside its attention."""
+    inputs: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0].reshape(2, -1)[-1])
+        raise ForwardEnded
+
+    tokens = _two_tokens(model)
+    down = get_submodule(model, layer.path)
+    for given in (tokens, tokens[:, [1, 1]]):
+        handle = down.register_forward_pre_hook(stop)
+        with partial_forward(handle), torch.no_grad(), _evaluating(model):
+            model(input_ids=given, use_cache=False)
+    return torch.equal(*inputs)
 
 
 def _logit_scale(

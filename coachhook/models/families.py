@@ -21,7 +21,7 @@ class Family:
         down: the down-projection, relative to a block.
         norm: the final norm.
         parallel: whether attention and MLP read the same residual: a config key where it varies,
-            None where it is not known.
+            None where the first block has to show it.
     """
 
     blocks: str

@@ -292,9 +292,9 @@ def test_what_a_pair_without_cues_costs() -> None:
 
 def run(layer: HookedLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sink: list = []
-    layer.context.sinks.append(sink)
+    layer.context.sinks[0] = sink
     y = layer(x)
-    layer.context.sinks.remove(sink)
+    del layer.context.sinks[0]
     return y, sink[0][1]
 
 

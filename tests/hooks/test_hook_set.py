@@ -226,7 +226,7 @@ def test_packed_rows_are_judged_one_by_one(scope: str) -> None:
             hooks[0](x[start:stop][None])
         torch.testing.assert_close(alone[0][1][0], z[0, start:stop], equal_nan=True)
         assert torch.equal(alone[0][2][0], flags[0, start:stop])
-    assert hooks[0].context.cu_seqlens is None
+    assert hooks[0].context.packing is None
 
 
 def test_packed_rows_must_fit() -> None:
@@ -243,7 +243,7 @@ def test_packed_rows_must_fit() -> None:
             pass
     with pytest.raises(ValueError, match="one row of the 4 tokens"), hooks.packed([0, 2, 4]):
         answer(model)
-    assert hooks[0].context.cu_seqlens is None
+    assert hooks[0].context.packing is None
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -399,4 +399,33 @@ def test_an_offloaded_model() -> None:
     others.set_state("temporary")
     torch.testing.assert_close(moved, answer(resident))
     hooks.detach()
+    assert torch.equal(answer(model), plain)
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_a_model_offloaded_after_attaching(way: str, tmp_path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny("llama")
+    plain = answer(model)
+    hooks = attach_hooks(model, [0, 1])
+    fill(hooks, "sequence")
+    hooks.set_state("temporary")
+    changed = answer(model)
+    if way == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert torch.equal(answer(model), changed)
+    with hooks.disabled():
+        assert torch.equal(answer(model), plain)
+    hooks.detach()
+    assert model.model.layers[0].mlp.down_proj.weight.is_meta, "it stays offloaded"
+    assert torch.equal(answer(model), plain)
+    again = attach_hooks(model, [1])
+    fill(again, "sequence")
+    again.set_state("temporary")
+    assert not torch.equal(answer(model), plain)
+    again.detach()
+    assert torch.equal(answer(model), plain)
+    accelerate.hooks.remove_hook_from_submodules(model)
     assert torch.equal(answer(model), plain)

@@ -260,8 +260,8 @@ def test_reserved_rows_change_nothing_but_fix_the_addresses(scope: str) -> None:
         layer.state = "validated"
     assert torch.equal(reserved(x), base(x)), "empty, but live"
     scores: list = []
-    plain.context.sinks.append(scores)
-    reserved.context.sinks.append(scores)
+    plain.context.sinks[0] = scores
+    reserved.context.sinks[0] = scores
     for rank in (2, 6, 3):
         q, s = factors(rank, torch.float64)
         for layer in (plain, reserved):
@@ -429,7 +429,7 @@ def test_gradients_pass_through_the_gate() -> None:
     layer.state = "validated"
     x = torch.randn(2, 6, N, dtype=torch.float64, requires_grad=True)
     sink: list = []
-    layer.context.sinks.append(sink)
+    layer.context.sinks[0] = sink
     y = layer(x)
     fired = sink[0][2]
     assert 0 < int(fired.sum()) < fired.numel()
@@ -437,6 +437,24 @@ def test_gradients_pass_through_the_gate() -> None:
     plain = base.weight.sum(0).expand_as(x)
     torch.testing.assert_close(gradient[~fired], plain[~fired])
     torch.testing.assert_close(gradient[fired], (plain + (q @ s).sum(0))[fired])
+
+
+def test_observers_of_the_gradient_of_a_bare_linear_are_called() -> None:
+    base = nn.Linear(N, M)
+    layer = hook(base)
+    layer.set_factored(*factors(4))
+    layer.state = "validated"
+    seen: list[nn.Module] = []
+
+    def note(module: nn.Module, *_: object) -> None:
+        seen.append(module)
+
+    for observe in (base.register_full_backward_pre_hook, base.register_full_backward_hook):
+        seen.clear()
+        handle = observe(note)
+        layer(torch.randn(2, 6, N, requires_grad=True)).sum().backward()
+        assert seen == [base]
+        handle.remove()
 
 
 def test_the_compute_dtype_is_checked() -> None:

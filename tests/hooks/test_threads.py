@@ -92,3 +92,30 @@ def test_a_copy_has_threads_of_its_own(way) -> None:
     assert theirs is not None and theirs[0].context.forward is not hooks[0].context.forward
     with torch.no_grad():
         torch.testing.assert_close(other(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_blocks_of_several_threads_end_in_any_order(often: None) -> None:
+    model = tiny("llama").double()
+    hooks = attach_hooks(model, [0, 1])
+    fill(hooks, "membership")
+    blocks = [hooks.packed(torch.tensor([0, end])) for end in (4, 6)]
+    for block in blocks:
+        block.__enter__()
+    for block in blocks:
+        block.__exit__(None, None, None)
+    ids = torch.randint(3, 60, (2, 5))
+
+    def record(_: int) -> bool:
+        for _ in range(300):
+            with hooks.record() as one, hooks.record() as other:
+                pass
+            if one or other:
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(record, range(8)))
+    with torch.no_grad(), hooks.record() as records:
+        model(ids)
+    assert [index for index, _, _ in records] == [0, 1]
+    assert not hooks[0].context.sinks

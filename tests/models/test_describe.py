@@ -163,8 +163,23 @@ def test_another_map_after_the_head_is_refused() -> None:
 
 def test_parallel_residual() -> None:
     expected = {"gptj": True, "phi": True, "gpt_neox": True, "gpt_neox-sequential": False}
-    for name, parallel in (expected | {"gpt2": False, "llama": False, "stablelm": None}).items():
+    expected |= {"gpt2": False, "llama": False, "cohere": True, "falcon": True}
+    for name in ("stablelm", "starcoder2", "bloom", "mpt", "granite", "vaultgemma"):
+        expected[name] = False
+    for name, parallel in expected.items():
         assert describe(tiny(name)).parallel_residual is parallel, name
+    beside = tiny("stablelm", lambda c: c.update(use_parallel_residual=True))
+    assert describe(beside.to(torch.bfloat16)).parallel_residual
+
+
+def test_the_routine_by_shape_sees_what_the_table_says_of_the_residual() -> None:
+    from coachhook.models import discovery
+
+    for name in SUPPORTED:
+        model = tiny(name)
+        by_table = describe(model)
+        found = discovery._is_parallel(model, by_table.layer(0))
+        assert found is by_table.parallel_residual, name
 
 
 def test_a_base_model_without_a_head_is_refused() -> None:
