@@ -128,3 +128,29 @@ def test_the_limits_add_up_to_less_than_nine_minutes() -> None:
     assert [together for _, together in found].count("&") == 5
     beside = max(int(limit) for limit, together in found if together)
     assert beside + sum(int(limit) for limit, together in found if not together) < 9 * 60
+
+
+@pytest.mark.parametrize("ending", ["KeyboardInterrupt", "RuntimeError"])
+def test_launches_that_end_early_leave_their_rows(ending: str) -> None:
+    # What it measures needs a GPU; what it does with the rows does not.
+    code = f"""
+import itertools, sys
+import launches
+launches.calls = lambda: zip("abc", "123", itertools.repeat(None))
+def measured(op, shape, call):
+    if op == "c":
+        raise {ending}("no time")
+    return {{"op": op, "shape": shape}}
+launches.measured = measured
+sys.argv = ["launches.py", "--json"]
+launches.main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode and ending in result.stderr
+    assert [row["op"] for row in json.loads(result.stdout)] == ["a", "b"]
