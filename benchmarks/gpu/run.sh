@@ -62,7 +62,9 @@ stage() {
 rm -f "$out"/{build,pytest,memcheck,racecheck,sanitizer}.log
 rm -f "$out"/{doctor,launches,resources,bench,summary}.json
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-stage build 60 build.log env COACHHOOK_BUILD_CUDA=1 COACHHOOK_CUDA_ARCHS="$capability" \
+# Of the two extensions the one that runs here: neither is put in its place before both are built.
+stage build 60 build.log \
+  env COACHHOOK_BUILD_CUDA=1 COACHHOOK_BUILD_CPU=0 COACHHOOK_CUDA_ARCHS="$capability" \
   "$python" setup.py build_ext --inplace
 # Compiling Triton kernels is what takes the time, and that the workers do beside one another.
 workers=()
