@@ -196,6 +196,28 @@ def test_float32_products_keep_the_callers_setting():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_inverses_of_blocks_are_made_in_full_precision(monkeypatch):
+    """Those that torch makes: for more keys than the kernels take."""
+    settings, seen = torch.backends.cuda.matmul, []
+    name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
+    factor, keys = make(200, 70, torch.float32)
+    multiply = torch.bmm
+
+    def watched(*arguments):
+        seen.append(getattr(settings, name))
+        return multiply(*arguments)
+
+    monkeypatch.setattr(cuda, "_MOST_ROWS", 128)
+    monkeypatch.setattr(cuda, "_STEPS", 2)
+    monkeypatch.setattr(torch, "bmm", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        cuda.modify_("op", factor, keys, 1, None)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen and set(seen) <= {"ieee", False}
+
+
 @pytest.mark.parametrize("rows", [64, 128, 512])
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
 def test_blocked_solves(native, n, rows):
