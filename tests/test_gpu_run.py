@@ -157,3 +157,12 @@ launches.main()
     )
     assert result.returncode and ending in result.stderr
     assert [row["op"] for row in json.loads(result.stdout)] == ["a", "b"]
+
+
+def test_all_tests_for_a_gpu_are_run() -> None:
+    tests = [p for p in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text()]
+    named = re.findall(r"tests/\S+", SCRIPT.read_text())
+    asked = [path for path in tests if path.name != Path(__file__).name]
+    assert asked and all(
+        any(path.is_relative_to(ROOT / place) for place in named) for path in asked
+    )

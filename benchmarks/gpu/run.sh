@@ -70,8 +70,9 @@ stage build 60 build.log \
 workers=()
 cores=$(getconf _NPROCESSORS_ONLN)
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n $((cores < 12 ? cores : 12)))
+# Of the other tests not even the imports: they take time, and one that fails could end the stage.
 stage pytest 100 pytest.log env OMP_NUM_THREADS=1 \
-  "$python" -m pytest -q -m "gpu and not slow" "${workers[@]}" &
+  "$python" -m pytest -q -m "gpu and not slow" "${workers[@]}" tests/gpu tests/csrc/test_gate_gpu.py &
 stage doctor 40 doctor.json "$python" -m coachhook doctor --selftest --json &
 stage resources 60 resources.json "$python" benchmarks/gpu/resources.py --json --arch "$capability" &
 if command -v compute-sanitizer >/dev/null; then
