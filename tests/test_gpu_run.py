@@ -59,6 +59,7 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
           *summary.py*) exec {sys.executable} "$@";;
           *pytest*) echo "one test failed"; exit 1;;
           *resources*) echo broken >&2; exit 3;;
+          *setup.py*) echo "CUDA $COACHHOOK_BUILD_CUDA CPU $COACHHOOK_BUILD_CPU";;
           *"bench model"*) echo '[{{"op": "mod'; exit 1;;
           *"bench memory"*) trap 'echo "[3]"; exit 0' INT; sleep 60 & wait;;
           *bench*) echo '["'$4'"]';;
@@ -97,6 +98,8 @@ def test_stages_that_fail_are_reported_and_the_rest_runs(tmp_path: Path) -> None
     rows = json.loads((out / "bench.json").read_text())
     assert rows == ["edit", 3, "cholesky", "statistics", "gram", "hooked_linear", "overhead"]
     assert "one test failed" in (out / "pytest.log").read_text()
+    # An extension that is not needed could take the time of the one that all the rest waits for.
+    assert (out / "build.log").read_text() == "CUDA 1 CPU 0\n"
     assert "broken" in result.stdout and "FAILED (1)" in result.stdout
     assert not (out / "resources.json").exists()
     assert len(list(out.iterdir())) <= 8
@@ -128,3 +131,38 @@ def test_the_limits_add_up_to_less_than_nine_minutes() -> None:
     assert [together for _, together in found].count("&") == 5
     beside = max(int(limit) for limit, together in found if together)
     assert beside + sum(int(limit) for limit, together in found if not together) < 9 * 60
+
+
+@pytest.mark.parametrize("ending", ["KeyboardInterrupt", "RuntimeError"])
+def test_launches_that_end_early_leave_their_rows(ending: str) -> None:
+    # What it measures needs a GPU; what it does with the rows does not.
+    code = f"""
+import itertools, sys
+import launches
+launches.calls = lambda: zip("abc", "123", itertools.repeat(None))
+def measured(op, shape, call):
+    if op == "c":
+        raise {ending}("no time")
+    return {{"op": op, "shape": shape}}
+launches.measured = measured
+sys.argv = ["launches.py", "--json"]
+launches.main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode and ending in result.stderr
+    assert [row["op"] for row in json.loads(result.stdout)] == ["a", "b"]
+
+
+def test_all_tests_for_a_gpu_are_run() -> None:
+    tests = [p for p in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in p.read_text()]
+    named = re.findall(r"tests/\S+", SCRIPT.read_text())
+    asked = [path for path in tests if path.name != Path(__file__).name]
+    assert asked and all(
+        any(path.is_relative_to(ROOT / place) for place in named) for path in asked
+    )

@@ -153,18 +153,22 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--json", action="store_true", help="rows as JSON, with their kernels")
     as_json = parser.parse_args().json
-    rows = []
-    with torch.inference_mode():
-        for call in calls():
-            rows.append(measured(*call))
-            row = rows[-1]
-            if not as_json:
-                print(
-                    f"{row['op']:<24}{row['shape']:<36} gpu {row['gpu_us']:9.1f} us  host "
-                    f"{row['host_us']:8.1f}  eager {row['eager_us']:9.1f}  {row['launches']:.0f}"
-                )
-    if as_json:
-        print(json.dumps(rows, indent=1))
+    rows: list[dict[str, Any]] = []
+    try:
+        with torch.inference_mode():
+            for call in calls():
+                rows.append(measured(*call))
+                row = rows[-1]
+                if not as_json:
+                    print(
+                        f"{row['op']:<24}{row['shape']:<36} gpu {row['gpu_us']:9.1f} us  "
+                        f"host {row['host_us']:8.1f}  eager {row['eager_us']:9.1f}  "
+                        f"{row['launches']:.0f}"
+                    )
+    finally:
+        # Interrupted, or at a call that fails, it still says what it has found so far.
+        if as_json:
+            print(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

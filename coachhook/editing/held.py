@@ -53,7 +53,10 @@ class Held:
         """Whether runs of a problem could be captured, as far as is known."""
         captured = problem.captured
         live = isinstance(captured, Captured) and captured.kept is not None
-        return live and suffix.replays is not False and captured.hidden.is_cuda
+        if not live or suffix.replays is False or not captured.hidden.is_cuda:
+            return False
+        # torch refuses to capture what autocast keeps for later.
+        return not torch.is_autocast_enabled("cuda")
 
     @property
     def refused(self) -> set[str]:

@@ -379,6 +379,7 @@ class EditMemory:
         rows = self._by_row("coefficients_of", "keys", keys, self.in_features)
         return self._space.coefficients_of(self._prior, rows)
 
+    @float32_products(tf32=False)
     def prior(self) -> Tensor:
         """C0 [n, n], without the keys folded into it: a new tensor.
 
@@ -389,6 +390,7 @@ class EditMemory:
         keys = self._rows_of("prior", self._folded)[0] if self._folded else None
         return prior if keys is None else torch.addmm(prior, keys.mT, keys, alpha=-1)
 
+    @float32_products(tf32=False)
     def prior_solve(self, keys: Tensor) -> Tensor:
         """``C^-1 K`` [n, k] for keys K [n, k], C being the prior and the keys folded into it."""
         rows = self._by_row("prior_solve", "keys", keys, self.in_features)

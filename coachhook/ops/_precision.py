@@ -1,20 +1,28 @@
-"""How cuBLAS multiplies float32 matrices, for the length of a block of code.
+"""How float32 matrices are multiplied, for the length of a block of code.
 
-torch keeps this in one setting of the process. An op that needs a certain precision sets it for its
-own products and puts back what the caller chose.
+torch keeps what cuBLAS does in one setting of the process, and autocast, which rounds operands to
+16 bits, in one for each thread and kind of device. An op that needs a certain precision sets them
+for its own products and puts back what the caller chose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """Autocast off on a kind of device, such as "cuda", where the caller has it on."""
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
-    """Products of float32 matrices in full precision, or with operands rounded to TF32.
+    """Products of float32 matrices in full precision, or on a GPU with operands rounded to TF32.
 
     TF32 keeps 10 bits of the mantissa and all of the exponent: float16 and bfloat16 values survive
     it unchanged, so that their products are exact and only the float32 sums round.
@@ -30,6 +38,7 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
     before = getattr(settings, name)
     setattr(settings, name, value)
     try:
-        yield
+        with without_autocast("cpu"), without_autocast("cuda"):
+            yield
     finally:
         setattr(settings, name, before)

@@ -150,6 +150,21 @@ def test_keys_that_outweigh_the_factor(native):
     assert relative(delta, exact(prior, made)) < 1e-9
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_that_begin_between_two_accesses(native, dtype):
+    """Contiguous, so that nothing has to be copied for their strides; read by both solves."""
+    prior, root = spd(64, 1e10)
+    keys = batches(root, 1, 32, 8, isotropic=True)[0][0].to(dtype)
+    between = torch.empty(1 + keys.numel(), dtype=dtype)[1:].view(keys.shape).copy_(keys)
+    assert between.is_contiguous() and between.data_ptr() % 16
+    factors = [torch.linalg.cholesky(prior).to(dtype) for _ in range(2)]
+    solutions = [
+        cuda.modify_("op", factor, given, 1, native, solve=True)
+        for factor, given in zip(factors, (keys, between), strict=True)
+    ]
+    assert torch.equal(*factors) and torch.equal(*solutions)
+
+
 def test_no_keys_and_keys_from_the_factor(native):
     factor, _ = make(40, 1)
     before = factor.clone()
@@ -179,6 +194,28 @@ def test_float32_products_keep_the_callers_setting():
         assert getattr(settings, name) == chosen != before
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_inverses_of_blocks_are_made_in_full_precision(monkeypatch):
+    """Those that torch makes: for more keys than the kernels take."""
+    settings, seen = torch.backends.cuda.matmul, []
+    name = "fp32_precision" if hasattr(settings, "fp32_precision") else "allow_tf32"
+    factor, keys = make(200, 70, torch.float32)
+    multiply = torch.bmm
+
+    def watched(*arguments):
+        seen.append(getattr(settings, name))
+        return multiply(*arguments)
+
+    monkeypatch.setattr(cuda, "_MOST_ROWS", 128)
+    monkeypatch.setattr(cuda, "_STEPS", 2)
+    monkeypatch.setattr(torch, "bmm", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        cuda.modify_("op", factor, keys, 1, None)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen and set(seen) <= {"ieee", False}
 
 
 @pytest.mark.parametrize("rows", [64, 128, 512])

@@ -6,6 +6,7 @@ import gc
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.held import Held
 from coachhook.editing.replay import Replayed, Watch
+from coachhook.editing.suffix import Captured
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 
@@ -211,6 +213,25 @@ def test_graphs_are_freed_with_their_run(monkeypatch):
         assert not any(graph() is not None for graph in graphs)
     finally:
         gc.enable()
+
+
+def test_nothing_is_captured_under_autocast():
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    hidden = torch.ones(1, 2, 3).as_subclass(OnGpu)
+    problem = SimpleNamespace(captured=Captured(hidden, [], SimpleNamespace()))
+    suffix = SimpleNamespace(replays=None)
+    assert Held.suits(suffix, problem)
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast() does nothing without a GPU
+    try:
+        sample = torch.ones(2, requires_grad=True)
+        with pytest.raises(RuntimeError, match="autocast"):
+            torch.cuda.make_graphed_callables(lambda x: 2 * x, (sample,))
+        assert not Held.suits(suffix, problem)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert Held.suits(suffix, problem)
 
 
 def test_a_run_is_captured_on_its_own_device(monkeypatch):

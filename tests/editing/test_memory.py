@@ -372,3 +372,20 @@ def test_coefficients_of_keys_are_those_after_an_append(max_keys):
         other.append(keys, torch.zeros(M, 3, dtype=F64))
         expected = other.pair()[1][-3:]
         assert (found - expected).norm() <= 1e-11 * expected.norm()
+
+
+def test_autocast_rounds_nothing():
+    prior, root = spd(60, 50.0)
+    made = batches(root, 3, 5, 7)
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            memory = EditMemory(prior, 7, dtype=torch.float32, max_keys=12)
+            for keys, targets in made:
+                memory.append(keys, targets)
+            keys = made[0][0].float()
+            found.append([*memory.pair(), memory.delta(), memory.prior()])
+            for ask in (memory.apply, memory.prior_solve, memory.coefficients_of):
+                found[-1].append(ask(keys))
+    assert memory.num_folded
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -142,6 +142,21 @@ def test_layouts(form, layout):
     assert int(storage.isfinite().sum()) == n * (n + 1) // 2
 
 
+@pytest.mark.parametrize("form", ["extension"], indirect=True)
+def test_keys_that_begin_between_two_accesses(form):
+    prior, root = spd(64, 1e10)
+    keys = batches(root, 1, 32, 8, isotropic=True)[0][0].cuda()
+    between = torch.empty(1 + keys.numel(), dtype=F64, device="cuda")[1:].view(keys.shape)
+    between.copy_(keys)
+    assert between.is_contiguous() and between.data_ptr() % 16
+    factors = [torch.linalg.cholesky(prior).cuda() for _ in range(2)]
+    solutions = [
+        cholesky_update_solve_(factor, given, backend="cuda")
+        for factor, given in zip(factors, (keys, between), strict=True)
+    ]
+    assert torch.equal(*factors) and torch.equal(*solutions)
+
+
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize("op", [cholesky_update_, cholesky_downdate_, cholesky_update_solve_])
 def test_failures_leave_the_factor(form, op):
@@ -241,8 +256,9 @@ def test_registration(op):
     assert available_backends(op, "cuda")["cuda"] == (True, None)
 
 
-def test_tf32_of_the_caller_is_not_used():
-    factor, keys = make(400, 8, torch.float32)
+@pytest.mark.parametrize("k", [8, 70])  # by the kernels, and by torch's products
+def test_tf32_of_the_caller_is_not_used(k):
+    factor, keys = make(400, k, torch.float32)
     exactly, allowed = factor.clone(), factor.clone()
     cholesky_update_(exactly, keys, backend="cuda")
     torch.set_float32_matmul_precision("high")

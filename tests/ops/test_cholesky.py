@@ -189,3 +189,15 @@ def test_parts_in_any_order_equal_the_whole(n, parts, seed, order):
     for piece in pieces:
         cholesky_update_(stepwise, piece)
     assert relative(square(stepwise), square(whole)) < 1e-13
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op", [cholesky_update_, cholesky_downdate_, cholesky_update_solve_])
+def test_autocast_rounds_nothing(backend, op):
+    factor, keys = torch.eye(40) * 2, 0.1 * torch.randn(40, 5)
+    expected, updated = factor.clone(), factor.clone()
+    wanted = op(expected, keys, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = op(updated, keys, backend=backend)
+    assert torch.equal(updated, expected)
+    assert wanted is found or torch.equal(found, wanted)

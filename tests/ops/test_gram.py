@@ -251,3 +251,14 @@ def test_only_16_bit_keys_may_use_tf32(monkeypatch):
     for dtype in X_DTYPES:
         cuda.gram_update_(torch.zeros(3, 3), torch.randn(2, 3).to(dtype), None)
     assert asked == [True, True, False, False]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_rounds_nothing(backend):
+    x = torch.randn(30, 8)
+    grams, totals = ([torch.zeros(8, 8, dtype=d) for _ in "ab"] for d in (torch.float32, F64))
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            gram_update_(grams[autocast], x, backend=backend)
+            gram_add_lower_(totals[autocast], x)
+    assert torch.equal(*grams) and torch.equal(*totals)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coachhook.ops import _backends
+from coachhook.ops._precision import without_autocast
 from coachhook.ops._registry import register_op
 from coachhook.ops.cholesky import cpu, cuda, reference
 from coachhook.ops.cholesky._checks import check_arguments
@@ -28,18 +29,23 @@ for _module, _name in ((reference, "reference"), (cpu, "cpu"), (cuda, "cuda")):
 
 @torch.no_grad()
 def _update_body(factor: Tensor, keys: Tensor, backend: str) -> None:
-    _backends.resolve("cholesky_update_", backend, factor, keys)(factor, keys)
+    update = _backends.resolve("cholesky_update_", backend, factor, keys)
+    with without_autocast(factor.device.type):
+        update(factor, keys)
 
 
 @torch.no_grad()
 def _downdate_body(factor: Tensor, keys: Tensor, backend: str) -> None:
-    _backends.resolve("cholesky_downdate_", backend, factor, keys)(factor, keys)
+    downdate = _backends.resolve("cholesky_downdate_", backend, factor, keys)
+    with without_autocast(factor.device.type):
+        downdate(factor, keys)
 
 
 @torch.no_grad()
 def _update_solve_body(factor: Tensor, keys: Tensor, backend: str) -> Tensor:
     solve = _backends.resolve("cholesky_update_solve_", backend, factor, keys)
-    result: Tensor = solve(factor, keys)
+    with without_autocast(factor.device.type):
+        result: Tensor = solve(factor, keys)
     return result.contiguous()
 
 

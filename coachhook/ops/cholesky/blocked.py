@@ -24,6 +24,8 @@ from coachhook.ops.cholesky import native
 
 # Rows of the blocks that one call of the library inverts.
 _BASE = 64
+# Bytes of the widest access of a kernel.
+_ALIGNMENT = 16
 
 
 def block_rows(n: int, steps: int, most: int) -> int:
@@ -65,7 +67,7 @@ class BlockedFactor:
         """``L^-1 right`` for right [n, k]."""
         solved = right.new_empty(right.shape)
         if self._takes(right):
-            self._solve(right.contiguous(), torch.empty_like(solved), solved)
+            self._solve(_whole(right), torch.empty_like(solved), solved)
             return solved
         residual = right.clone(memory_format=torch.contiguous_format)
         parts = solved.split(self.rows)
@@ -101,7 +103,7 @@ class BlockedFactor:
         """``L^-T right`` for right [n, k]."""
         solved = right.new_empty(right.shape)
         if self._takes(right):
-            self._solve(right.contiguous(), torch.empty_like(solved), solved, transposed=True)
+            self._solve(_whole(right), torch.empty_like(solved), solved, transposed=True)
             return solved
         residual = right.clone(memory_format=torch.contiguous_format)
         own, parts = residual.split(self.rows), solved.split(self.rows)
@@ -154,6 +156,13 @@ class BlockedFactor:
         down, across = self._factor.stride()
         offset = self._factor.storage_offset() + row * down + column * across
         return self._factor.as_strided(shape, (down, across), offset)
+
+
+def _whole(right: Tensor) -> Tensor:
+    """The right sides as the kernels read them: contiguous, and on 16 bytes."""
+    rows = right.contiguous()
+    # A part of other storage may begin anywhere.
+    return rows if rows.data_ptr() % _ALIGNMENT == 0 else rows.clone()
 
 
 def _inverses(

@@ -98,8 +98,8 @@ def modify_(
             f"{op}: keys must be at most {native.MAX_KEYS} columns while a CUDA graph is captured, "
             f"with the CUDA extension built; got {keys.shape[1]}"
         )
-    blocked = BlockedFactor(factor, block_rows(len(factor), _STEPS, _MOST_ROWS), extension)
     with float32_products(tf32=False):
+        blocked = BlockedFactor(factor, block_rows(len(factor), _STEPS, _MOST_ROWS), extension)
         form: _Form
         if extension is None:
             form = _Torch(factor, keys, sign)

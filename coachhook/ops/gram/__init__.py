@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from coachhook.ops import _backends
+from coachhook.ops._precision import without_autocast
 from coachhook.ops._registry import register_op
 from coachhook.ops.gram import cpu, cuda, reference
 
@@ -26,7 +27,9 @@ def _body(gram: Tensor, x: Tensor, mask: Tensor | None, backend: str) -> None:
     real = None if mask is None else mask.reshape(-1)
     if x.device.type == "cpu":
         _check_finite(tokens, real)
-    _backends.resolve(_OP, backend, gram, x)(gram, tokens, real)
+    update = _backends.resolve(_OP, backend, gram, x)
+    with without_autocast(x.device.type):
+        update(gram, tokens, real)
 
 
 def _check_finite(tokens: Tensor, real: Tensor | None) -> None:
@@ -55,11 +58,12 @@ def gram_add_lower_(total: Tensor, x: Tensor) -> None:
         ValueError: NaN or Inf in x, on the CPU, where looking waits for nobody; ``total`` is
             unchanged. On a GPU they end up in ``total``.
     """
-    if x.is_cuda:
-        cuda.add_lower_(total, x)
-    else:
-        _check_finite(x, None)
-        cpu.add_lower_(total, x)
+    with without_autocast(x.device.type):
+        if x.is_cuda:
+            cuda.add_lower_(total, x)
+        else:
+            _check_finite(x, None)
+            cpu.add_lower_(total, x)
 
 
 def _fake(gram: Tensor, x: Tensor, mask: Tensor | None, backend: str) -> None:

@@ -14,7 +14,6 @@ layer of *Consecutive Batch Model Editing with HooK Layers* (EMNLP 2024), sectio
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coachhook.ops import _backends
+from coachhook.ops._precision import without_autocast
 from coachhook.ops._registry import is_plain_eager, register_op
 from coachhook.ops.hooked_linear import cpu, cuda, decode, products, reference, triton
 from coachhook.ops.hooked_linear.checks import (
@@ -64,13 +64,6 @@ _backends.register("hooked_linear", "triton", triton.hook_output, supports=trito
 _backends.register("gate_scores", "triton", triton.gate_scores, supports=triton.supports)
 
 
-def _exact_products(device: torch.device) -> Any:
-    """Context in which autocast does not lower the precision of the gate's products."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
 def _tensors(delta: Delta) -> tuple[Tensor, ...]:
     return (delta,) if isinstance(delta, Tensor) else delta
 
@@ -92,7 +85,7 @@ def _run(op: str, backend: str, x: Tensor, *arguments: Any) -> Any:
     function = _implementation(op, backend, x)
     if not torch._C._is_any_autocast_enabled():
         return function(*arguments)
-    with _exact_products(x.device):
+    with without_autocast(x.device.type):
         return function(*arguments)
 
 
@@ -240,7 +233,7 @@ def _hook(
         arguments = base_output, x, delta, alpha, mask, cu_seqlens, scope, owned
         return _run("hooked_linear", backend, x, *arguments)
     if reference.differentiates(base_output, x, *parts):
-        with _exact_products(x.device):
+        with without_autocast(x.device.type):
             return reference.hook_output(base_output, x, delta, alpha, mask, cu_seqlens, scope)
     packed = _pack(x, delta, mask, cu_seqlens, scope, backend)
     registered = _HOOK_OUTPUT.registered
