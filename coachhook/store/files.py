@@ -51,7 +51,8 @@ def save_folder(
     manifest: Mapping[str, Any],
     tensors: Mapping[str, TensorSource],
     stable: Collection[str] = (),
-) -> None:
+    replaces: str | None = None,
+) -> str:
     """Write `manifest` and `tensors` to the folder `path`, whole or not at all.
 
     Args:
@@ -67,15 +68,24 @@ def save_folder(
             own, and where the folder to be replaced holds the same bits, its file is linked into
             the new folder instead of being written again (where the file system knows hard links).
             No file is ever changed in place, so the old folder stays whole for its readers.
+        replaces: the write that the folder may hold, as :func:`version_of` names it, or "" for
+            none: what another process has written since is not lost. None: any.
+
+    Returns:
+        What :func:`version_of` this write will be.
 
     Raises:
-        ValueError: `path` cannot be written (:func:`check_writable`) or holds another kind.
+        ValueError: `path` cannot be written (:func:`check_writable`), holds another kind, or a
+            write other than `replaces`.
         OSError: the disk is full, or fails. What `path` held is still there.
     """
     if kind not in FORMAT_VERSIONS:
         raise ValueError(f"save_folder: kind must be one of {list(FORMAT_VERSIONS)}, got {kind!r}")
 
+    version = ""
+
     def write(folder: Path) -> None:
+        nonlocal version
         file = folder / MANIFEST
         file.touch()
         mode = file.stat().st_mode
@@ -100,6 +110,7 @@ def save_folder(
             **{name: value for name, value in manifest.items() if name not in _RESERVED},
             "files": files,
         }
+        version = version_of(content)
         file.write_text(to_json(content) + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
@@ -112,12 +123,24 @@ def save_folder(
                 f"save: path must be a new or empty folder or hold coachhook {kind}, got {folder}: "
                 f"{error}"
             ) from error
+        if replaces is not None and version_of(old) != replaces:
+            raise ValueError(
+                f"save: path must hold {'what was last read there' if replaces else 'nothing yet'}"
+                f", got {folder}, which something else has written meanwhile; load it again, or "
+                "save to another folder"
+            )
         return {MANIFEST, *old["files"]}
 
     check_writable(path)
     if (current := current_folder(path)).is_dir():
         owned(current)
     write_folder_atomically(path, write, owned=owned)
+    return version
+
+
+def version_of(manifest: Mapping[str, Any]) -> str:
+    """Return what tells the write that a loaded manifest is of from all others of the folder."""
+    return hashlib.sha256(to_json(manifest).encode()).hexdigest()[:32]
 
 
 def load_folder(
