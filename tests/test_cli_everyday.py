@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -85,6 +86,18 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(world):
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are other rules for handles")
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)], ids=str)
+def test_what_is_said_to_a_closed_stream_goes_nowhere(world, closed, more):
+    argv = [sys.executable, "-m", "coachhook", "inspect", str(world / "edits"), *more]
+    close = " ".join(f"{number}>&-" for number in closed)
+    shell = ["sh", "-c", f'exec "$@" {close}', "sh", *argv]
+    run = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (run.stdout == "") == (1 in closed)
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "edit", "resume"])

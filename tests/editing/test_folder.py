@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,12 @@ def test_a_damaged_triangle_is_refused(make_editor, requests, tmp_path):
 def test_ids_come_back(name):
     request = EditRequest("{} is", "A", "new", id=name)
     assert EditRequest.from_dict(request.to_dict()) == request
+
+
+@pytest.mark.parametrize("name", [np.int64(3), {1, 2}, "\ud800"], ids=["numpy", "set", "half"])
+def test_ids_that_could_not_be_saved_are_refused(name):
+    with pytest.raises((TypeError, ValueError), match="EditRequest: id must be"):
+        EditRequest("{} is", "A", "new", id=name)
 
 
 def test_memories_are_put_where_their_layers_are(make_editor, requests, tmp_path):
