@@ -143,7 +143,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
         help="format of FACTS (default: recognised)",
     )
     parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="use the first N records only"
+        "--limit", type=positive_int, metavar="N", help="use the first N good records only"
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="report bad records and go on without them"
@@ -154,11 +154,11 @@ def read_records(args: argparse.Namespace) -> FactsFile:
     """The facts of a command; every bad record is named, and refused unless ``--skip-bad``."""
     from coachhook.evaluation import read_facts
 
-    facts = read_facts(args.facts, args.format)
+    facts = read_facts(args.facts, args.format, args.limit)
     for line in facts.warnings:
         log(f"warning: {args.facts}: {line}")
     _leave_out(args, facts)
-    return facts.some(slice(args.limit))
+    return facts
 
 
 def command_line(args: argparse.Namespace, command: str, *more: object) -> str:
