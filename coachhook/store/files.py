@@ -4,7 +4,8 @@
 ``coachhook_version``, the caller's own fields, and under ``files`` the name, size, checksum and
 tensor names of every safetensors file. It is strict JSON (:mod:`coachhook.store.strict_json`). The
 checksum covers the size and up to 64 evenly spaced blocks of 64 KiB: enough to notice files of
-different writes in one folder without reading gigabytes, and all of a small file.
+different writes in one folder without reading gigabytes, and all of a small file. Last comes a
+``checksum`` of all other fields; folders of before it existed are read without.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from coachhook.store.strict_json import from_json, to_json
 # Edits 2: the factor of a memory as a packed triangle.
 FORMAT_VERSIONS = {"edits": 2, "statistics": 1, "statistics-checkpoint": 1}
 
-_RESERVED = ("format", "format_version", "coachhook_version", "files")
+_CHECKSUM = "checksum"
+_RESERVED = ("format", "format_version", "coachhook_version", "files", _CHECKSUM)
 _SHARD_BYTES = 1 << 30
 _CHECK_BLOCK = 1 << 16
 _CHECK_BLOCKS = 64
@@ -110,7 +112,7 @@ def save_folder(
             **{name: value for name, value in manifest.items() if name not in _RESERVED},
             "files": files,
         }
-        version = version_of(content)
+        content[_CHECKSUM] = version = version_of(content)
         file.write_text(to_json(content) + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
@@ -140,7 +142,8 @@ def save_folder(
 
 def version_of(manifest: Mapping[str, Any]) -> str:
     """Return what tells the write that a loaded manifest is of from all others of the folder."""
-    return hashlib.sha256(to_json(manifest).encode()).hexdigest()[:32]
+    fields = {name: value for name, value in manifest.items() if name != _CHECKSUM}
+    return hashlib.sha256(to_json(fields, indent=None).encode()).hexdigest()[:32]
 
 
 def load_folder(
@@ -241,6 +244,11 @@ def _checked_manifest(file: Path, text: bytes, kind: str) -> dict[str, Any]:
         if Path(name).name != name:
             raise FormatError(f"load: {file}: files must be plain names, got {name!r}")
         check_fields(entry, {"bytes": int, "checksum": str, "tensors": list}, file)
+    if content.get(_CHECKSUM, found := version_of(content)) != found:
+        raise FormatError(
+            f"load: {file} must have checksum {content[_CHECKSUM]}, got {found}: it was damaged "
+            f"or changed by hand; {_REMEDY}"
+        )
     checked: dict[str, Any] = content
     return checked
 
