@@ -11,6 +11,7 @@ different writes in one folder without reading gigabytes, and all of a small fil
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -112,7 +113,7 @@ def save_folder(
             **{name: value for name, value in manifest.items() if name not in _RESERVED},
             "files": files,
         }
-        content[_CHECKSUM] = version = version_of(content)
+        content[_CHECKSUM] = version = _digest(content)
         file.write_text(to_json(content) + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
@@ -142,8 +143,13 @@ def save_folder(
 
 def version_of(manifest: Mapping[str, Any]) -> str:
     """Return what tells the write that a loaded manifest is of from all others of the folder."""
+    return manifest.get(_CHECKSUM) or _digest(manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
     fields = {name: value for name, value in manifest.items() if name != _CHECKSUM}
-    return hashlib.sha256(to_json(fields, indent=None).encode()).hexdigest()[:32]
+    # Python's own JSON, which has a form for every number, is many times faster than ours.
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
 
 
 def load_folder(
@@ -244,7 +250,7 @@ def _checked_manifest(file: Path, text: bytes, kind: str) -> dict[str, Any]:
         if Path(name).name != name:
             raise FormatError(f"load: {file}: files must be plain names, got {name!r}")
         check_fields(entry, {"bytes": int, "checksum": str, "tensors": list}, file)
-    if content.get(_CHECKSUM, found := version_of(content)) != found:
+    if content.get(_CHECKSUM, found := _digest(content)) != found:
         raise FormatError(
             f"load: {file} must have checksum {content[_CHECKSUM]}, got {found}: it was damaged "
             f"or changed by hand; {_REMEDY}"

@@ -15,13 +15,13 @@ _TAG = "$float"
 _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def to_json(value: Any, indent: int | None = 1) -> str:
-    """Return `value` as JSON, indented, or in one line where `indent` is None.
+def to_json(value: Any) -> str:
+    """Return `value` as indented JSON.
 
     Raises:
         TypeError: something in it has no form in JSON.
     """
-    return json.dumps(_tagged(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_tagged(value), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def from_json(text: str | bytes) -> Any:
