@@ -51,7 +51,7 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.parametrize("command", ["stats", "edit", "resume", "export"])
+@pytest.mark.parametrize("command", ["stats", "edit", "resume", "export", "revert"])
 def test_a_full_disk_is_a_failure_in_words(world, tmp_path, capsys, command):
     out, model = tmp_path / "out", bundled.model_path()
     argv = {
@@ -59,10 +59,11 @@ def test_a_full_disk_is_a_failure_in_words(world, tmp_path, capsys, command):
         "edit": edit(world, out),
         "resume": edit(world, out, "--resume"),
         "export": ["export", world / "edits", "--model", model, "--format", "merged", "--out", out],
+        "revert": ["revert", out, "--batch", 1],
     }[command]
     if command == "export":
         argv += ["--measure", 0]
-    if command == "resume":
+    if command in ("resume", "revert"):
         assert call(*edit(world, out, "--limit", 1)) == 0
     capsys.readouterr()
     with largest_file(100_000):
@@ -74,7 +75,8 @@ def test_a_full_disk_is_a_failure_in_words(world, tmp_path, capsys, command):
         assert "nothing was written" in err
     if command == "resume":
         assert f"what was written before it is in {out}; go on with --resume" in err
-        assert call("inspect", out) == 0
+    if command in ("resume", "revert"):
+        assert call("inspect", out) == 0 and "1 edits in 1 batches" in capsys.readouterr().out
     else:
         assert not list(tmp_path.iterdir())
 

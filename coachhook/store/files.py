@@ -196,6 +196,11 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     return _checked_manifest(*_manifest_text(path, kind), kind)
 
 
+def manifest_size(path: str | os.PathLike[str], kind: str) -> int:
+    """Return the bytes of the manifest of a folder."""
+    return len(_manifest_text(path, kind)[1])
+
+
 def folder_kind(path: str | os.PathLike[str]) -> str:
     """Return the kind of a folder written by :func:`save_folder`.
 
