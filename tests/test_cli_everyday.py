@@ -90,6 +90,14 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(world):
     assert process.wait() == 1
 
 
+def test_a_text_too_short_to_measure_on_is_a_failure_in_words(world, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("a\n")
+    model, facts = bundled.model_path(), world / "the facts.json"
+    argv = ["eval", model, facts, "--edits", world / "edits", "--limit", 1]
+    assert call(*argv, "--text", tmp_path / "short.txt") == 1
+    assert "failed: measure_language: text must hold at least two" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there are other rules for handles")
 @pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)], ids=str)

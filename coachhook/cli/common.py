@@ -210,6 +210,21 @@ def _leave_out(args: argparse.Namespace, facts: FactsFile) -> None:
         raise InputError(f"{args.facts} holds no good record")
 
 
+def check_text(text: str) -> None:
+    """Refuses ``--text`` without text; does not look at what can be read once only, as a pipe.
+
+    Raises:
+        ImportError, InputError, OSError, ValueError: see :func:`coachhook.statistics.read_texts`.
+    """
+    from coachhook.statistics import read_texts
+
+    path = Path(text)
+    if text == "-" or (path.exists() and not (path.is_file() or path.is_dir())):
+        return
+    if next(read_texts(text), None) is None:
+        raise InputError(f"--text must hold text, got only empty lines in {text}")
+
+
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and tokenizer of a command, checked for NaN and infinite weights.
 
