@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.parametrize("command", ["stats", "edit", "resume", "export"])
+@pytest.mark.parametrize("command", ["stats", "edit", "resume", "export", "revert"])
 def test_a_full_disk_is_a_failure_in_words(world, tmp_path, capsys, command):
     out, model = tmp_path / "out", bundled.model_path()
     argv = {
@@ -58,10 +59,11 @@ def test_a_full_disk_is_a_failure_in_words(world, tmp_path, capsys, command):
         "edit": edit(world, out),
         "resume": edit(world, out, "--resume"),
         "export": ["export", world / "edits", "--model", model, "--format", "merged", "--out", out],
+        "revert": ["revert", out, "--batch", 1],
     }[command]
     if command == "export":
         argv += ["--measure", 0]
-    if command == "resume":
+    if command in ("resume", "revert"):
         assert call(*edit(world, out, "--limit", 1)) == 0
     capsys.readouterr()
     with largest_file(100_000):
@@ -73,7 +75,8 @@ def test_a_full_disk_is_a_failure_in_words(world, tmp_path, capsys, command):
         assert "nothing was written" in err
     if command == "resume":
         assert f"what was written before it is in {out}; go on with --resume" in err
-        assert call("inspect", out) == 0
+    if command in ("resume", "revert"):
+        assert call("inspect", out) == 0 and "1 edits in 1 batches" in capsys.readouterr().out
     else:
         assert not list(tmp_path.iterdir())
 
@@ -85,6 +88,26 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(world):
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 1
+
+
+def test_a_text_too_short_to_measure_on_is_a_failure_in_words(world, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("a\n")
+    model, facts = bundled.model_path(), world / "the facts.json"
+    argv = ["eval", model, facts, "--edits", world / "edits", "--limit", 1]
+    assert call(*argv, "--text", tmp_path / "short.txt") == 1
+    assert "failed: measure_language: text must hold at least two" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are other rules for handles")
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)], ids=str)
+def test_what_is_said_to_a_closed_stream_goes_nowhere(world, closed, more):
+    argv = [sys.executable, "-m", "coachhook", "inspect", str(world / "edits"), *more]
+    close = " ".join(f"{number}>&-" for number in closed)
+    shell = ["sh", "-c", f'exec "$@" {close}', "sh", *argv]
+    run = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (run.stdout == "") == (1 in closed)
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "edit", "resume"])

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from coachhook import bundled
 from coachhook.cli import main
+from coachhook.editing import load_state
 
 BATCH, EDITS = 3, 9
 
@@ -270,6 +272,34 @@ def test_a_run_that_fails_keeps_its_batches(world, tmp_path, monkeypatch, capsys
     monkeypatch.undo()
     assert call(*edit(world, out, "--resume")) == 0
     assert same_edits(out, world / "edits")
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["revert", "other_edits"])
+def test_a_folder_that_is_written_during_a_run_is_not_overwritten(
+    world, tmp_path, monkeypatch, capsys, fresh
+):
+    from coachhook.editing import Editor
+
+    out, whole, calls = tmp_path / "edits", Editor.edit, []
+
+    def meanwhile(self, requests, **options):
+        calls.append(len(requests))
+        if fresh:
+            shutil.copytree(world / "edits", out)
+        elif len(calls) == 2:
+            assert call("revert", out, "--batch", 1) == 0
+        return whole(self, requests, **options)
+
+    monkeypatch.setattr(Editor, "edit", meanwhile)
+    assert call(*edit(world, out)) == 1
+    err = capsys.readouterr().err
+    assert f"batch {2 - fresh} of 3" in err and "which something else has written meanwhile" in err
+    monkeypatch.undo()
+    if fresh:
+        assert "nothing was written" in err and same_edits(out, world / "edits")
+    else:
+        assert list(load_state(out).batches) == []
+        assert call(*edit(world, out, "--resume")) == 0
 
 
 def test_inspect(world, output, capsys, tmp_path):

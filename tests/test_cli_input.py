@@ -133,6 +133,25 @@ def test_every_bad_record_is_named_and_can_be_left_out(world, refused, tmp_path,
     assert "left out" in err and "line 2" in err
 
 
+@pytest.mark.parametrize("name", ["facts.jsonl", "facts.json"])
+def test_a_limit_leaves_out_what_is_wrong_behind_it(world, refused, tmp_path, capsys, name):
+    facts = tmp_path / name
+    good = [{**FACT, "id": i} for i in range(2)]
+    lines = [json.dumps(r) for r in (good[0], {**FACT, "target_new": ""}, good[1], good[1], 5)]
+    if name == "facts.json":
+        facts.write_text(f"[{', '.join(lines)}]")
+    else:
+        facts.write_text("\n".join([*lines, "{"]))
+    argv = edit(world, facts)
+    refused(*argv, "--limit", 2, message="field 'target_new' must not be empty")
+    argv[argv.index(world / "new")] = tmp_path / "edits"
+    assert call(*argv, "--limit", 1) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert call(*argv, "--limit", 2, "--skip-bad", "--resume", "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["edits"] == 1 and err.count("left out") == 1
+
+
 def test_a_facts_file_that_is_not_there(world, refused):
     message = "none.json must be a file, got: No such file"
     refused(*edit(world, world / "none.json"), message=message)

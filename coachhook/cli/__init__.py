@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status. Bad usage leaves through ``SystemExit(2)``, as argparse does.
     """
+    # Where they are closed what is said goes nowhere, and no file that is opened takes their place.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     args = build_parser().parse_args(argv)
     try:
         return int(args.run(args))

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coachhook.cli.common import (
+    FailedError,
     InputError,
     add_command,
     add_facts,
+    check_text,
     checking,
     emit,
     fitting_requests,
@@ -137,13 +139,12 @@ def run_eval(args: argparse.Namespace) -> int:
     from coachhook.evaluation import evaluate, render_evaluation, table
     from coachhook.evaluation.language import text_rows
     from coachhook.evaluation.metrics import long_prompts
-    from coachhook.statistics import read_texts
     from coachhook.store import read_manifest
 
     with checking():
         facts = read_records(args)
-        if args.text is not None and next(read_texts(args.text), None) is None:
-            raise InputError(f"--text must hold text, got only empty lines in {args.text}")
+        if args.text is not None:
+            check_text(args.text)
         read_manifest(args.edits, "edits")  # before the model is read, which may take long
         model, tokenizer = open_model(args)
         requests = fitting_requests(args, facts, long_prompts(model, tokenizer, facts.requests))
@@ -151,19 +152,22 @@ def run_eval(args: argparse.Namespace) -> int:
             text_rows(model, tokenizer, args.text, args.text_tokens)
         handle = attach(model, args.edits)
     with handle:
-        result = evaluate(
-            model,
-            tokenizer,
-            requests,
-            hooks=handle.hooks,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            text=args.text,
-            text_tokens=args.text_tokens,
-            fluency_tokens=args.fluency or 0,
-            cache_prompts=args.cache_check or 0,
-            details=args.details,
-        )
+        try:
+            result = evaluate(
+                model,
+                tokenizer,
+                requests,
+                hooks=handle.hooks,
+                batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens,
+                text=args.text,
+                text_tokens=args.text_tokens,
+                fluency_tokens=args.fluency or 0,
+                cache_prompts=args.cache_check or 0,
+                details=args.details,
+            )
+        except ValueError as error:  # of text that is too short, which is seen when it is read
+            raise FailedError(str(error)) from error
         if args.oracle:
             result["oracle"] = _oracle(args, model, tokenizer, handle, requests)
     if args.json:

@@ -143,7 +143,7 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
         help="format of FACTS (default: recognised)",
     )
     parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="use the first N records only"
+        "--limit", type=positive_int, metavar="N", help="use the first N good records only"
     )
     parser.add_argument(
         "--skip-bad", action="store_true", help="report bad records and go on without them"
@@ -154,11 +154,11 @@ def read_records(args: argparse.Namespace) -> FactsFile:
     """The facts of a command; every bad record is named, and refused unless ``--skip-bad``."""
     from coachhook.evaluation import read_facts
 
-    facts = read_facts(args.facts, args.format)
+    facts = read_facts(args.facts, args.format, args.limit)
     for line in facts.warnings:
         log(f"warning: {args.facts}: {line}")
     _leave_out(args, facts)
-    return facts.some(slice(args.limit))
+    return facts
 
 
 def command_line(args: argparse.Namespace, command: str, *more: object) -> str:
@@ -208,6 +208,21 @@ def _leave_out(args: argparse.Namespace, facts: FactsFile) -> None:
         log(f"left out: {args.facts}: {line}")
     if not facts.requests:
         raise InputError(f"{args.facts} holds no good record")
+
+
+def check_text(text: str) -> None:
+    """Refuses ``--text`` without text; does not look at what can be read once only, as a pipe.
+
+    Raises:
+        ImportError, InputError, OSError, ValueError: see :func:`coachhook.statistics.read_texts`.
+    """
+    from coachhook.statistics import read_texts
+
+    path = Path(text)
+    if text == "-" or (path.exists() and not (path.is_file() or path.is_dir())):
+        return
+    if next(read_texts(text), None) is None:
+        raise InputError(f"--text must hold text, got only empty lines in {text}")
 
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -258,7 +258,7 @@ def _edit(args: argparse.Namespace, editor: Editor, todo: Sequence[EditRequest])
         try:
             label = None if args.json else f"batch {number}/{total}, targets"
             result = editor.edit(batch, progress=label)
-            editor.save(args.out)
+            editor.save(args.out, replace=False)
         except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
             what = f"batch {number} of {total}: {type(error).__name__}: {error}"
             raise FailedError(f"{what}\n{_kept(kept, args.out)}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from coachhook.cli.ask import check_window
 from coachhook.cli.common import (
+    FailedError,
     InputError,
     add_command,
     checking,
@@ -263,7 +264,10 @@ def run_revert(args: argparse.Namespace) -> int:
         numbers = [batch["batch"] for batch in before["batches"]]
         if args.batch not in numbers:
             raise InputError(f"--batch must be one of {numbers}, got {args.batch}")
-        revert_folder(args.edits, args.batch)  # whole or not at all
+        try:
+            revert_folder(args.edits, args.batch)  # whole or not at all
+        except OSError as error:  # such as a full disk: the input was good
+            raise FailedError(str(error)) from error
     after = _summary(args.edits)
     left = [batch["batch"] for batch in after["batches"]]
     if args.json:

@@ -15,6 +15,7 @@ from coachhook.cli.common import (
     InputError,
     add_command,
     check_output,
+    check_text,
     checking,
     chosen_device,
     emit,
@@ -100,11 +101,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _collect(args: argparse.Namespace) -> Statistics:
     from coachhook.models import describe
-    from coachhook.statistics import collect_statistics, read_texts
+    from coachhook.statistics import collect_statistics
 
     with checking():
-        if args.text != "-" and next(read_texts(args.text), None) is None:
-            raise InputError(f"--text must hold text, got only empty lines in {args.text}")
+        check_text(args.text)
         check_output(args.out)
         if _partial(args).exists() and not args.resume:
             raise InputError(

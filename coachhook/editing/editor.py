@@ -196,13 +196,14 @@ class Editor:
             self._state.remove(batch)
             self._refresh()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, replace: bool = True) -> None:
         """Writes an EDITS folder, whole or not at all; an earlier one there is replaced.
 
         Raises:
-            ValueError: the folder cannot be written or holds other files.
+            ValueError: the folder cannot be written, holds other files, or edits that something
+                else wrote after this editor did, or, unless ``replace``, that it did not write.
         """
-        save_state(path, self._state, self._model)
+        save_state(path, self._state, self._model, replace=replace)
 
     @classmethod
     def load(cls, model: nn.Module, tokenizer: Any, path: str | os.PathLike[str]) -> Editor:

@@ -12,6 +12,7 @@ import itertools
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from coachhook.editing.unrelated import SampleTokens
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.models import describe, get_submodule
 from coachhook.statistics.packed import pack_lower, unpack_triangle
-from coachhook.store import check_fields, fingerprint, load_folder, save_folder
+from coachhook.store import check_fields, fingerprint, load_folder, save_folder, version_of
 
 KIND = "edits"
 # Large, and the same from batch to batch.
@@ -42,17 +43,25 @@ _FIELDS = {
 
 
 def save_state(
-    path: str | os.PathLike[str], state: EditState, model: nn.Module | None = None
+    path: str | os.PathLike[str],
+    state: EditState,
+    model: nn.Module | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Writes an EDITS folder, whole or not at all.
 
+    Edits there that this state was read from, or last written as, are replaced; not those that
+    something else has written there since.
+
     Args:
-        path: the folder; an earlier EDITS folder there is replaced.
+        path: the folder.
         state: the edits.
         model: the model they belong to. None keeps the fingerprint of the folder that is there.
+        replace: whether edits are replaced, too, where this state was never read or written.
 
     Raises:
-        ValueError: the folder cannot be written or holds other files.
+        ValueError: the folder cannot be written, or holds other files or edits to be kept.
     """
     if model is None:
         old, _ = load_folder(path, KIND)
@@ -94,7 +103,15 @@ def save_state(
         "batches": {str(n): b.to_dict() for n, b in state.batches.items()},
     }
     stable = [name for name in tensors if name.endswith(_STABLE)]
-    save_folder(path, kind=KIND, manifest=manifest, tensors=tensors, stable=stable)
+    place = str(Path(path).resolve())
+    state.writes[place] = save_folder(
+        place,
+        kind=KIND,
+        manifest=manifest,
+        tensors=tensors,
+        stable=stable,
+        replaces=state.writes.get(place, None if replace else ""),
+    )
 
 
 def _open(
@@ -128,6 +145,7 @@ def load_state(
     manifest, tensors = _open(path, expected)
     try:
         state = EditState(EditConfig.from_dict(manifest["config"]), {})
+        state.writes[str(Path(path).resolve())] = version_of(manifest)
         if "sample_tokens" in tensors:
             state.sample_tokens = SampleTokens(tensors["sample_tokens"])
         rounded = state.config.state_dtype == "float32"
@@ -202,7 +220,8 @@ def revert_folder(path: str | os.PathLike[str], batch: int) -> None:
 
     Raises:
         FormatError: not an EDITS folder, damaged, or of a newer version.
-        ValueError: there is no such batch, or it cannot be taken back any more.
+        ValueError: there is no such batch, it cannot be taken back any more, or something else
+            has written the folder meanwhile.
     """
     state = load_state(path)
     state.remove(batch)

@@ -90,7 +90,8 @@ class EditMemory:
 
     Whatever ``max_keys``, all keys are folded once they determine directions that the prior leaves
     almost free (squared pivots of G more than 1e6 apart; 1e3 in float32): beside the prior Delta
-    would keep the error of the prior's condition number, which a joint solve no longer has.
+    would keep the error of the prior's condition number, which a joint solve no longer has. A fold
+    that is cut off (Ctrl-C, no memory) without a snapshot leaves Delta alone of use.
 
     An append costs two triangular solves, O(n^2 k), and O(n N k + N^2 k) for N keys. On a GPU the
     solves are chains of products with the inverses of diagonal blocks of the factor, an eighth of
@@ -538,7 +539,7 @@ class EditMemory:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Restores the state if the block fails; a factor that was owned may be overwritten."""
+        """Restores the state if the block fails; a prior that was written to refuses to be used."""
         before = {name: getattr(self, name) for name in (*self._STATE, "_owns_factor")}
         try:
             # What is stored here is updated in place later, perhaps outside an inference mode.
@@ -590,9 +591,10 @@ class EditMemory:
         return torch.cat([keys, self._space.keys]), torch.cat([targets, self._space.targets])
 
     def _writable_factor(self) -> Tensor:
-        if not self._owns_factor:
-            self._prior, self._owns_factor = FactoredPrior(self._factor.clone()), True
-        return self._factor
+        """The factor, taken from its prior, or, where it is shared, a copy."""
+        factor = self._prior.take() if self._owns_factor else self._factor.clone()
+        self._owns_factor = True
+        return factor
 
     def _by_row(self, op: str, name: str, value: Tensor, length: int) -> Tensor:
         """See :func:`columns_by_row`."""

@@ -30,12 +30,32 @@ class FactoredPrior:
     """A lower Cholesky factor L [n, n], and what its device needs to solve with it again and again.
 
     Args:
-        factor: L. Not copied: after it is written to, make another one.
+        factor: L. Not copied: to write to it, :meth:`take` it, and make another one afterwards.
     """
 
     def __init__(self, factor: Tensor) -> None:
-        self.factor = factor
+        self._factor: Tensor | None = factor
         self._blocked: BlockedFactor | None = None
+
+    @property
+    def factor(self) -> Tensor:
+        """L.
+
+        Raises:
+            RuntimeError: it was taken.
+        """
+        if self._factor is None:
+            raise RuntimeError(
+                "EditMemory: prior must be whole, got one that an error or an interrupt met while "
+                "keys were folded into it; delta() is as before, for all else restore a snapshot "
+                "or load what was saved"
+            )
+        return self._factor
+
+    def take(self) -> Tensor:
+        """L, to be written to; this object is of no use from then on."""
+        factor, self._factor = self.factor, None
+        return factor
 
     @property
     def in_blocks(self) -> bool:

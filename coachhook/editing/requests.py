@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,6 +55,14 @@ class EditRequest:
                 f"{type(self.target_true).__name__}"
             )
         _check_text("target_true", self.target_true or "")
+        try:
+            known_as = json.dumps(self.id, ensure_ascii=False)
+        except (TypeError, ValueError) as error:  # of other kinds of numbers, and of circles
+            raise TypeError(
+                "EditRequest: id must be a string, an int or None, got "
+                f"{type(self.id).__name__}, which cannot be saved; str(id) and int(id) can"
+            ) from error
+        _check_text("id", known_as)
         for name in (
             "paraphrases",
             "neighborhood",

@@ -140,12 +140,14 @@ class EditState:
         layers: layer index -> its edits.
         batches: batch number -> its record, in the order of editing.
         sample_tokens: what the keys of the layers' samples are keys of; may be None.
+        writes: what was last read or written where, see :func:`~coachhook.store.version_of`.
     """
 
     config: EditConfig
     layers: dict[int, LayerEdits]
     batches: dict[int, BatchRecord] = field(default_factory=dict)
     sample_tokens: SampleTokens | None = None
+    writes: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:
@@ -360,9 +362,7 @@ class EditState:
         """
         if number not in self.batches:
             raise ValueError(f"revert: batch must be one of {sorted(self.batches)}, got {number!r}")
-        before: dict[int, Any] = {
-            layer: edits.memory.snapshot() for layer, edits in self.layers.items()
-        }
+        before: dict[int, Any] = {i: x.memory.snapshot() for i, x in self.layers.items()}
         try:
             for edits in self.layers.values():
                 edits.memory.remove(number)

@@ -81,6 +81,7 @@ class _Row:
     number: int
     place: str
     value: Any
+    problem: str = ""  # of a line that is no JSON
 
 
 class _Record:
@@ -284,12 +285,15 @@ _READERS: dict[str, Callable[[_Record], EditRequest | None]] = {
 }
 
 
-def read_facts(path: str | PathLike[str], format: str | None = None) -> FactsFile:
+def read_facts(
+    path: str | PathLike[str], format: str | None = None, limit: int | None = None
+) -> FactsFile:
     """Reads a facts file and keeps what is wrong with it.
 
     Args:
         path: a JSON or JSON Lines file in UTF-8.
         format: one of :data:`FORMATS`; recognised from the field names by default.
+        limit: so many good records are enough; those behind them are not looked at.
 
     Raises:
         FactsError: the file is empty, not UTF-8, not JSON, or holds no list of records.
@@ -308,24 +312,25 @@ def read_facts(path: str | PathLike[str], format: str | None = None) -> FactsFil
     if not text.strip():
         raise FactsError(f"facts: {name} must hold at least one record, got an empty file")
     try:
-        rows, problems = _rows(text, name)
+        rows = _rows(text, name)
     except RecursionError as error:
         raise FactsError(
             f"facts: {name} must hold records, got brackets a thousand deep"
         ) from error
-    facts = FactsFile(problems=problems, records=len(rows) + len(problems))
-    if not rows and not problems:
+    facts = FactsFile(records=len(rows))
+    if not rows:
         raise FactsError(f"facts: {name} must hold at least one record, got an empty list")
-    records = []
-    for row in rows:
-        if isinstance(row.value, dict):
-            records.append(_Record(row))
-        else:
-            problems.append(f"{row.place}: must be an object, got {type(row.value).__name__}")
-    facts.format = format or _recognise(records)
+    facts.format = format or _recognise([r.value for r in rows if isinstance(r.value, dict)])
     read = _READERS[facts.format]
     kept: list[tuple[str, EditRequest]] = []
-    for record in records:
+    for row in rows:
+        if len(kept) == limit:
+            break
+        if row.problem or not isinstance(row.value, dict):
+            wrong = row.problem or f"must be an object, got {type(row.value).__name__}"
+            facts.problems.append(f"{row.place}: {wrong}")
+            continue
+        record = _Record(row)
         request = read(record)
         facts.problems.extend(record.problems)
         facts.warnings.extend(record.warnings)
@@ -370,14 +375,14 @@ def bad_records(path: str | PathLike[str], facts: FactsFile) -> FactsError:
     )
 
 
-def _recognise(records: list[_Record]) -> str:
-    votes = {name: sum(bool(m & r.data.keys()) for r in records) for name, m in _MARKERS.items()}
+def _recognise(records: list[dict[str, Any]]) -> str:
+    votes = {name: sum(bool(m & r.keys()) for r in records) for name, m in _MARKERS.items()}
     best = max(votes, key=lambda name: votes[name])
     return best if votes[best] else "own"
 
 
-def _rows(text: str, name: str) -> tuple[list[_Row], list[str]]:
-    """The records with their places, and the lines that are not JSON."""
+def _rows(text: str, name: str) -> list[_Row]:
+    """The records with their places, lines that are not JSON among them."""
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
@@ -388,7 +393,7 @@ def _rows(text: str, name: str) -> tuple[list[_Row], list[str]]:
             f"at line {error.lineno}, column {error.colno}"
         ) from error
     if isinstance(whole, list):
-        return _list_rows(text, text.index("[")), []
+        return _list_rows(text, text.index("["))
     if not isinstance(whole, dict):
         raise FactsError(f"facts: {name} must hold records, got {type(whole).__name__}")
     known = set().union(*_MARKERS.values(), _OWN_FIELDS)
@@ -396,10 +401,10 @@ def _rows(text: str, name: str) -> tuple[list[_Row], list[str]]:
     if len(lists) == 1 and not known & whole.keys():
         match = re.search(rf"{re.escape(json.dumps(lists[0]))}\s*:\s*\[", text)
         if match is not None:
-            return _list_rows(text, match.end() - 1), []
+            return _list_rows(text, match.end() - 1)
         # The key is spelled with other escapes than ours, so its place in the text is unknown.
-        return [_Row(i, f"record {i}", v) for i, v in enumerate(whole[lists[0]])], []
-    return [_Row(0, "record 0 (line 1)", whole)], []
+        return [_Row(i, f"record {i}", v) for i, v in enumerate(whole[lists[0]])]
+    return [_Row(0, "record 0 (line 1)", whole)]
 
 
 def _is_json_lines(text: str, name: str) -> bool:
@@ -413,18 +418,19 @@ def _is_json_lines(text: str, name: str) -> bool:
         return all(line.lstrip().startswith("{") for line in lines)
 
 
-def _json_lines(text: str) -> tuple[list[_Row], list[str]]:
+def _json_lines(text: str) -> list[_Row]:
     rows: list[_Row] = []
-    problems: list[str] = []
     # Only "\n" ends a record: splitlines would also split at separators inside strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        value, problem = None, ""
         try:
-            rows.append(_Row(len(rows) + len(problems), f"line {number}", json.loads(line)))
+            value = json.loads(line)
         except json.JSONDecodeError as error:
-            problems.append(f"line {number}: must be JSON, got {error.msg} at column {error.colno}")
-    return rows, problems
+            problem = f"must be JSON, got {error.msg} at column {error.colno}"
+        rows.append(_Row(len(rows), f"line {number}", value, problem))
+    return rows
 
 
 def _list_rows(text: str, start: int) -> list[_Row]:

@@ -84,7 +84,8 @@ def collect_statistics(
         checkpoint_dir: a folder to save the state in every `checkpoint_seconds` and at the end.
             Delete it when the statistics are saved. Processes have a folder each in there.
         resume: go on from `checkpoint_dir` where it holds a state. The result is the same, bit
-            for bit, as that of a run that was never stopped.
+            for bit, as that of a run that was never stopped. Texts that had been read must be as
+            they were; those behind them may have changed, and are read as they are now.
         checkpoint_seconds: time between two states.
 
     Returns:

@@ -38,6 +38,8 @@ class TextReader(Iterator[str]):
         self._size: int | None = None
         self._done = 0
         self._texts: Iterator[str]
+        if source == "-" and sys.stdin is None:
+            raise ValueError("read_texts: source must be open, got standard input, which is closed")
         if source == "-":
             # As bytes: which encoding and line ends Python would take there depends on the place.
             self._texts = self._from_stream(sys.stdin.buffer, "standard input", is_json=False)

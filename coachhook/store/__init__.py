@@ -12,6 +12,7 @@ from coachhook.store.files import (
     load_folder,
     read_manifest,
     save_folder,
+    version_of,
 )
 from coachhook.store.fingerprint import fingerprint
 from coachhook.store.folders import check_writable, write_folder_atomically
@@ -27,5 +28,6 @@ __all__ = [
     "load_folder",
     "read_manifest",
     "save_folder",
+    "version_of",
     "write_folder_atomically",
 ]

@@ -4,12 +4,14 @@
 ``coachhook_version``, the caller's own fields, and under ``files`` the name, size, checksum and
 tensor names of every safetensors file. It is strict JSON (:mod:`coachhook.store.strict_json`). The
 checksum covers the size and up to 64 evenly spaced blocks of 64 KiB: enough to notice files of
-different writes in one folder without reading gigabytes, and all of a small file.
+different writes in one folder without reading gigabytes, and all of a small file. Last comes a
+``checksum`` of all other fields; folders of before it existed are read without.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -34,7 +36,8 @@ from coachhook.store.strict_json import from_json, to_json
 # Edits 2: the factor of a memory as a packed triangle.
 FORMAT_VERSIONS = {"edits": 2, "statistics": 1, "statistics-checkpoint": 1}
 
-_RESERVED = ("format", "format_version", "coachhook_version", "files")
+_CHECKSUM = "checksum"
+_RESERVED = ("format", "format_version", "coachhook_version", "files", _CHECKSUM)
 _SHARD_BYTES = 1 << 30
 _CHECK_BLOCK = 1 << 16
 _CHECK_BLOCKS = 64
@@ -51,7 +54,8 @@ def save_folder(
     manifest: Mapping[str, Any],
     tensors: Mapping[str, TensorSource],
     stable: Collection[str] = (),
-) -> None:
+    replaces: str | None = None,
+) -> str:
     """Write `manifest` and `tensors` to the folder `path`, whole or not at all.
 
     Args:
@@ -67,15 +71,24 @@ def save_folder(
             own, and where the folder to be replaced holds the same bits, its file is linked into
             the new folder instead of being written again (where the file system knows hard links).
             No file is ever changed in place, so the old folder stays whole for its readers.
+        replaces: the write that the folder may hold, as :func:`version_of` names it, or "" for
+            none: what another process has written since is not lost. None: any.
+
+    Returns:
+        What :func:`version_of` this write will be.
 
     Raises:
-        ValueError: `path` cannot be written (:func:`check_writable`) or holds another kind.
+        ValueError: `path` cannot be written (:func:`check_writable`), holds another kind, or a
+            write other than `replaces`.
         OSError: the disk is full, or fails. What `path` held is still there.
     """
     if kind not in FORMAT_VERSIONS:
         raise ValueError(f"save_folder: kind must be one of {list(FORMAT_VERSIONS)}, got {kind!r}")
 
+    version = ""
+
     def write(folder: Path) -> None:
+        nonlocal version
         file = folder / MANIFEST
         file.touch()
         mode = file.stat().st_mode
@@ -100,6 +113,7 @@ def save_folder(
             **{name: value for name, value in manifest.items() if name not in _RESERVED},
             "files": files,
         }
+        content[_CHECKSUM] = version = _digest(content)
         file.write_text(to_json(content) + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
@@ -112,12 +126,30 @@ def save_folder(
                 f"save: path must be a new or empty folder or hold coachhook {kind}, got {folder}: "
                 f"{error}"
             ) from error
+        if replaces is not None and version_of(old) != replaces:
+            raise ValueError(
+                f"save: path must hold {'what was last read there' if replaces else 'nothing yet'}"
+                f", got {folder}, which something else has written meanwhile; load it again, or "
+                "save to another folder"
+            )
         return {MANIFEST, *old["files"]}
 
     check_writable(path)
     if (current := current_folder(path)).is_dir():
         owned(current)
     write_folder_atomically(path, write, owned=owned)
+    return version
+
+
+def version_of(manifest: Mapping[str, Any]) -> str:
+    """Return what tells the write that a loaded manifest is of from all others of the folder."""
+    return manifest.get(_CHECKSUM) or _digest(manifest)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    fields = {name: value for name, value in manifest.items() if name != _CHECKSUM}
+    # Python's own JSON, which has a form for every number, is many times faster than ours.
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
 
 
 def load_folder(
@@ -162,6 +194,11 @@ def read_manifest(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """
     _check_kind(kind)
     return _checked_manifest(*_manifest_text(path, kind), kind)
+
+
+def manifest_size(path: str | os.PathLike[str], kind: str) -> int:
+    """Return the bytes of the manifest of a folder."""
+    return len(_manifest_text(path, kind)[1])
 
 
 def folder_kind(path: str | os.PathLike[str]) -> str:
@@ -218,6 +255,11 @@ def _checked_manifest(file: Path, text: bytes, kind: str) -> dict[str, Any]:
         if Path(name).name != name:
             raise FormatError(f"load: {file}: files must be plain names, got {name!r}")
         check_fields(entry, {"bytes": int, "checksum": str, "tensors": list}, file)
+    if content.get(_CHECKSUM, found := _digest(content)) != found:
+        raise FormatError(
+            f"load: {file} must have checksum {content[_CHECKSUM]}, got {found}: it was damaged "
+            f"or changed by hand; {_REMEDY}"
+        )
     checked: dict[str, Any] = content
     return checked
 

@@ -60,11 +60,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             f"save: path must be a new or empty folder or one written by coachhook, got {final} "
             f"with other files in it (no {MANIFEST}); choose another folder"
         )
+    if final.is_dir() and not os.access(final, os.W_OK):
+        raise ValueError(
+            f"save: path must be a folder this process may write, got {final}, which is read-only; "
+            "give write permission (chmod u+w) or choose another folder"
+        )
     ancestor = final.parent
     while not ancestor.exists():
         ancestor = ancestor.parent
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".coachhook-", dir=ancestor))
+        # As long as the names that the folder has while it is written.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{final.name}", dir=ancestor))
     except OSError as error:
         raise ValueError(
             f"save: path must be in a writable folder, got {final} ({error.strerror} in {ancestor})"

@@ -1,19 +1,11 @@
-"""What a folder holds and how much room it takes, from the headers of its files."""
+"""What a folder holds and how much room it takes."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 
-from coachhook.store.files import load_folder
-from coachhook.store.folders import MANIFEST, current_folder
-
-_DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
-    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"},
-    "BOOL": "bool",
-}
+from coachhook.store.files import load_folder, manifest_size
 
 
 @dataclass(frozen=True)
@@ -57,19 +49,13 @@ def folder_sizes(path: str | os.PathLike[str], kind: str) -> FolderSizes:
     Raises:
         FormatError: see :func:`~coachhook.store.load_folder`.
     """
-    manifest, _ = load_folder(path, kind)
-    folder = current_folder(path)
+    manifest, tensors = load_folder(path, kind)
     found: dict[tuple[str, str], list[int]] = {}
-    total = (folder / MANIFEST).stat().st_size
-    for name in manifest["files"]:
-        total += (folder / name).stat().st_size
-        with (folder / name).open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for tensor, entry in header.items():
-            if tensor != "__metadata__":
-                group = _group(tensor), _DTYPES.get(entry["dtype"], entry["dtype"])
-                first, last = entry["data_offsets"]
-                found.setdefault(group, []).append(last - first)
+    # From what was mapped: a writer may have replaced the folder since.
+    for name, tensor in tensors.items():
+        group = _group(name), str(tensor.dtype).removeprefix("torch.")
+        found.setdefault(group, []).append(tensor.nbytes)
+    total = manifest_size(path, kind) + sum(entry["bytes"] for entry in manifest["files"].values())
     groups = [
         TensorGroup(name, dtype, len(sizes), sum(sizes)) for (name, dtype), sizes in found.items()
     ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from coachhook.editing import Editor, EditRequest
-from coachhook.editing.folder import load_state
+from coachhook.editing.folder import load_state, revert_folder, save_state
+from coachhook.editing.state import EditState
 from coachhook.store import folder_sizes, load_folder, save_folder
 
 
@@ -68,6 +71,7 @@ def test_folders_of_format_version_1_load(make_editor, requests, tmp_path):
     file = tmp_path / "old" / "manifest.json"
     content = json.loads(file.read_text()) | {"format_version": 1}
     content["batches"]["1"]["losses"][0] = float("nan")
+    del content["checksum"]
     file.write_text(json.dumps(content))
     state = load_state(tmp_path / "old")
     assert state.batches[1].losses[0] != state.batches[1].losses[0]
@@ -116,6 +120,12 @@ def test_ids_come_back(name):
     assert EditRequest.from_dict(request.to_dict()) == request
 
 
+@pytest.mark.parametrize("name", [np.int64(3), {1, 2}, "\ud800"], ids=["numpy", "set", "half"])
+def test_ids_that_could_not_be_saved_are_refused(name):
+    with pytest.raises((TypeError, ValueError), match="EditRequest: id must be"):
+        EditRequest("{} is", "A", "new", id=name)
+
+
 def test_memories_are_put_where_their_layers_are(make_editor, requests, tmp_path):
     """As those of a new Editor; keys in the prior stay on the CPU."""
     path = tmp_path / "edits"
@@ -129,3 +139,36 @@ def test_memories_are_put_where_their_layers_are(make_editor, requests, tmp_path
     assert beside.device.type == "meta" and beside.num_keys == alone.num_keys
     for name, tensor in beside.state_dict()[0].items():
         assert tensor.device.type == ("cpu" if name.startswith("folded.") else "meta")
+
+
+def test_what_something_else_wrote_meanwhile_is_not_lost(make_editor, requests, tmp_path):
+    path, link = tmp_path / "edits", tmp_path / "link"
+    link.symlink_to(path)
+    editor, model, tokenizer = make_editor()
+    editor.edit(requests[:1])
+    editor.edit(requests[1:2])
+    editor.save(path)
+    one, other = load_state(path), load_state(link)
+    revert_folder(path, 1)
+    other.remove(2)
+    for place in (path, link):
+        with pytest.raises(ValueError, match="last read there, got .*edits, which something else"):
+            save_state(place, other)
+        with pytest.raises(ValueError, match="something else has written meanwhile"):
+            editor.save(place)
+    assert list(load_state(path).batches) == [2]
+    with pytest.raises(ValueError, match="must hold nothing yet"):
+        save_state(path, EditState(one.config, one.layers), model, replace=False)
+    editor.save(tmp_path / "elsewhere")
+    assert list(load_state(tmp_path / "elsewhere").batches) == [1, 2]
+
+    # Read again, or taken away, it is written, and again after that.
+    editor.detach()
+    again = Editor.load(model, tokenizer, path)
+    again.revert(2)
+    again.save(link)
+    again.save(path, replace=False)
+    assert list(load_state(path).batches) == []
+    shutil.rmtree(path)
+    again.save(path)
+    again.detach()

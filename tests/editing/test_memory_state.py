@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.errors import NotPositiveDefiniteError
@@ -317,3 +318,60 @@ def test_peak_memory_of_an_append(max_keys):
     before = _peak_rss()
     memory.append(keys * 2, targets)
     assert _peak_rss() - before < 0.3 * factor_bytes
+
+
+class _CutOff(TorchDispatchMode):
+    """Interrupts before the operator of a number; counts them."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("max_keys", [0, 3, 10**6])
+@pytest.mark.parametrize("change", ["append", "remove"])
+def test_a_change_cut_off_anywhere_leaves_the_memory_as_it_was_or_refusing(max_keys, change):
+    prior, root = spd(24, 1e3)
+    made = batches(root, 5, 4, 3)
+
+    def change_it(memory):
+        memory.append(*made[4]) if change == "append" else memory.remove(2)
+
+    def fresh():
+        memory = EditMemory(prior, 3, max_keys=max_keys)
+        for batch in made[:4]:
+            memory.append(*batch)
+        return memory
+
+    memory = fresh()
+    before = memory.delta()
+    with _CutOff() as mode:
+        change_it(memory)
+    after, refused = memory.delta(), 0
+    for at in range(1, mode.count + 1):
+        memory = fresh()
+        with pytest.raises(KeyboardInterrupt), _CutOff(at):
+            change_it(memory)
+        assert torch.equal(memory.delta(), before)
+        try:
+            change_it(memory)
+        except RuntimeError as error:
+            assert "prior must be whole" in str(error) and torch.equal(memory.delta(), before)
+            refused += 1
+        else:
+            assert torch.equal(memory.delta(), after)
+        memory = fresh()
+        snapshot = memory.snapshot()
+        with pytest.raises(KeyboardInterrupt), _CutOff(at):
+            change_it(memory)
+        memory.restore(snapshot)
+        change_it(memory)
+        assert torch.equal(memory.delta(), after)
+    # Only a fold writes to the factor itself; what is taken out of it is subtracted from a copy.
+    assert (refused > 0) == (change == "append" and max_keys < 10**6)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,24 @@ def test_standard_input(folder, call, monkeypatch):
         call(*words)
     call(*_stats(folder, folder / "t", "--tokens", 200))
     one, other = (Statistics.load(folder / name) for name in "st")
+    assert torch.equal(one.covariances[1], other.covariances[1])
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="no /dev/fd here")
+def test_a_pipe_is_read_from_its_beginning(folder, call):
+    """What was read to see whether it holds text was missing in the statistics."""
+    text = (folder / "texts.txt").read_bytes()[:40_000]
+    (folder / "texts.txt").write_bytes(text)
+    out, into = os.pipe()
+    os.write(into, text)  # a pipe holds 64 KiB
+    os.close(into)
+    words = _stats(folder, folder / "p")
+    words[words.index("--text") + 1] = f"/dev/fd/{out}"
+    call(*words)
+    os.close(out)
+    call(*_stats(folder, folder / "whole"))
+    one, other = (Statistics.load(folder / name) for name in ("p", "whole"))
+    assert one.tokens == other.tokens
     assert torch.equal(one.covariances[1], other.covariances[1])
 
 

@@ -184,6 +184,21 @@ def test_the_state_of_other_texts_is_refused(model, tokenizer, interrupted, plac
         _collect(model, tokenizer, texts, checkpoint_dir=state, resume=True)
 
 
+def test_texts_that_have_grown_since_are_read_as_they_are_now(
+    model, tokenizer, make_texts, interrupted
+):
+    state, texts = interrupted
+    texts = texts + make_texts(550)[400:]
+    for _ in range(2):
+        found = _collect(model, tokenizer, texts, checkpoint_dir=state, resume=True)
+        expected = _collect(model, tokenizer, texts)
+        assert found.tokens == expected.tokens
+        assert torch.equal(found.sample_tokens, expected.sample_tokens)
+        for layer in expected.layers:
+            torch.testing.assert_close(found.covariances[layer], expected.covariances[layer])
+        texts = texts + make_texts(700)[600:]  # and after the run had come to its end
+
+
 def test_a_damaged_state_is_refused(model, tokenizer, interrupted):
     state, texts = interrupted
     file = state / "tensors-00001.safetensors"

@@ -160,3 +160,9 @@ def test_a_saved_dataset_without_the_library_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
         read_texts(tmp_path)
+
+
+def test_standard_input_that_is_closed_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # as Python finds it after "<&-"
+    with pytest.raises(ValueError, match="source must be open, got standard input"):
+        read_texts("-")

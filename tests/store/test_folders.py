@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -115,6 +117,54 @@ def test_a_folder_without_permission_is_refused(tmp_path):
     locked.mkdir(mode=0o555)
     with pytest.raises(ValueError, match="Permission denied"):
         check_writable(locked / "out")
+
+
+_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from coachhook.store import check_writable, write_folder_atomically
+os.setgid(65534)
+os.setuid(65534)
+for act in (check_writable, lambda path: write_folder_atomically(path, lambda folder: None)):
+    try:
+        act(Path(sys.argv[1]))
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there chmod does not protect a folder")
+def test_a_folder_that_is_read_only_is_refused(tmp_path):
+    """It was replaced, and what could not be deleted of it was in the way of every later write."""
+    if os.geteuid() == 0:  # root may write anywhere; who is nobody may where everybody may
+        parent = Path(tempfile.mkdtemp())
+        parent.chmod(0o777)
+    else:
+        parent = tmp_path
+    out = parent / "out"
+    try:
+        write_folder_atomically(out, _write("1"))
+        out.chmod(0o555)
+        if os.geteuid() == 0:
+            argv = [sys.executable, "-c", _AS_NOBODY, str(out)]
+            run = subprocess.run(argv, check=True, capture_output=True, text=True)
+            assert run.stdout.count("which is read-only; give write permission") == 2
+        else:
+            for act in (check_writable, lambda path: write_folder_atomically(path, _write("2"))):
+                with pytest.raises(ValueError, match="which is read-only; give write permission"):
+                    act(out)
+        assert [entry.name for entry in parent.iterdir()] == ["out"]
+        assert (out / "manifest.json").read_text() == "1"
+    finally:
+        out.chmod(0o755)
+        if parent != tmp_path:
+            shutil.rmtree(parent)
+
+
+def test_a_name_too_long_for_what_is_beside_it_is_refused_before_work(tmp_path):
+    with pytest.raises(ValueError, match="File name too long"):
+        check_writable(tmp_path / ("e" * 252))
+    write_folder_atomically(tmp_path / ("e" * 246), _write("1"))
 
 
 def test_check_writable_leaves_nothing_behind(tmp_path):

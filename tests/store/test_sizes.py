@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coachhook.errors import FormatError
-from coachhook.store import folder_sizes, save_folder
+from coachhook.store import folder_sizes, load_folder, save_folder, sizes
 
 
 def test_bytes_by_group_and_in_all(tmp_path):
@@ -20,8 +20,8 @@ def test_bytes_by_group_and_in_all(tmp_path):
     stable = ["layer.0.memory.factor"]
     save_folder(tmp_path / "x", kind="edits", manifest={}, tensors=tensors, stable=stable)
     (tmp_path / "x" / "notes.txt").write_text("mine")
-    sizes = folder_sizes(tmp_path / "x", "edits")
-    assert [(g.name, g.dtype, g.tensors, g.bytes) for g in sizes.groups] == [
+    found = folder_sizes(tmp_path / "x", "edits")
+    assert [(g.name, g.dtype, g.tensors, g.bytes) for g in found.groups] == [
         ("memory.factor", "float64", 2, 31 * 8),
         ("sample", "float32", 1, 48),
         ("memory.folded.keys", "float32", 1, 40),
@@ -30,10 +30,25 @@ def test_bytes_by_group_and_in_all(tmp_path):
         ("targets", "float64", 1, 0),
     ]
     ours = [p for p in (tmp_path / "x").iterdir() if p.name != "notes.txt"]
-    assert sizes.total == sum(p.stat().st_size for p in ours)
+    assert found.total == sum(p.stat().st_size for p in ours)
 
 
 def test_another_kind_is_refused(tmp_path):
     save_folder(tmp_path / "x", kind="edits", manifest={}, tensors={})
     with pytest.raises(FormatError, match="must hold coachhook statistics"):
         folder_sizes(tmp_path / "x", "statistics")
+
+
+def test_a_folder_that_is_replaced_meanwhile_is_measured_as_it_was(tmp_path, monkeypatch):
+    def save(**tensors):
+        save_folder(tmp_path / "x", kind="edits", manifest={}, tensors=tensors, stable=["a"])
+
+    def then_replaced(path, kind):
+        found = load_folder(path, kind)
+        save(b=torch.ones(3))
+        return found
+
+    save(a=torch.ones(5), b=torch.ones(4))
+    monkeypatch.setattr(sizes, "load_folder", then_replaced)
+    found = folder_sizes(tmp_path / "x", "edits")
+    assert [(group.name, group.bytes) for group in found.groups] == [("a", 20), ("b", 16)]
