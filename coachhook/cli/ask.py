@@ -18,6 +18,7 @@ from coachhook.cli.common import (
     fitting_requests,
     open_model,
     positive_int,
+    read_once,
     read_records,
     show,
 )
@@ -148,7 +149,7 @@ def run_eval(args: argparse.Namespace) -> int:
         read_manifest(args.edits, "edits")  # before the model is read, which may take long
         model, tokenizer = open_model(args)
         requests = fitting_requests(args, facts, long_prompts(model, tokenizer, facts.requests))
-        if args.text is not None:
+        if args.text is not None and not read_once(args.text):
             text_rows(model, tokenizer, args.text, args.text_tokens)
         handle = attach(model, args.edits)
     with handle:
@@ -166,7 +167,7 @@ def run_eval(args: argparse.Namespace) -> int:
                 cache_prompts=args.cache_check or 0,
                 details=args.details,
             )
-        except ValueError as error:  # of text that is too short, which is seen when it is read
+        except ValueError as error:  # of text from a pipe that is too short
             raise FailedError(str(error)) from error
         if args.oracle:
             result["oracle"] = _oracle(args, model, tokenizer, handle, requests)

@@ -218,11 +218,14 @@ def check_text(text: str) -> None:
     """
     from coachhook.statistics import read_texts
 
-    path = Path(text)
-    if text == "-" or (path.exists() and not (path.is_file() or path.is_dir())):
-        return
-    if next(read_texts(text), None) is None:
+    if not read_once(text) and next(read_texts(text), None) is None:
         raise InputError(f"--text must hold text, got only empty lines in {text}")
+
+
+def read_once(text: str) -> bool:
+    """Whether ``--text`` is gone once it was read: standard input, or a pipe."""
+    path = Path(text)
+    return text == "-" or (path.exists() and not (path.is_file() or path.is_dir()))
 
 
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -578,9 +578,8 @@ class EditMemory:
         for piece in pieces:
             if piece.keys is None or piece.targets is None:
                 raise ValueError(
-                    f"{op}: batch {piece.batch} must have its keys at hand, got a batch folded "
-                    "into the prior without them; fold with keep_folded=True, or set a larger "
-                    "max_keys so that batches are not folded"
+                    f"{op}: batch {piece.batch} must have its keys at hand, got one folded into "
+                    "the prior without them; fold with keep_folded=True, or set a larger max_keys"
                 )
             keys.append(piece.keys.to(self.device))
             targets.append(piece.targets.to(self.device))
