@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coachhook.editing.beginnings import Beginnings
 from coachhook.editing.config import EditConfig, check_layers
 from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
-from coachhook.editing.folder import load_state, memory_device, save_state
+from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.leaning import leaned_on
-from coachhook.editing.memory import EditMemory, regularized_prior
+from coachhook.editing.memories import new_memory
+from coachhook.editing.memory import EditMemory
 from coachhook.editing.problem import Earlier
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
-from coachhook.editing.published import PublishedMemory
 from coachhook.editing.reading import (
     States,
     answered,
@@ -51,7 +52,6 @@ from coachhook.editing.unrelated import Ending, SampleTokens, endings
 from coachhook.editing.word_ends import word_continuing_tokens
 from coachhook.hooks import HookSet, attach_hooks
 from coachhook.models import (
-    EditableLayer,
     check_finite,
     check_padding,
     describe,
@@ -62,7 +62,6 @@ from coachhook.models import (
     linear_shape,
     planless_attention,
     prepare_tokenizer,
-    weight_of,
 )
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
@@ -117,7 +116,7 @@ class Editor:
             sample = statistics.samples.get(layer)
             if sample is not None and config.scope == "membership":
                 sample = sample.bfloat16()  # coefficients to 1 in 256 are enough
-            memory = _new_memory(model, description.layers[layer], statistics, config)
+            memory = new_memory(model, description.layers[layer], statistics, config)
             layers[layer] = LayerEdits(memory, sample)
         tokens = statistics.sample_tokens
         known = SampleTokens(tokens) if tokens is not None else None
@@ -130,6 +129,7 @@ class Editor:
         self._description = describe(model)
         self._in_words: Tensor | None = None
         self._suffix: Suffix | None = None
+        self._beginnings = Beginnings(self._tokenizer)
         self._state = state
         self.hooks: HookSet = attach_hooks(model, list(state.config.layers))
         try:
@@ -276,12 +276,14 @@ class Editor:
         every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
         asked = [requests[i] for i in part] + ties.reminders
         earlier = self._earlier(asked, every, pad_id)
+        alike = self._beginnings.shared(every, asked, self._state.batches.values())
 
         def admit(pairs: list[tuple[int, Place]]) -> list[bool]:
             able = self._admitted([(every[i], place) for i, place in pairs])
             # Only at its subject's tokens is anything written of a reminder.
             mine = [i < len(part) or place[0] in SUBJECT_PLACES for i, place in pairs]
-            return [a and b for a, b in zip(able, mine, strict=True)]
+            own = [p[0] != "subject_previous" or p in earlier[i] or not alike[i] for i, p in pairs]
+            return [all(each) for each in zip(able, mine, own, strict=True)]
 
         found = optimise_targets(
             self._model,
@@ -575,24 +577,3 @@ class Editor:
             defined = largest[largest > -float("inf")]
             bounds[layer] = float(defined.min()) if len(defined) else float("nan")
         return bounds
-
-
-def _new_memory(
-    model: nn.Module, layer: EditableLayer, statistics: Statistics, config: EditConfig
-) -> EditMemory | PublishedMemory:
-    module = get_submodule(model, layer.path)
-    covariance = statistics.covariances[layer.index].to(memory_device(model, layer.index))
-    if config.state_dtype == "float32":
-        frozen = weight_of(module)
-        if frozen is None:
-            raise ValueError(
-                f"Editor: {layer.path} must have a plain weight for state_dtype 'float32', got "
-                f"{type(module).__name__}; use state_dtype='float64'"
-            )
-        if config.ridge:
-            covariance = regularized_prior(covariance, 1.0, config.ridge)
-        return PublishedMemory(covariance, config.covariance_weight, frozen)
-    prior = regularized_prior(covariance, config.covariance_weight, config.ridge)
-    # Coefficients need every key; nothing may be folded into the prior.
-    max_keys = sys.maxsize if config.scope == "membership" else config.max_keys
-    return EditMemory(prior, layer.out_features, max_keys=max_keys)

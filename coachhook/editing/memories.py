@@ -1,0 +1,41 @@
+"""The memory that an editor starts a layer with."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from coachhook.editing.config import EditConfig
+from coachhook.editing.folder import memory_device
+from coachhook.editing.memory import EditMemory, regularized_prior
+from coachhook.editing.published import PublishedMemory
+from coachhook.models import EditableLayer, get_submodule, weight_of
+from coachhook.statistics import Statistics
+
+
+def new_memory(
+    model: nn.Module, layer: EditableLayer, statistics: Statistics, config: EditConfig
+) -> EditMemory | PublishedMemory:
+    """An empty memory for one layer of a model, of the kind that the settings ask for.
+
+    Raises:
+        NotPositiveDefiniteError: the covariance is singular.
+        ValueError: the layer has no plain weight and ``state_dtype`` is "float32".
+    """
+    module = get_submodule(model, layer.path)
+    covariance = statistics.covariances[layer.index].to(memory_device(model, layer.index))
+    if config.state_dtype == "float32":
+        frozen = weight_of(module)
+        if frozen is None:
+            raise ValueError(
+                f"Editor: {layer.path} must have a plain weight for state_dtype 'float32', got "
+                f"{type(module).__name__}; use state_dtype='float64'"
+            )
+        if config.ridge:
+            covariance = regularized_prior(covariance, 1.0, config.ridge)
+        return PublishedMemory(covariance, config.covariance_weight, frozen)
+    prior = regularized_prior(covariance, config.covariance_weight, config.ridge)
+    # Coefficients need every key; nothing may be folded into the prior.
+    max_keys = sys.maxsize if config.scope == "membership" else config.max_keys
+    return EditMemory(prior, layer.out_features, max_keys=max_keys)
