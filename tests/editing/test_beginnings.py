@@ -10,6 +10,7 @@ from coachhook.bundled import lexicon, world
 from coachhook.editing.beginnings import Beginnings
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.reading import answered
+from coachhook.editing.records import BatchRecord
 
 
 def facts_of(*subjects):
@@ -53,10 +54,8 @@ def test_what_is_shared(bundled):
     # Where the shorter one ends it has its last token; up to there they are alike.
     assert shared(0, 3) == [False, True]
 
-    class Batch:
-        requests = [other]
-
-    assert shared(0, 1, batches=[Batch]) == [True, False]
+    before = BatchRecord([other], torch.zeros(0, 1), [True], [0.0], [], {}, {})
+    assert shared(0, 1, batches=[before]) == [True, False]
     assert shared(0, 1) == [False, False]  # taken back
 
 
