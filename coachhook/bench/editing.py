@@ -117,7 +117,7 @@ def cases(device: torch.device, dtype: torch.dtype | None, quick: bool) -> Itera
     if quick or device.type != "cuda":
         yield edit_case(_SMALL, 10, 3, dtype or torch.float32, device)
         return
-    # The larger first, which takes fewer batches: an interrupted case leaves no row. With the batch
+    # The larger first, which takes fewer batches: the time may not reach for all. With the batch
     # before them, the smaller takes all the facts.
     for shape, rounds in ((GPT_J, 2), (_GPT2_XL, _FACTS // 100 - 1)):
         yield edit_case(shape, 100, rounds, dtype or torch.bfloat16, device)

@@ -156,6 +156,7 @@ def time_alternately(
     cold: bool = True,
     warm: int = 2,
     rounds: int = _MIN_ROUNDS,
+    times: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call, the functions taking turns so that they share the machine's mood.
 
@@ -166,10 +167,12 @@ def time_alternately(
         cold: whether the caches are overwritten before each call.
         warm: calls of each before the first measurement.
         rounds: made at least, whatever the budget.
+        times: where they are put, so that an interrupted caller still has them; None is a new one.
     """
     measure = _timer(device, cold)
     names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times = {} if times is None else times
+    times.update((name, []) for name in names)
     with torch.inference_mode():
         for function in functions.values():
             for _ in range(warm):
@@ -246,13 +249,33 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def _measure(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+def _measure(case: Case, device: torch.device, seconds: float, rows: list[dict[str, Any]]) -> None:
+    """Append the row of a case; interrupted, of the rounds that were made."""
     functions, left_out = _functions(case, device)
-    times = time_alternately(
-        functions, device, seconds, cold=case.cold, warm=case.warm, rounds=case.rounds
-    )
+    times: dict[str, list[float]] = {}
+    try:
+        time_alternately(
+            functions,
+            device,
+            seconds,
+            cold=case.cold,
+            warm=case.warm,
+            rounds=case.rounds,
+            times=times,
+        )
+    except KeyboardInterrupt:
+        if times and all(times.values()):
+            rows.append(_row(case, device, times, left_out))
+        raise
+    rows.append(_row(case, device, times, left_out))
+
+
+def _row(
+    case: Case, device: torch.device, times: dict[str, list[float]], left_out: dict[str, str]
+) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in times.items()}
-    quintiles = statistics.quantiles(times["op"], n=5, method="inclusive")
+    own = times["op"] if len(times["op"]) > 1 else times["op"] * 2
+    quintiles = statistics.quantiles(own, n=5, method="inclusive")
     median, floor, peer = medians["op"], medians.get("floor"), medians.get("peer")
     graphs = {n.removesuffix(_GRAPH): ms for n, ms in medians.items() if n.endswith(_GRAPH)}
     best = graphs.get("op", median)
@@ -313,8 +336,8 @@ def run(
             out is logged.
 
     Returns:
-        One row per case (those so far, where interrupted): op, shape, dtype, device, backend,
-        median_ms, p20_ms, p80_ms (of the op), floor_ms and peer_ms (medians; None where there is
+        One row per case (those so far, where interrupted, the last of the rounds it had): op,
+        shape, dtype, device, backend, median_ms, p20_ms, p80_ms (of the op), floor_ms and peer_ms (medians; None where there is
         none), peer, ratio = peer_ms / median_ms;
         times_floor = op / floor, gb_per_s, items_per_s (tokens, facts) and copy_share (of a copy's
         bandwidth), these four as CUDA graphs where there are any; peers_ms and graph_ms (medians by
@@ -370,7 +393,7 @@ def _run(
             case = Case(name, f"case {done + 1}", dtype or torch.float32, "auto", lambda: None)
             try:  # whatever fails is reported, and the rest still measured
                 case = next(cases)
-                rows.append(_measure(case, device, seconds))
+                _measure(case, device, seconds, rows)
             except StopIteration:
                 break
             except Exception as error:

@@ -181,6 +181,21 @@ def test_an_interrupted_run_returns_what_it_has(monkeypatch):
     assert [row["error"] for row in bench.run(quick=True)] == [None]
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_an_interrupted_case_has_a_row_of_its_rounds(monkeypatch, rounds):
+    calls = []
+
+    def stop():
+        if len(calls) == 2 + rounds:  # two before the first that counts
+            raise KeyboardInterrupt
+        calls.append(None)
+
+    monkeypatch.setattr(runner, "_load_factories", lambda: {"op": lambda *_: iter([a_case(stop)])})
+    found = bench.run(quick=True)
+    assert [row["rounds"] for row in found] == ([rounds] if rounds else [])
+    assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in found)
+
+
 def test_a_spent_budget_begins_no_case(monkeypatch, caplog):
     table = {"op": lambda *_: iter([a_case(lambda: None)] * 3)}
     monkeypatch.setattr(runner, "_load_factories", lambda: table)
