@@ -337,8 +337,8 @@ def run(
 
     Returns:
         One row per case (those so far, where interrupted, the last of the rounds it had): op,
-        shape, dtype, device, backend, median_ms, p20_ms, p80_ms (of the op), floor_ms and peer_ms (medians; None where there is
-        none), peer, ratio = peer_ms / median_ms;
+        shape, dtype, device, backend, median_ms, p20_ms, p80_ms (of the op), floor_ms and peer_ms
+        (medians; None where there is none), peer, ratio = peer_ms / median_ms;
         times_floor = op / floor, gb_per_s, items_per_s (tokens, facts) and copy_share (of a copy's
         bandwidth), these four as CUDA graphs where there are any; peers_ms and graph_ms (medians by
         name); min_ms; rounds;
