@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from ..models.families import tiny
 from .support import fired, generate, hooked, padded, prompts
 
 KEPT = ("prefix", "cued")
+VERSION = transformers.__version__
 
 
 def _ids(rows: int, columns: int = 16) -> torch.Tensor:
@@ -30,11 +33,11 @@ def test_a_cache_cut_back_knows_what_one_knows_that_was_never_longer(scope: str,
     hooked(model, scope)
     ids = _ids(2)
     longer, shorter = make(model), make(model)
-    if not hasattr(longer, "crop"):
-        pytest.skip(f"no crop of a {type(longer).__name__}")
     with torch.no_grad():
         model(ids[:, :4], **cache_argument(model, longer))
         model(ids[:, 4:], **cache_argument(model, longer))
+        if not all(hasattr(layer, "crop") for layer in longer.layers):
+            pytest.skip(f"no crop of {type(longer).__name__}, transformers {VERSION}")
         longer.crop(-6)
         model(ids[:, :4], **cache_argument(model, shorter))
         model(ids[:, 4:10], **cache_argument(model, shorter))
@@ -110,13 +113,15 @@ def _together(model, rows: list[torch.Tensor]) -> list:
     """The outputs of continuous batching."""
     config = getattr(transformers, "ContinuousBatchingConfig", None)
     if config is None:
-        pytest.skip(f"transformers {transformers.__version__} has no ContinuousBatchingConfig")
+        pytest.skip(f"transformers {VERSION} has no ContinuousBatchingConfig")
+    names = inspect.signature(config).parameters
+    size = {"page_size" if "page_size" in names else "block_size": 16}
     answers = model.generate_batch(
         inputs=[row.tolist() for row in rows],
         generation_config=transformers.GenerationConfig(
             max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=-1
         ),
-        continuous_batching_config=config(page_size=16, num_blocks=16, max_batch_tokens=64),
+        continuous_batching_config=config(**size, num_blocks=16, max_batch_tokens=64),
     )
     return list(answers.values())
 
