@@ -90,11 +90,17 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(world):
     assert process.wait() == 1
 
 
-def test_a_text_too_short_to_measure_on_is_a_failure_in_words(world, tmp_path, capsys):
-    (tmp_path / "short.txt").write_text("a\n")
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="pipes have no names here")
+def test_a_text_from_a_pipe_too_short_to_measure_on_is_a_failure_in_words(world, capsys):
     model, facts = bundled.model_path(), world / "the facts.json"
     argv = ["eval", model, facts, "--edits", world / "edits", "--limit", 1]
-    assert call(*argv, "--text", tmp_path / "short.txt") == 1
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"a\n")
+        os.close(writing)
+        assert call(*argv, "--text", f"/dev/fd/{reading}") == 1
+    finally:
+        os.close(reading)
     assert "failed: measure_language: text must hold at least two" in capsys.readouterr().err
 
 
