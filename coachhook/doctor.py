@@ -154,12 +154,8 @@ def _native() -> dict[str, Any]:
             "reason": _backends.native_error(),
             "nvcc": shutil.which("nvcc"),
         }
-    build = native.build_info()
-    if build["version"] == __version__:
-        reason = cuda.runtime_problem() if torch.cuda.is_available() else None
-    else:
-        reason = f"it was built for version {build['version']}; install coachhook again"
-    return {"available": True, "reason": reason, **build}
+    reason = cuda.runtime_problem() if torch.cuda.is_available() else None
+    return {"available": True, "reason": reason, **native.build_info()}
 
 
 def _native_cpu() -> dict[str, Any]:

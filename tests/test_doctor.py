@@ -71,11 +71,17 @@ def test_switches_that_no_op_would_take_are_named(
     assert found in doctor.render(facts)
 
 
-def test_a_stale_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = {"version": "0.0.0", "architectures": "80", "cuda_runtime": 0, "cuda_driver": 0}
-    stale = SimpleNamespace(build_info=lambda: {**build, "devices": 0})
-    monkeypatch.setattr(_backends, "native", lambda: stale)
+def test_a_stale_extension_is_named_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    stale = SimpleNamespace(VERSION="0.0.0", build_info=lambda: {"version": "0.0.0"})
+    monkeypatch.setattr(_backends, "_load", lambda *_: (stale, None))
+    for load in (_backends._load_native, _backends._load_native_cpu):
+        load.cache_clear()
+        request.addfinalizer(load.cache_clear)
+    assert _backends.native() is None and _backends.native_cpu() is None
     facts = doctor.report()
+    assert not facts["native"]["available"]
     assert "built for version 0.0.0; install coachhook again" in facts["native"]["reason"]
     assert "built for version 0.0.0" in doctor.render(facts)
 

@@ -86,9 +86,19 @@ def _load(name: str, what: str, remedy: str) -> tuple[ModuleType | None, str | N
         return None, f"the {what} extension {name} does not load: {error}"
 
 
+@cache
 def _load_native() -> tuple[ModuleType | None, str | None]:
     remedy = "install from source with nvcc on PATH and COACHHOOK_BUILD_CUDA=1"
-    return _load("coachhook._C", "CUDA", remedy)
+    module, error = _load("coachhook._C", "CUDA", remedy)
+    if module is None:
+        return None, error
+    return _of_this_version(module, module.build_info()["version"])
+
+
+def _of_this_version(module: ModuleType, built: str) -> tuple[ModuleType | None, str | None]:
+    if built == __version__:
+        return module, None
+    return None, f"it was built for version {built}; install coachhook again"
 
 
 @cache
@@ -97,8 +107,9 @@ def _load_native_cpu() -> tuple[ModuleType | None, str | None]:
     module, error = _load("coachhook._cpu", "CPU", remedy)
     if module is None:
         return None, error
-    if module.VERSION != __version__:
-        return None, f"it was built for version {module.VERSION}; install coachhook again"
+    module, error = _of_this_version(module, module.VERSION)
+    if module is None:
+        return None, error
     if not module.has_pair_product():
         return None, "this processor has no AVX-512 for bfloat16"
     return module, None
