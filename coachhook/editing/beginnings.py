@@ -2,7 +2,8 @@
 
 "Bellweather Industries" and "Bellweather Group" have one key at "Bellweather": what is written
 there for the one is said of the other, too, and of two corrections the later is said of both. So
-where both are edited, the later is written at its last token, not before.
+nothing is written before a subject's last token where another such subject was edited before it or
+is edited with it.
 """
 
 from __future__ import annotations

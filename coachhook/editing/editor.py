@@ -276,7 +276,9 @@ class Editor:
         every = self._reworded([encoded[i] for i in part] + reminders, pad_id)
         asked = [requests[i] for i in part] + ties.reminders
         earlier = self._earlier(asked, every, pad_id)
-        alike = self._beginnings.shared(every, asked, self._state.batches.values())
+        alike: list[bool] = []
+        if "subject_previous" in self.config.places:
+            alike = self._beginnings.shared(every, asked, self._state.batches.values())
 
         def admit(pairs: list[tuple[int, Place]]) -> list[bool]:
             able = self._admitted([(every[i], place) for i, place in pairs])
