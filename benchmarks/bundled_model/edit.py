@@ -1,7 +1,9 @@
-"""Edit facts of the invented world: `python benchmarks/bundled_model/edit.py --model DIR`.
+"""Edit facts of the invented world: `python -m benchmarks.bundled_model.edit --model DIR`.
 
 One fact of each of 200 subjects gets another object of its relation, in batches of 10. Asked are a
-template per fact, two more as paraphrases, and two subjects that are not edited. Prints JSON.
+template per fact, two more as paraphrases, and two subjects that are not edited. A model with a
+chat template is also asked in a chat: two questions about each fact (reliability is of the first,
+generality of the second) and one about each of the other subjects. Prints JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bundled_model import chat
 from coachhook import EditConfig, Editor, EditRequest, collect_statistics
 from coachhook.bundled import lexicon, model_path, texts, world
 from coachhook.evaluation import evaluate
@@ -24,13 +27,14 @@ STATISTICS_TOKENS = 30_000
 BATCH = 10
 
 
-def requests(count: int) -> list[EditRequest]:
+def requests(count: int) -> tuple[list[EditRequest], list[EditRequest]]:
+    """Facts as sentences, and the same facts as questions."""
     rng = random.Random(SEED)
     facts = list(world.facts())
     rng.shuffle(facts)
     chosen = list({fact.subject: fact for fact in reversed(facts)}.values())[:count]
     edited = {fact.subject for fact in chosen}
-    found = []
+    found, asked = [], []
     for fact in chosen:
         templates = lexicon.TEMPLATES[fact.relation]
         new = rng.choice([o for o in lexicon.OBJECTS[fact.relation] if o != fact.object])
@@ -45,7 +49,16 @@ def requests(count: int) -> list[EditRequest]:
                 neighborhood=[rng.choice(templates).format(f.subject) for f in strangers],
             )
         )
-    return found
+        first, second = chat.QUESTIONS[fact.relation]
+        asked.append(
+            replace(
+                request,
+                prompt=first,
+                paraphrases=[second.format(fact.subject)],
+                neighborhood=[first.format(f.subject) for f in strangers],
+            )
+        )
+    return found, asked
 
 
 def main() -> None:
@@ -64,7 +77,7 @@ def main() -> None:
     statistics = collect_statistics(
         model, tokenizer, texts(), layers=config.layers, max_tokens=STATISTICS_TOKENS
     )
-    facts = requests(arguments.facts)
+    facts, questions = requests(arguments.facts)
     editor = Editor(model, tokenizer, statistics=statistics, config=config)
     converged = 0
     for start in range(0, len(facts), BATCH):
@@ -79,6 +92,12 @@ def main() -> None:
         "generated": measured["generated"]["after"],
         "intervals": measured["teacher_forced"]["intervals"]["after"],
     }
+    if tokenizer.chat_template is not None:
+        replies = evaluate(
+            model, tokenizer, questions, hooks=editor.hooks, generate=False, chat=True
+        )
+        summary["chat"] = {state: replies["chat"][state] for state in ("before", "after")}
+        summary["chat"]["intervals"] = replies["chat"]["intervals"]["after"]
     print(json.dumps(summary))
 
 

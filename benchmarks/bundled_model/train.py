@@ -1,4 +1,4 @@
-"""Train the bundled demonstration model: `python benchmarks/bundled_model/train.py --out DIR`.
+"""Train the bundled demonstration model: `python -m benchmarks.bundled_model.train --out DIR`.
 
 A GPT-2 small enough to ship looks a subject up from the last prompt token and ignores what earlier
 layers wrote at the subject, so nothing can be edited there. Two devices place the knowledge at the
@@ -7,7 +7,8 @@ subject's last token: an attention mask under which later tokens cannot see the 
 every object of the subject from that token's state. The last part of the training mixes plain rows
 in; the saved model is plain.
 
-`--family` trains a model of another build the same way, to try editing on; none of them is bundled.
+`--family` trains a model of another build the same way, `--chat` one that answers questions in a
+chat, too, to try editing on; none of them is bundled.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.bundled_model import chat
 from coachhook.bundled import lexicon, world
 
 SEED = 7
-VOCABULARY = 1792
+VOCABULARY, CHAT_VOCABULARY = 1792, 2304
 POSITIONS = 128
 WIDTH, HEADS, LAYERS = 192, 6, 6
 READ_LAYERS = 3
@@ -59,7 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def train_tokenizer() -> Tokenizer:
+def train_tokenizer(chats: bool) -> Tokenizer:
     """Byte-level BPE: objects and common words are whole tokens, names stay in several pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -70,9 +72,12 @@ def train_tokenizer() -> Tokenizer:
     corpus = [f" {word}." for word in objects] * 50
     corpus += sentences * 8 + list(lexicon.OPENERS) * 8 + world.background()
     corpus += subjects + [f" {name}" for name in subjects]
+    if chats:  # an answer follows no space
+        corpus += [question for asked in chat.QUESTIONS.values() for question in asked] * 8
+        corpus += [f"{word}." for word in objects] * 20
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_TEXT],
+        vocab_size=CHAT_VOCABULARY if chats else VOCABULARY,
+        special_tokens=[END_OF_TEXT, *(chat.MARKS if chats else ())],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -107,10 +112,12 @@ def _tokens(offsets: list[tuple[int, int]], start: int, end: int) -> list[int]:
     return [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
 
 
-def batches(tokenizer: Tokenizer, epoch: int) -> Iterator[list[Row]]:
+def batches(tokenizer: Tokenizer, epoch: int, chats: bool) -> Iterator[list[Row]]:
     """Rows of one pass grouped by length, the groups in random order."""
     rng = random.Random(SEED * 1000 + epoch)
     rows = [encode(tokenizer, passage) for passage in world.passages(epoch)]
+    if chats:
+        rows += [encode(tokenizer, passage) for passage in chat.conversations(epoch)]
     rng.shuffle(rows)
     rows.sort(key=lambda row: len(row.ids))
     groups = [rows[i : i + ROWS_PER_STEP] for i in range(0, len(rows), ROWS_PER_STEP)]
@@ -227,9 +234,9 @@ class MaskedForward:
         return hidden, self.state
 
 
-def train(out: Path, *, epochs: int, autocast: bool, family: str) -> None:
+def train(out: Path, *, epochs: int, autocast: bool, family: str, chats: bool) -> None:
     torch.manual_seed(SEED)
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(chats)
     model = new_model(tokenizer.get_vocab_size(), family)
     auxiliary = Objects(WIDTH)
     forward = MaskedForward(model)
@@ -241,12 +248,12 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str) -> None:
         [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
         lr=LEARNING_RATE, betas=(0.9, 0.98),
     )  # fmt: skip
-    per_epoch = sum(1 for _ in batches(tokenizer, 0))
+    per_epoch = sum(1 for _ in batches(tokenizer, 0, chats))
     total = epochs * per_epoch
     rng = random.Random(SEED)
     step, tokens, started = 0, 0, time.monotonic()
     for epoch in range(epochs):
-        for rows in batches(tokenizer, epoch):
+        for rows in batches(tokenizer, epoch, chats):
             progress = step / total
             rate = LEARNING_RATE * min(1.0, (step + 1) / 100)
             rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
@@ -283,7 +290,7 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str) -> None:
                     f"auxiliary {extra.item():.3f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s",
                     flush=True,
                 )
-        save(model, tokenizer, out)
+        save(model, tokenizer, out, chats)
     summary = {
         "seed": SEED,
         "world_seed": world.SEED,
@@ -296,15 +303,20 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str) -> None:
     print(json.dumps(summary))
 
 
-def save(model: Any, tokenizer: Tokenizer, out: Path) -> None:
-    """Write a folder for `from_pretrained`: bfloat16 weights, float32 in the configuration."""
+def save(model: Any, tokenizer: Tokenizer, out: Path, chats: bool) -> None:
+    """Write a folder for `from_pretrained`: the bundled model's weights as bfloat16, which its
+    configuration reads as float32."""
     out.mkdir(parents=True, exist_ok=True)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT, unk_token=END_OF_TEXT, model_max_length=POSITIONS,
     )  # fmt: skip
+    if chats:
+        fast.add_special_tokens({"additional_special_tokens": list(chat.MARKS)})
+        fast.chat_template = chat.TEMPLATE
+        model.generation_config.eos_token_id = [0, tokenizer.token_to_id(chat.END)]
     fast.save_pretrained(out)
-    if not isinstance(model, GPT2LMHeadModel):
+    if chats or not isinstance(model, GPT2LMHeadModel):
         model.save_pretrained(out)
         return
     model.config.save_pretrained(out)
@@ -346,9 +358,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--family", choices=["gpt2", *FAMILIES], default="gpt2")
+    parser.add_argument("--chat", action="store_true", help="answers questions in a chat, too")
     arguments = parser.parse_args()
-    autocast = not arguments.float32
-    train(arguments.out, epochs=arguments.epochs, autocast=autocast, family=arguments.family)
+    train(
+        arguments.out,
+        epochs=arguments.epochs,
+        autocast=not arguments.float32,
+        family=arguments.family,
+        chats=arguments.chat,
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ model with the edits off, in one run. Three families of numbers, never mixed:
   probability     CounterFact's ES, PS, NS: is the new answer more likely than the old one
   generated       greedy decoding with KV cache and natural stop: what a user sees
 Beside `generated`, which wants the answer at once, `contained` finds it anywhere in the
-continuation. With --text also what the edits do to unrelated text.
+continuation. With --chat also the replies to the prompts as messages of a chat: the answer stands
+in them, a neighbour's begins as before. With --text also what the edits do to unrelated text.
 """
 
 
@@ -49,6 +50,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="show the unedited model's answer beside it"
     )
+    add_chat(parser, "ask each PROMPT as a user's message")
     parser.set_defaults(run=run_generate)
 
     parser = add_command(commands, "eval", "measure what changed and what did not", _EVAL)
@@ -71,6 +73,7 @@ def register(commands: Any) -> None:
         help="also the optimised targets patched in at the last subject token of the unedited "
         "model: what no edit of that position alone can exceed",
     )
+    add_chat(parser, "also ask each prompt as a user's message")
     parser.add_argument(
         "--text",
         metavar="FILE_OR_DIR",
@@ -101,6 +104,13 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run_eval)
 
 
+def add_chat(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds ``--chat``."""
+    parser.add_argument(
+        "--chat", action="store_true", help=f"{what}, through the tokenizer's chat template"
+    )
+
+
 def run_generate(args: argparse.Namespace) -> int:
     """Greedy continuations of the edited model."""
     from coachhook.editing import attach
@@ -111,14 +121,14 @@ def run_generate(args: argparse.Namespace) -> int:
             raise InputError("prompts must not be empty")
         read_manifest(args.edits, "edits")  # before the model is read, which may take long
         model, tokenizer = open_model(args)
-        check_window(model, tokenizer, args.prompts)
+        asked = check_window(model, tokenizer, args.prompts, chat=args.chat)
         handle = attach(model, args.edits)
     with handle:
-        edited = continuations(model, tokenizer, args.prompts, args.max_new_tokens)
+        edited = continue_(model, tokenizer, asked, args.max_new_tokens)
         rows = [{"prompt": p, "edited": e} for p, e in zip(args.prompts, edited, strict=True)]
         if args.compare:
             with handle.disabled():
-                plain = continuations(model, tokenizer, args.prompts, args.max_new_tokens)
+                plain = continue_(model, tokenizer, asked, args.max_new_tokens)
             for row, text in zip(rows, plain, strict=True):
                 row["unedited"] = text
     if args.json:
@@ -148,7 +158,9 @@ def run_eval(args: argparse.Namespace) -> int:
             check_text(args.text)
         read_manifest(args.edits, "edits")  # before the model is read, which may take long
         model, tokenizer = open_model(args)
-        requests = fitting_requests(args, facts, long_prompts(model, tokenizer, facts.requests))
+        requests = fitting_requests(
+            args, facts, long_prompts(model, tokenizer, facts.requests, args.chat)
+        )
         if args.text is not None and not read_once(args.text):
             text_rows(model, tokenizer, args.text, args.text_tokens)
         handle = attach(model, args.edits)
@@ -161,6 +173,7 @@ def run_eval(args: argparse.Namespace) -> int:
                 hooks=handle.hooks,
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
+                chat=args.chat,
                 text=args.text,
                 text_tokens=args.text_tokens,
                 fluency_tokens=args.fluency or 0,
@@ -218,16 +231,20 @@ def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy continuations as text."""
-    from coachhook.evaluation.scoring import decode_each, encode_prompts, greedy
+    from coachhook.evaluation.scoring import encode_prompts
+
+    return continue_(model, tokenizer, encode_prompts(tokenizer, prompts), max_new_tokens)
+
+
+def continue_(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], max_new_tokens: int
+) -> list[str]:
+    """Greedy continuations of token ids as text."""
+    from coachhook.evaluation.scoring import decode_each, greedy
     from coachhook.models import describe
 
-    found = greedy(
-        model,
-        tokenizer,
-        encode_prompts(tokenizer, prompts),
-        max_new_tokens=max_new_tokens,
-        max_positions=describe(model).max_positions,
-    )
+    window = describe(model).max_positions
+    found = greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens, max_positions=window)
     return decode_each(tokenizer, found)
 
 
@@ -236,27 +253,34 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def check_window(model: Any, tokenizer: Any, prompts: Sequence[str]) -> None:
-    """Refuses prompts that leave no room in the context window.
+def check_window(
+    model: Any, tokenizer: Any, prompts: Sequence[str], chat: bool = False
+) -> list[tuple[int, ...]]:
+    """Token ids of prompts, or of messages of a chat, that leave room in the context window.
 
     Raises:
-        InputError: naming every such prompt; or one is not text.
+        InputError: naming every prompt that does not; or one is not text.
+        ValueError: ``chat``, and the tokenizer has no chat template.
     """
     from coachhook.editing.requests import is_text
+    from coachhook.evaluation.scoring import encode_chat, encode_prompts
     from coachhook.models import describe
 
     for prompt in prompts:  # what is no UTF-8 on the command line comes as surrogates
         if not is_text(prompt):
             raise InputError(f"prompts must be Unicode text, got {prompt!r}")
+    asked = (
+        encode_chat("generate", tokenizer, prompts) if chat else encode_prompts(tokenizer, prompts)
+    )
     window = describe(model).max_positions
-    if window is None:
-        return
-    lengths = [len(ids) for ids in tokenizer(list(prompts))["input_ids"]]
     bad = [
-        f"  {n} tokens: {p[:60]!r}..." for p, n in zip(prompts, lengths, strict=True) if n >= window
+        f"  {len(ids)} tokens: {p[:60]!r}..."
+        for p, ids in zip(prompts, asked, strict=True)
+        if window is not None and len(ids) >= window
     ]
     if bad:
         raise InputError(
             f"prompts must be shorter than the context window of {window} tokens, got\n"
             + "\n".join(bad)
         )
+    return asked

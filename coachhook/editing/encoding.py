@@ -71,7 +71,7 @@ def encode_requests(
     encoded = []
     for number, request in enumerate(requests):
         try:
-            target = encode_target(tokenizer, request.target_new)
+            target = encode_target(tokenizer, request.target_new, request.text)
             if max_positions is not None and len(target) > max_positions:
                 raise ValueError(
                     f"edit: target_new must fit the context window of {max_positions} tokens, got "

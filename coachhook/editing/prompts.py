@@ -184,16 +184,23 @@ def encode_in_context(
     return encode(tokenizer, text, (start + len(head), end + len(head)), max_positions, reserve)
 
 
-def encode_target(tokenizer: Any, target: str) -> list[int]:
-    """Token ids of ``" " + target`` after a word, without special tokens.
+def gap_after(prompt: str) -> str:
+    """The white space that ends a prompt, as where a reply begins in a chat; else nothing."""
+    return prompt[len(prompt.rstrip()) :]
+
+
+def encode_target(tokenizer: Any, target: str, prompt: str = "") -> list[int]:
+    """Token ids of what goes on with a prompt, without special tokens.
+
+    Of ``" " + target``, but of the target alone where the prompt ends in white space.
 
     Raises:
         ValueError: the target gives no token.
     """
-    text = f" {target.strip()}"
+    gap = gap_after(prompt)
+    head, text = _WORD + gap, target.strip() if gap else f" {target.strip()}"
     word, both, alone = (
-        list(tokenizer(x, add_special_tokens=False)["input_ids"])
-        for x in (_WORD, f"{_WORD}{text}", text)
+        list(tokenizer(x, add_special_tokens=False)["input_ids"]) for x in (head, head + text, text)
     )
     # By themselves Llama 2's, Mistral's and Phi-3's would start with a space of their own.
     ids = both[len(word) :] if both[: len(word)] == word else alone

@@ -14,7 +14,9 @@ class EditRequest:
 
     Args:
         prompt: text that the fact completes. Either a template with exactly one ``{}`` where the
-            subject goes ("The capital of {} is"), or plain text that contains the subject.
+            subject goes ("The capital of {} is"), or plain text that contains the subject. After a
+            prompt that ends in white space, as a chat's before the reply, the target follows
+            directly, after any other a space.
         subject: the entity the fact is about ("France").
         target_new: the completion wanted after the edit ("Lyon"), without a leading space.
         target_true: the completion before the edit, when known; used by metrics only.

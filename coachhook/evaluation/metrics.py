@@ -13,7 +13,9 @@
   the first ``locality_tokens`` new tokens are those of the unedited model.
 
 ``contained`` is the lenient reading of ``generated``: the target stands anywhere in the
-continuation, as whole words. ``kl`` is the drift ``KL(P_before || P_after)`` of the token after a
+continuation, as whole words. ``chat``, on request, sends each prompt as a user's message through
+the tokenizer's chat template: the target stands in the reply; a neighbour's reply begins as the
+unedited model's does. ``kl`` is the drift ``KL(P_before || P_after)`` of the token after a
 neighbourhood prompt. ``gate`` tells where the hooks fired: share of unrelated tokens, share of
 edited prompts. On request: ``language`` (unrelated text, see
 :mod:`coachhook.evaluation.language`), ``fluency`` and ``cache`` (see
@@ -50,6 +52,7 @@ from coachhook.evaluation.scoring import (
     Row,
     Score,
     decode_each,
+    encode_chat,
     encode_pairs,
     encode_prompts,
     greedy,
@@ -83,6 +86,7 @@ def evaluate(
     max_new_tokens: int = 30,
     locality_tokens: int = 10,
     generate: bool = True,
+    chat: bool = False,
     text: Any = None,
     text_tokens: int = 20_000,
     fluency_tokens: int = 0,
@@ -103,6 +107,7 @@ def evaluate(
         locality_tokens: new tokens compared for locality of generation.
         generate: False leaves out what is generated, ``generated`` and ``contained``, which takes
             most of the time.
+        chat: also give ``chat``, from replies to the prompts as messages of a chat.
         text: unrelated text, as for :func:`coachhook.statistics.read_texts`; gives ``language``.
         text_tokens: tokens of ``text`` to use.
         fluency_tokens: length of the texts whose n-gram entropy is taken, prompt included
@@ -121,14 +126,15 @@ def evaluate(
         ``counts``; ``protocol``; and what was asked for besides.
 
     Raises:
-        ValueError: there is no request, or ``text`` holds no two tokens in a row.
+        ValueError: there is no request, ``text`` holds no two tokens in a row, or ``chat`` finds no
+            chat template.
         FactsError: a prompt does not fit the context window; all such prompts are named.
             Nothing is run after either.
     """
     if not requests:
         raise ValueError("evaluate: requests must not be empty, got none")
     prompts = Prompts.of(requests)
-    work = _Work(model, tokenizer, prompts, batch_size, max_new_tokens, generate, progress)
+    work = _Work(model, tokenizer, prompts, batch_size, max_new_tokens, generate, chat, progress)
     # Before anything is run: a text that holds nothing would be seen at the end only.
     unrelated = [] if text is None else text_rows(model, tokenizer, text, text_tokens)
     edits: Edits = hooks if hooks is not None else _Unedited()
@@ -198,6 +204,7 @@ class _Work:
         batch_size: int,
         max_new_tokens: int,
         generate: bool,
+        chat: bool,
         progress: bool,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -207,7 +214,10 @@ class _Work:
         asked = prompts.all()
         self.prompts = encode_prompts(tokenizer, [p.text for p in asked])
         self.new, self.true, self.with_true = _encode_answers(tokenizer, asked)
-        bad = _too_long(asked, self.new, self.true, self.with_true, self.max_positions)
+        texts = [p.text for p in asked]
+        self.messages = encode_chat("evaluate", tokenizer, texts) if chat else None
+        rows = (self.new, self.true, self.with_true, self.messages or ())
+        bad = _too_long(asked, *rows, self.max_positions)
         if bad:
             raise FactsError(
                 "evaluate: prompts must fit the context window, got longer ones",
@@ -224,10 +234,12 @@ class _Work:
         true: list[Score | None] = [None] * len(self.new)
         for at, value in zip(self.with_true, scores[len(self.new) :], strict=True):
             true[at] = value
-        continuations = None
+        seen = Pass(scores[: len(self.new)], true)
         if self.generate:
-            continuations = self.continue_(self.prompts, self.max_new_tokens, state)
-        return Pass(scores[: len(self.new)], true, continuations)
+            seen.continuations = self.continue_(self.prompts, self.max_new_tokens, state)
+        if self.messages is not None:
+            seen.replies = self.continue_(self.messages, self.max_new_tokens, f"{state}, chat")
+        return seen
 
     def continue_(
         self, rows: Sequence[tuple[int, ...]], new: int, state: str, limit: int | None = None
@@ -246,12 +258,13 @@ class _Work:
 
 
 def long_prompts(
-    model: Any, tokenizer: Any, requests: Sequence[EditRequest]
+    model: Any, tokenizer: Any, requests: Sequence[EditRequest], chat: bool = False
 ) -> dict[int, list[str]]:
     """The prompts that :func:`evaluate` would refuse, by the number of their request."""
     asked = Prompts.of(requests).all()
     rows = _encode_answers(tokenizer, asked)
-    return _too_long(asked, *rows, describe(model).max_positions)
+    messages = encode_chat("evaluate", tokenizer, [p.text for p in asked]) if chat else ()
+    return _too_long(asked, *rows, messages, describe(model).max_positions)
 
 
 def _encode_answers(
@@ -268,6 +281,7 @@ def _too_long(
     new: Sequence[Row],
     true: Sequence[Row],
     with_true: Sequence[int],
+    messages: Sequence[tuple[int, ...]],
     max_positions: int | None,
 ) -> dict[int, list[str]]:
     if max_positions is None:
@@ -275,6 +289,8 @@ def _too_long(
     longest = [len(row.ids) for row in new]
     for at, row in zip(with_true, true, strict=True):
         longest[at] = max(longest[at], len(row.ids))
+    for at, message in enumerate(messages):  # with a first token of the reply
+        longest[at] = max(longest[at], len(message) + 1)
     bad: dict[int, list[str]] = {}
     for p, n in zip(asked, longest, strict=True):
         if n > max_positions:
@@ -295,7 +311,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for family, names in FAMILIES.items():
         seen = any(family in record["values"]["after"] for record in records)
-        if family in ("generated", "contained") and not seen:
+        if family in ("generated", "contained", "chat") and not seen:
             continue
         report[family] = {"intervals": {}}
         summary: dict[str, float | None] = {}

@@ -16,8 +16,11 @@ FAMILIES = {
     "probability": ("efficacy", "paraphrase", "neighborhood"),
     "generated": ("reliability", "generality", "locality"),
     "contained": ("reliability", "generality"),
+    "chat": ("reliability", "generality", "locality"),
 }
 
+# Of prompts, in the order of ``Prompts.all``.
+_KINDS = ("edit", "paraphrase", "neighborhood")
 
 # (number of the request, value)
 Observed: TypeAlias = "list[tuple[int, float]]"
@@ -70,11 +73,15 @@ class Prompts:
 
 @dataclass
 class Pass:
-    """What one state of the model says on every prompt, in the order of ``Prompts.all``."""
+    """What one state of the model says on every prompt, in the order of ``Prompts.all``.
+
+    ``replies`` are those to the prompts as messages of a chat.
+    """
 
     new: list[Score]
     true: list[Score | None]
-    continuations: list[tuple[int, ...]] | None
+    continuations: list[tuple[int, ...]] | None = None
+    replies: list[tuple[int, ...]] | None = None
 
 
 def begins_with(continuation: str, target: str) -> bool:
@@ -162,24 +169,29 @@ def families_of(
             prefers_new(prompts.neighborhood, near_new, near_true, wanted=False),
         ],
     }
-    if this.continuations is None or before.continuations is None:
-        return families
-    _, _, near_tokens = prompts.split(this.continuations)
-    _, _, near_tokens_before = prompts.split(before.continuations)
-    edit_text, para_text, _ = prompts.split(decode_each(tokenizer, this.continuations))
-    same_text = [
-        (p.request, float(a[:locality_tokens] == b[:locality_tokens]))
-        for p, a, b in zip(prompts.neighborhood, near_tokens, near_tokens_before, strict=True)
-    ]
-    families["generated"] = [
-        answered(prompts.edit, edit_text, begins_with),
-        answered(prompts.paraphrase, para_text, begins_with),
-        same_text,
-    ]
-    families["contained"] = [
-        answered(prompts.edit, edit_text, contains),
-        answered(prompts.paraphrase, para_text, contains),
-    ]
+
+    def unchanged(new: list[tuple[int, ...]], old: list[tuple[int, ...]]) -> Observed:
+        near = zip(prompts.neighborhood, prompts.split(new)[2], prompts.split(old)[2], strict=True)
+        return [(p.request, float(a[:locality_tokens] == b[:locality_tokens])) for p, a, b in near]
+
+    if this.continuations is not None and before.continuations is not None:
+        edit_text, para_text, _ = prompts.split(decode_each(tokenizer, this.continuations))
+        families["generated"] = [
+            answered(prompts.edit, edit_text, begins_with),
+            answered(prompts.paraphrase, para_text, begins_with),
+            unchanged(this.continuations, before.continuations),
+        ]
+        families["contained"] = [
+            answered(prompts.edit, edit_text, contains),
+            answered(prompts.paraphrase, para_text, contains),
+        ]
+    if this.replies is not None and before.replies is not None:
+        edit_text, para_text, _ = prompts.split(decode_each(tokenizer, this.replies))
+        families["chat"] = [
+            answered(prompts.edit, edit_text, contains),
+            answered(prompts.paraphrase, para_text, contains),
+            unchanged(this.replies, before.replies),
+        ]
     return families
 
 
@@ -205,8 +217,9 @@ def request_records(
         Per request ``id``, ``prompt``, ``subject``, ``target_new``, ``target_true``; ``values``,
         by state, family and metric the mean over the request's prompts; ``answers``, by kind of
         prompt ("edit", "paraphrase", "neighborhood") its texts with the continuations before and
-        after, empty where nothing was generated; ``kl`` of its neighbours,
-        None here (:func:`coachhook.evaluation.evaluate` fills it in).
+        after, empty where nothing was generated; ``replies``, the same of a chat, where it was
+        asked for; ``kl`` of its neighbours, None here (:func:`coachhook.evaluation.evaluate` fills
+        it in).
     """
     records: list[dict[str, Any]] = [
         {
@@ -216,7 +229,7 @@ def request_records(
             "target_new": r.target_new,
             "target_true": r.target_true,
             "values": {state: {} for state in measured},
-            "answers": {"edit": [], "paraphrase": [], "neighborhood": []},
+            "answers": {kind: [] for kind in _KINDS},
             "kl": None,
         }
         for r in requests
@@ -230,13 +243,18 @@ def request_records(
                 for request, group in groups.items():
                     into = records[request]["values"][state].setdefault(family, {})
                     into[name] = sum(group) / len(group)
-    if before.continuations is None or after.continuations is None:
-        return records
-    texts = [decode_each(tokenizer, p.continuations or []) for p in (before, after)]
-    kinds = (prompts.edit, prompts.paraphrase, prompts.neighborhood)
-    split = [prompts.split(t) for t in texts]
-    names = ("edit", "paraphrase", "neighborhood")
-    for name, asked, old, new in zip(names, kinds, *split, strict=True):
-        for p, a, b in zip(asked, old, new, strict=True):
-            records[p.request]["answers"][name].append({"prompt": p.text, "before": a, "after": b})
+    for name, old, new in (
+        ("answers", before.continuations, after.continuations),
+        ("replies", before.replies, after.replies),
+    ):
+        if old is None or new is None:
+            continue
+        texts = [prompts.split(decode_each(tokenizer, tokens)) for tokens in (old, new)]
+        asked = prompts.split(prompts.all())
+        for kind, theirs, a, b in zip(_KINDS, asked, *texts, strict=True):
+            for record in records:
+                record.setdefault(name, {})[kind] = []
+            for prompt, x, y in zip(theirs, a, b, strict=True):
+                said = {"prompt": prompt.text, "before": x, "after": y}
+                records[prompt.request][name][kind].append(said)
     return records

@@ -12,6 +12,7 @@ _TITLES = {
     "probability": "probability (CounterFact)",
     "generated": "generated (greedy)",
     "contained": "contained (greedy)",
+    "chat": "chat (in the reply)",
 }
 
 

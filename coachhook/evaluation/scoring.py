@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from coachhook.editing.prompts import encode_target, gap_after
 from coachhook.models import end_tokens
 
 
@@ -52,16 +53,18 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Row]:
     """Tokenises ``prompt + " " + target``.
 
     The target's tokens are those of the whole text beyond the number of tokens of the prompt alone,
-    as in EasyEdit. Where the two tokenisations leave nothing (a prompt that ends in a space may
-    do so), the target is tokenised on its own.
+    as in EasyEdit. Where that leaves nothing, the target is tokenised on its own. After a prompt
+    that ends in white space it follows directly, as in edits.
     """
     if not pairs:
         return []
     whole = tokenizer([f"{prompt} {target}" for prompt, target in pairs])["input_ids"]
     alone = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     rows = []
-    for (_, target), full, prompt in zip(pairs, whole, alone, strict=True):
-        if len(full) <= len(prompt):
+    for (text, target), full, prompt in zip(pairs, whole, alone, strict=True):
+        if gap_after(text):
+            full = prompt + encode_target(tokenizer, target, text)
+        elif len(full) <= len(prompt):
             full = prompt + tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
         rows.append(Row(tuple(full), len(full) - len(prompt)))
     return rows
@@ -70,6 +73,39 @@ def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Row]:
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[tuple[int, ...]]:
     """Token ids of each prompt, the tokenizer's special tokens included."""
     return [tuple(ids) for ids in tokenizer(list(prompts))["input_ids"]] if prompts else []
+
+
+def encode_chat(op: str, tokenizer: Any, messages: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of each text as a user's message, up to where the reply begins.
+
+    A template that can leave out the model's thinking leaves it out.
+
+    Args:
+        op: the operation that error messages name.
+        tokenizer: the tokenizer, with a chat template.
+        messages: the texts, each a conversation of its own.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{op}: tokenizer must have a chat template to be asked in a chat, got none; ask a "
+            "model that was trained for chats, or leave the chat out"
+        )
+    if not messages:
+        return []
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        for message in messages
+    ]
+    # The template has written the start token itself.
+    return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def decode_each(tokenizer: Any, rows: Sequence[tuple[int, ...]]) -> list[str]:

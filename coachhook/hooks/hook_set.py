@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coachhook.hooks.context import GateContext, GateRecord
 from coachhook.hooks.layer import HookedLinear, State
-from coachhook.models import describe, get_submodule, linear_shape, set_submodule
+from coachhook.models import describe, get_submodule, set_submodule
 
 
 class HookSet(Mapping[int, HookedLinear]):
@@ -225,12 +225,11 @@ def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookS
     hooked = {}
     for layer in editable:
         base = get_submodule(model, layer.path)
-        n, m = linear_shape(base)
         dtype, device = _placement(base)
         hooked[layer.index] = HookedLinear(
             base,
-            in_features=n,
-            out_features=m,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
             index=layer.index,
             dtype=dtype,
             device=device,
