@@ -328,8 +328,8 @@ class Suffix:
         if self.passed is None:
             return []
 
-        def take(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            own.append(output.detach())
+        def take(_module: nn.Module, _args: Any, output: Any) -> None:
+            own.append(first_tensor(output).detach())
 
         return [self._down.register_forward_hook(take)]
 

@@ -62,6 +62,9 @@ def _is_bare_linear(module: nn.Module, dtype: torch.dtype) -> bool:
 class HookedLinear(nn.Module):
     """Wraps a module that maps the last dimension linearly, ``P = x W0^T + b``, with a hook.
 
+    Or one that maps it in any other way, as the experts of a block together do, with their output
+    for P; if it gives a tuple, the first entry is.
+
         y = P + Delta x     where the gate fires (state "validated"), or everywhere ("temporary")
         y = P               elsewhere, and everywhere in state "off" or without a Delta
 
@@ -311,7 +314,7 @@ class HookedLinear(nn.Module):
         paired, empty = self._store.kind == "pair", self._store.kind == "empty"
         self._fits = empty or paired == (self.scope == "membership")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Output of the base for ``x [B, T, n]`` or ``[B T, n]``, with the hook where it fires.
 
         Raises:
@@ -319,12 +322,14 @@ class HookedLinear(nn.Module):
                 the form the scope needs.
         """
         if self._state == "off" or self.context.disabled or not self._store.active:
-            plain: Tensor = self.base(x, *args, **kwargs)
-            return plain
+            return self.base(x, *args, **kwargs)
         # None: the op computes it together with the hook.
-        output: Tensor | None = None
+        output: Any = None
+        others: tuple[Any, ...] | None = None
         if args or kwargs or not (fuses_products(x) and _is_bare_linear(self.base, x.dtype)):
             output = self.base(x, *args, **kwargs)
+            if isinstance(output, tuple):  # of experts, with what their router says
+                output, others = output[0], output[1:]
         context, packing = self.context, self.context.packing
         rows, columns = self._grid(x, None if packing is None else packing[1])
         cu_seqlens = None if packing is None else packing[0].to(x.device)
@@ -351,7 +356,8 @@ class HookedLinear(nn.Module):
                     fired &= ~seen.isneginf()
             sink.append((self.index, seen, fired))
         shape = (*x.shape[:-1], self.out_features) if output is None else output.shape
-        return y.reshape(shape)
+        y = y.reshape(shape)
+        return y if others is None else (y, *others)
 
     def _grid(self, x: Tensor, packed: int | None) -> tuple[int, int]:
         """``(B, T)`` of the input; some models flatten it before their MLP.

@@ -11,15 +11,19 @@ from coachhook.models.families import default_layers
 class EditableLayer:
     """The down-projection of one block, ``y = W0 x + b`` with ``W0 [m, n]``.
 
+    Of a block with experts, the module that holds them: x is what they and their router read, y the
+    sum of what they give, and n = m = d.
+
     Attributes:
         index: index of the block.
-        path: dotted path of the down-projection from the model's root.
+        path: dotted path of the down-projection, or of that module, from the model's root.
         block_path: dotted path of the block.
-        in_features: n, the width of the MLP.
+        in_features: n, the width of the MLP; d where there are experts.
         out_features: m, the width of the residual stream.
         post_norm_path: dotted path of the norm that ``y`` passes before it is added to the residual
             (Gemma 2, OLMo 2); None where there is none.
         residual_scale: what ``y`` is multiplied by before that (Granite).
+        experts: whether the block has experts.
     """
 
     index: int
@@ -29,6 +33,7 @@ class EditableLayer:
     out_features: int
     post_norm_path: str | None = None
     residual_scale: float = 1.0
+    experts: bool = False
 
     @property
     def adds_directly(self) -> bool:

@@ -1,10 +1,11 @@
 """Finding the editable layers of a model: the family table first, then a routine by shape.
 
 The routine looks for the list of ``num_hidden_layers`` equal blocks, in a block for the one module
-outside attention that maps some width to the residual width, next to the blocks for the final norm,
-and asks transformers for the head. Then it adds a vector to the output of the first down-projection
-and accepts the model only if the block's output moves by just that vector (where a norm or a scale
-lies between, by what these make of it), and the logits are what norm and head give, or that times a
+outside attention that maps some width to the residual width, or for the one that holds the block's
+experts, next to the blocks for the final norm, and asks transformers for the head. Then it adds a
+vector to the output of the first down-projection, and of the first module with experts, and accepts
+the model only if the block's output moves by just that vector (where a norm or a scale lies
+between, by what these make of it), and the logits are what norm and head give, or that times a
 number, or capped as the configuration says. Whether attention and MLP lie beside each other shows
 in the first MLP's input: then it does not depend on the tokens before.
 """
@@ -32,6 +33,7 @@ _POST_MLP_NORMS = (
     "post_feed_forward_norm",
     "ffn_layernorm_output",
 )
+_ATTENTION_NAMES = ("attn", "attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff")
 _DOWN_NAMES = ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2", "wo")
 _NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f")
@@ -43,6 +45,8 @@ _PROBE_TOLERANCE = 0.05
 def describe(model: nn.Module) -> ModelDescription:
     """Find the editable down-projection of every block of a causal language model.
 
+    A block with experts has many; the module that holds them all is taken in their place.
+
     A model whose family is not in the table is run for one block on two tokens, to verify how the
     down-projection's output is added to the residual and to see whether attention and MLP lie
     beside each other, and without its blocks, to see what it makes of its head's output.
@@ -53,14 +57,12 @@ def describe(model: nn.Module) -> ModelDescription:
     Raises:
         TypeError: ``model`` is not a module, has no transformers configuration, or is compiled.
         UnsupportedModelError: no editable down-projection was found, or its output is not added to
-            the residual as it is or through one known norm or scale, the logits are not the head's
-            output times a number, or the model has experts; the message names what was looked for
-            and what was found.
+            the residual as it is or through one known norm or scale, or the logits are not the
+            head's output times a number; the message names what was looked for and what was found.
     """
     config = _text_config(model)
     family = FAMILIES.get(config.model_type) or _discover(model, config)
     blocks = _blocks(model, family)
-    _refuse_experts(model, blocks)
     _refuse_norm_after(model, config)
     layers = [_editable_layer(model, family, index, config) for index in range(len(blocks))]
     norm = _require(model, family.norm)
@@ -71,6 +73,9 @@ def describe(model: nn.Module) -> ModelDescription:
         parallel = getattr(config, parallel)
     if config.model_type not in FAMILIES:
         rest, cap = _probe(model, layers[0]), getattr(config, "final_logit_softcapping", None)
+        other = next((layer for layer in layers if layer.experts != layers[0].experts), None)
+        if other is not None:
+            _probe(model, other)
         scale = _logit_scale(model, blocks, rest, norm, get_submodule(model, head), cap)
         parallel = _is_parallel(model, layers[0])
     return ModelDescription(
@@ -129,14 +134,23 @@ def _require(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def _refuse_experts(model: nn.Module, blocks: nn.ModuleList) -> None:
-    for name, _ in blocks.named_modules():
-        if _EXPERT_NAMES.intersection(name.split(".")):
-            raise UnsupportedModelError(
-                "describe: every block must have one down-projection, got a mixture of experts "
-                f"in {type(model).__name__} (found {name!r} among its blocks); models with experts "
-                "are not supported"
-            )
+def _expert_layer(block: nn.Module) -> str | None:
+    """Name of the module of a block that holds its experts; None where it has none."""
+    holders = [
+        name
+        for name, child in block.named_children()
+        if not any(part in name for part in _ATTENTION_NAMES)
+        and any(
+            _EXPERT_NAMES.intersection((name, *path.split(".")))
+            for path, _ in child.named_modules()
+        )
+    ]
+    if len(holders) > 1:
+        raise UnsupportedModelError(
+            "describe: the experts of a block must lie in one module, got "
+            f"{', '.join(holders)} in {type(block).__name__}"
+        )
+    return holders[0] if holders else None
 
 
 def _refuse_norm_after(model: nn.Module, config: Any) -> None:
@@ -149,22 +163,26 @@ def _refuse_norm_after(model: nn.Module, config: Any) -> None:
 
 def _editable_layer(model: nn.Module, family: Family, index: int, config: Any) -> EditableLayer:
     hidden, block_path = config.hidden_size, f"{family.blocks}.{index}"
-    path = f"{block_path}.{family.down}"
-    module = _require(model, path)
-    if not is_linear_like(module):
-        raise UnsupportedModelError(
-            f"describe: {path} must map the last dimension linearly and say its shape "
-            f"(in_features, out_features), got {type(module).__name__}"
-        )
-    n, m = linear_shape(module)
+    block = get_submodule(model, block_path)
+    experts = _expert_layer(block)
+    path = f"{block_path}.{experts or family.down}"
+    n = m = hidden
+    if experts is None:
+        module = _require(model, path)
+        if not is_linear_like(module):
+            raise UnsupportedModelError(
+                f"describe: {path} must map the last dimension linearly and say its shape "
+                f"(in_features, out_features), got {type(module).__name__}"
+            )
+        n, m = linear_shape(module)
     if m != hidden:
         raise UnsupportedModelError(
             f"describe: {path} must map to the residual width {hidden}, got {n} -> {m}"
         )
-    inside = get_submodule(model, block_path)._modules
+    inside = block._modules
     norm = next((f"{block_path}.{name}" for name in _POST_MLP_NORMS if name in inside), None)
     scale = float(getattr(config, "residual_multiplier", 1.0))
-    return EditableLayer(index, path, block_path, n, m, norm, scale)
+    return EditableLayer(index, path, block_path, n, m, norm, scale, experts is not None)
 
 
 def _discover(model: nn.Module, config: Any) -> Family:
@@ -184,9 +202,9 @@ def _discover(model: nn.Module, config: Any) -> Family:
             f"{', '.join(FAMILIES)}"
         )
     blocks_path, blocks = lists[0]
-    _refuse_experts(model, blocks)
     _refuse_norm_after(model, config)
-    down = _find_down(model, blocks[0], hidden)
+    dense = next((block for block in blocks if _expert_layer(block) is None), None)
+    down = "" if dense is None else _find_down(model, dense, hidden)
     parent_path = blocks_path.rpartition(".")[0]
     parent = get_submodule(model, parent_path)
     norm = next((name for name in _NORM_NAMES if name in parent._modules), None)
@@ -247,14 +265,14 @@ def _find_down(model: nn.Module, block: nn.Module, hidden: int) -> str:
 
 def _probe(model: nn.Module, layer: EditableLayer) -> tuple[Any, ...] | None:
     """Checks how the layer's output is added; gives what a block gives besides it."""
-    plain, own, rest = _first_block_output(model, layer, None)
+    plain, own, rest = _block_output(model, layer, None)
     # The vector is as large as the stream, so that rounding cannot hide it nor a norm swallow it.
     signs = torch.arange(layer.out_features, device=plain.device) % 2 * 2 - 1
     vector = signs.to(plain.dtype) * plain.abs().mean()
     passed = passage(model, layer)
     with torch.no_grad():
         expected = passed(own + vector.to(own)) - passed(own)
-    moved = _first_block_output(model, layer, vector)[0] - plain - expected.to(plain)
+    moved = _block_output(model, layer, vector)[0] - plain - expected.to(plain)
     if not bool(moved.norm(dim=-1).max() <= _PROBE_TOLERANCE * expected.norm(dim=-1).min()):
         how = "as it is"
         if not layer.adds_directly:
@@ -268,19 +286,21 @@ def _probe(model: nn.Module, layer: EditableLayer) -> tuple[Any, ...] | None:
     return rest
 
 
-def _first_block_output(
+def _block_output(
     model: nn.Module, layer: EditableLayer, vector: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Any, ...] | None]:
-    """The first block's output, that of its down-projection, and what the block gives besides."""
+    """A block's output, that of its down-projection, and what the block gives besides."""
     answers: list[Any] = []
 
-    def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        answers.append(output.detach())
-        return output if vector is None else output + vector.to(output)
+    def add(_module: nn.Module, _args: object, output: Any) -> Any:
+        own, *others = output if isinstance(output, tuple) else (output,)
+        answers.append(own.detach())
+        moved = own if vector is None else own + vector.to(own)
+        return (moved, *others) if isinstance(output, tuple) else moved
 
     def stop(_module: nn.Module, _args: object, output: Any) -> None:
         answers.append(output)
-        raise ForwardEnded  # once the first block has answered
+        raise ForwardEnded  # once the block has answered
 
     down = get_submodule(model, layer.path).register_forward_hook(add)
     block = get_submodule(model, layer.block_path).register_forward_hook(stop)

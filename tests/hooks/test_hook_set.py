@@ -104,7 +104,7 @@ def test_attaching_is_refused_before_anything_is_changed() -> None:
     assert traces(model) == before
     hooks.detach()
     attach_hooks(model, [2]).detach()
-    config_class, arguments, _ = REFUSED["mixtral"]
+    config_class, arguments, _ = REFUSED["mamba"]
     with pytest.raises(UnsupportedModelError):
         attach_hooks(build(config_class, arguments), [0])
     model.compile()

@@ -114,17 +114,77 @@ INDIRECT: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 DISCOVERED |= INDIRECT
 
+# Blocks with experts, some after a first one without; path of the module that holds them.
+_EXPERTS = _GROUPED | dict(num_experts_per_tok=2)
+_ROUTED = _EXPERTS | dict(
+    n_routed_experts=4, moe_intermediate_size=16, first_k_dense_replace=1, n_group=1, topk_group=1
+)
+EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    name: (config_class, arguments, f"model.layers.1.{path}")
+    for name, config_class, arguments, path in (
+        ("mixtral", "MixtralConfig", _EXPERTS | dict(num_local_experts=4), "mlp"),
+        (
+            "qwen2_moe",
+            "Qwen2MoeConfig",
+            _EXPERTS
+            | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+            "mlp",
+        ),
+        (
+            "qwen3_moe",
+            "Qwen3MoeConfig",
+            _EXPERTS | dict(num_experts=4, moe_intermediate_size=16, head_dim=8),
+            "mlp",
+        ),
+        ("olmoe", "OlmoeConfig", _EXPERTS | dict(num_experts=4), "mlp"),
+        (
+            "gpt_oss",
+            "GptOssConfig",
+            _EXPERTS | dict(num_local_experts=4, head_dim=8, sliding_window=8),
+            "mlp",
+        ),
+        (
+            "deepseek_v3",
+            "DeepseekV3Config",
+            _ROUTED
+            | dict(
+                num_key_value_heads=4,
+                q_lora_rank=16,
+                kv_lora_rank=8,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=4,
+                v_head_dim=8,
+            ),
+            "mlp",
+        ),
+        ("glm4_moe", "Glm4MoeConfig", _ROUTED | dict(head_dim=8), "mlp"),
+        (
+            "llama4",
+            "Llama4TextConfig",
+            _GROUPED
+            | dict(
+                head_dim=8,
+                intermediate_size_mlp=WIDTH,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                interleave_moe_layer_step=2,
+            ),
+            "feed_forward",
+        ),
+        (
+            "granitemoe",
+            "GraniteMoeConfig",
+            _EXPERTS | dict(num_local_experts=4, residual_multiplier=0.5),
+            "block_sparse_moe",
+        ),
+        ("flex_olmo", "FlexOlmoConfig", _EXPERTS | dict(num_experts=4), "mlp"),
+    )
+}
+
 # name -> (configuration class, arguments, what the refusal must name)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "opt-350m": ("OPTConfig", _OPT | dict(do_layer_norm_before=False), "do_layer_norm_before"),
     "opt-projected": ("OPTConfig", _OPT | dict(word_embed_proj_dim=16), "a projection in between"),
-    "mixtral": ("MixtralConfig", _GROUPED | dict(num_local_experts=2), "mixture of experts"),
-    "qwen2_moe": (
-        "Qwen2MoeConfig",
-        _GROUPED
-        | dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
-        "mixture of experts",
-    ),
     "mamba": (
         "MambaConfig",
         dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS),
@@ -149,7 +209,7 @@ def build(config_class: str, arguments: dict[str, Any]) -> Any:
 
 def tiny(name: str, change: Callable[[dict[str, Any]], None] | None = None) -> Any:
     """The tiny model of a supported or discovered family."""
-    config_class, arguments, _ = (SUPPORTED | DISCOVERED)[name]
+    config_class, arguments, _ = (SUPPORTED | DISCOVERED | EXPERTS)[name]
     arguments = dict(arguments)
     if change is not None:
         change(arguments)

@@ -18,7 +18,18 @@ from coachhook.models import (
 )
 from coachhook.models.families import default_layers
 
-from .families import DISCOVERED, HIDDEN, INDIRECT, LAYERS, REFUSED, SUPPORTED, build, tiny
+from .families import (
+    DISCOVERED,
+    EXPERTS,
+    HIDDEN,
+    INDIRECT,
+    LAYERS,
+    REFUSED,
+    SUPPORTED,
+    WIDTH,
+    build,
+    tiny,
+)
 
 FOUND = SUPPORTED | DISCOVERED
 
@@ -56,8 +67,39 @@ def test_layers_are_found_with_their_shapes(name: str) -> None:
     assert "attention_mask" in calls[0]
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_taken_together(name: str) -> None:
+    config_class, _, path = EXPERTS[name]
+    if not hasattr(transformers, config_class):
+        pytest.skip(f"transformers {transformers.__version__} has no {config_class}")
+    model = tiny(name)
+    first, layer, _ = describe(model).layers
+    assert layer.path == path.replace("mlp", _holder(model)) and layer.experts
+    assert (layer.in_features, layer.out_features) == (HIDDEN, HIDDEN)
+    read, given = [], []
+    module = get_submodule(model, layer.path)
+    module.register_forward_pre_hook(lambda _m, args: read.append(args[0]))
+    module.register_forward_hook(lambda _m, _a, output: given.append(output))
+    model(torch.tensor([[3, 4, 5]]))
+    assert read[0].shape[-1] == HIDDEN
+    output = given[0][0] if isinstance(given[0], tuple) else given[0]
+    assert output.shape[-1] == HIDDEN
+    # Where the first block has none, its own down-projection is taken.
+    dense = name in ("deepseek_v3", "glm4_moe", "llama4")
+    assert first.experts is not dense
+    assert (first.in_features == WIDTH) is dense
+
+
+def _holder(model) -> str:
+    """Versions of transformers differ in Mixtral's name of it."""
+    names = dict(model.model.layers[1].named_children())
+    return "mlp" if "mlp" in names else "block_sparse_moe"
+
+
+@pytest.mark.parametrize("name", [*FOUND, *EXPERTS])
 def test_a_vector_added_to_the_layer_is_added_to_the_block(name: str) -> None:
+    if not hasattr(transformers, (FOUND | EXPERTS)[name][0]):
+        pytest.skip(f"transformers {transformers.__version__} has no such model")
     model = tiny(name)
     layer = describe(model).layer(1)
     ids = torch.randint(3, 60, (2, 7))
@@ -73,15 +115,22 @@ def test_a_vector_added_to_the_layer_is_added_to_the_block(name: str) -> None:
         handle = down.register_forward_hook(lambda _m, _a, output: inner.append(output))
         model(ids)
         handle.remove()
-        handle = down.register_forward_hook(lambda _m, _a, output: output + vector)
+
+        def add(_module, _args, output):
+            if isinstance(output, tuple):
+                return (output[0] + vector, *output[1:])
+            return output + vector
+
+        handle = down.register_forward_hook(add)
         model(ids)
         handle.remove()
         block.remove()
     plain, moved = outputs
     # Elsewhere the vector passes a norm or a scale first.
-    assert layer.adds_directly is (name not in INDIRECT)
+    behind = name in (*INDIRECT, "granitemoe", "flex_olmo")
+    assert layer.adds_directly is not behind
     change, own = vector.expand_as(plain), inner[0]
-    if name in INDIRECT:
+    if behind:
         passed = passage(model, layer)
         change = passed(own + vector) - passed(own)
     torch.testing.assert_close(moved - plain, change, rtol=1e-4, atol=1e-4)
