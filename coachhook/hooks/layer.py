@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from coachhook.hooks.cache_state import GateState
 from coachhook.hooks.context import GateContext
 from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
+from coachhook.models import GatheredInput
 from coachhook.ops import (
     Membership,
     Population,
@@ -79,6 +80,7 @@ class HookedLinear(nn.Module):
         dtype: compute dtype of the hook, float32 or float64.
         device: where the hook's buffers live.
         context: what is known of the running forward; shared by the hooks of a model.
+        gathered: makes the input whole where the processes of a tensor-parallel model give slices.
 
     Attributes:
         scope: what a token is judged against: ``"sequence"``, ``"prefix"``, ``"population"`` or
@@ -100,6 +102,7 @@ class HookedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         context: GateContext | None = None,
+        gathered: GatheredInput | None = None,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
@@ -116,6 +119,7 @@ class HookedLinear(nn.Module):
         self.out_features = out_features
         self.index = index
         self.context = context or GateContext()
+        self._gathered = gathered
         self.scope: ScopeKind = "sequence"
         self.include_padding = False
         self._state: State = "off"
@@ -314,6 +318,10 @@ class HookedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the base for ``x [B, T, n]`` or ``[B T, n]``, with the hook where it fires.
 
+        In a tensor-parallel model ``x`` is this process's slice and the base's output the sum over
+        the processes. The hook reads the whole input: each process then decides by the same
+        numbers, and adds the same correction once.
+
         Raises:
             ValueError: the input does not fit the forward it is part of, or Delta is not stored in
                 the form the scope needs.
@@ -325,6 +333,8 @@ class HookedLinear(nn.Module):
         output: Tensor | None = None
         if args or kwargs or not (fuses_products(x) and _is_bare_linear(self.base, x.dtype)):
             output = self.base(x, *args, **kwargs)
+        if self._gathered is not None:
+            x = self._gathered(x)
         context, packing = self.context, self.context.packing
         rows, columns = self._grid(x, None if packing is None else packing[1])
         cu_seqlens = None if packing is None else packing[0].to(x.device)

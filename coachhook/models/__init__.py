@@ -25,14 +25,22 @@ from coachhook.models.modules import (
     weight_of,
 )
 from coachhook.models.partial import ForwardEnded, partial_forward, skipped
+from coachhook.models.sharded import (
+    GatheredInput,
+    check_gatherable,
+    check_whole,
+)
 
 __all__ = [
     "EditableLayer",
     "ForwardEnded",
+    "GatheredInput",
     "ModelDescription",
     "check_finite",
+    "check_gatherable",
     "check_gradients",
     "check_padding",
+    "check_whole",
     "describe",
     "end_tokens",
     "evaluating",

@@ -15,7 +15,13 @@ from torch import nn
 
 from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.hooks import attached_hooks
-from coachhook.models import check_finite, describe, evaluating, prepare_tokenizer
+from coachhook.models import (
+    check_finite,
+    check_whole,
+    describe,
+    evaluating,
+    prepare_tokenizer,
+)
 from coachhook.statistics import Statistics
 
 _Self = TypeVar("_Self", bound="Baseline")
