@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.hooks.context import GateContext, GateRecord
+from coachhook.hooks.gathered import GatheredInput
 from coachhook.hooks.layer import HookedLinear, State
 from coachhook.models import (
-    GatheredInput,
+    check_gatherable,
     describe,
     get_submodule,
     linear_shape,
@@ -231,13 +232,14 @@ def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookS
             "attach_hooks: model must not be compiled yet, got one after model.compile(); compile "
             "after attaching"
         )
+    check_gatherable("attach_hooks", model)
     context = GateContext()
     hooked = {}
     for layer in editable:
         base = get_submodule(model, layer.path)
         n, m = linear_shape(base)
         dtype, device = _placement(base)
-        gathered = GatheredInput.of("attach_hooks", model, layer, base)
+        gathered = GatheredInput.of("attach_hooks", layer, base)
         hooked[layer.index] = HookedLinear(
             base,
             in_features=n,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from coachhook.hooks.cache_state import GateState
 from coachhook.hooks.context import GateContext
+from coachhook.hooks.gathered import GatheredInput
 from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
-from coachhook.models import GatheredInput
 from coachhook.ops import (
     Membership,
     Population,

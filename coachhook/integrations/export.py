@@ -270,6 +270,7 @@ def export_edits(
         FormatError: not an EDITS folder, damaged, or of a newer version.
         FingerprintMismatchError: the edits belong to other weights.
         ImportError: format "lora", and peft is not installed.
+        UnsupportedModelError: several processes hold the model together.
         ValueError: another argument does not fit. So far nothing was written.
         OSError: the folder could not be written; nothing is left of it.
     """

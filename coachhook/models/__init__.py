@@ -25,16 +25,11 @@ from coachhook.models.modules import (
     weight_of,
 )
 from coachhook.models.partial import ForwardEnded, partial_forward, skipped
-from coachhook.models.sharded import (
-    GatheredInput,
-    check_gatherable,
-    check_whole,
-)
+from coachhook.models.sharded import check_gatherable, check_whole, is_sharded
 
 __all__ = [
     "EditableLayer",
     "ForwardEnded",
-    "GatheredInput",
     "ModelDescription",
     "check_finite",
     "check_gatherable",
@@ -47,6 +42,7 @@ __all__ = [
     "fused_activations",
     "get_submodule",
     "is_linear_like",
+    "is_sharded",
     "linear_shape",
     "load_model",
     "partial_forward",

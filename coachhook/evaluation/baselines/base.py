@@ -68,7 +68,8 @@ class Baseline(ABC):
     Raises:
         FingerprintMismatchError: the statistics belong to other weights.
         TypeError: ``config`` is of another class.
-        UnsupportedModelError: nothing editable was found in the model.
+        UnsupportedModelError: nothing editable was found in the model, or several processes hold it
+            together (tensor parallelism, FSDP2).
         ValueError: statistics are missing, hooks are attached, a weight is not finite, or a setting
             does not fit the model.
     """
@@ -86,6 +87,7 @@ class Baseline(ABC):
         statistics: Statistics | None = None,
         config: Any | None = None,
     ) -> None:
+        check_whole(self.name, model)
         if attached_hooks(model) is not None:
             raise ValueError(
                 f"{self.name}: model must have no hooks, got one with hooks attached; detach them"
