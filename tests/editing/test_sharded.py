@@ -100,6 +100,13 @@ def gathered():
 for way in ways:
     model = load(way)
     found = {"refused": dict(refusals(model)), "gathered": list(gathered())}
+    if way == "torch":
+        with torch.no_grad(), ch.attach(model, folder + "/edits") as handle:
+            handle.hooks.reserve(64, cues=True)
+            prompt = open(folder + "/prompts.txt").readline().strip()
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            eager, compiled = model(ids), torch.compile(model, backend="aot_eager")(ids)
+            torch.testing.assert_close(compiled.logits, eager.logits)
     if way != "fsdp-root":
         found["fingerprint"] = fingerprint(model)
         save_file(answers(model, tokenizer, folder), f"{folder}/{way}-{rank}.safetensors")
@@ -242,7 +249,7 @@ def test_a_model_in_slices_answers_as_the_whole_one(tmp_path):
     _check_refusals(json.loads((tmp_path / "fsdp-root-0.json").read_text())["refused"])
 
 
-@pytest.mark.slow  # statistics, an edit and a launch of torchrun
+@pytest.mark.slow  # statistics, an edit, a launch of torchrun, a compiled graph
 def test_real_facts_are_answered_by_a_model_in_slices(shared_dir, tmp_path):
     source = shared_dir / "models" / "factlm-llama"
     model, tokenizer = load_model(source, dtype=torch.float32)
