@@ -15,12 +15,14 @@ def is_sharded(value: object) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
-def check_whole(op: str, model: nn.Module) -> None:
+def check_whole(op: str, model: object) -> None:
     """Check that this process holds every weight of ``model`` whole.
 
     Raises:
         UnsupportedModelError: several processes hold it together (tensor parallelism, FSDP2).
     """
+    if not isinstance(model, nn.Module):
+        return  # which describe has words for
     sharded = (name for name, value in model.named_parameters() if is_sharded(value))
     # FSDP2 may leave weights whole after a forward, until the next: its modules have a way back.
     fsdp = (name or "model" for name, module in model.named_modules() if hasattr(module, "unshard"))

@@ -297,3 +297,10 @@ def test_slices_in_plain_tensors_are_refused(tmp_path):
     model.model.layers[1].mlp.down_proj._hf_tp_plan = None
     model.model.norm._hf_tp_plan = "replicated_with_grad_allreduce"
     assert fingerprint(model) == fingerprint(tiny("llama"))
+
+
+def test_what_is_no_model_is_refused_in_the_words_for_that():
+    with pytest.raises(TypeError, match="model must be a torch module, got str"):
+        ch.collect_statistics("gpt2", None, ["a text"])
+    with pytest.raises(TypeError, match="model must be a torch module, got str"):
+        ch.Editor("gpt2", None, statistics=None)
