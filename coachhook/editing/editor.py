@@ -54,6 +54,7 @@ from coachhook.hooks import HookSet, attach_hooks
 from coachhook.models import (
     check_finite,
     check_padding,
+    check_whole,
     describe,
     end_tokens,
     evaluating,
@@ -92,7 +93,8 @@ class Editor:
         FingerprintMismatchError: the statistics belong to other weights.
         NotPositiveDefiniteError: a covariance is singular (too few tokens).
         TypeError: statistics or config are something else.
-        UnsupportedModelError: nothing editable was found.
+        UnsupportedModelError: nothing editable was found, or several processes hold the model
+            together (tensor parallelism, FSDP2).
         ValueError: a layer or its statistics are missing, or a weight is not finite.
     """
 
@@ -104,6 +106,7 @@ class Editor:
         statistics: Statistics,
         config: EditConfig | None = None,
     ) -> None:
+        check_whole("Editor", model)
         config = EditConfig.for_model(model) if config is None else config
         check_kind("Editor: statistics", statistics, Statistics)
         check_kind("Editor: config", config, EditConfig)
@@ -212,7 +215,9 @@ class Editor:
         Raises:
             FormatError: not an EDITS folder, damaged, or of a newer version.
             FingerprintMismatchError: the edits belong to other weights.
+            UnsupportedModelError: as for a new Editor.
         """
+        check_whole("Editor.load", model)
         check_finite(model)
         state = load_state(path, expected=fingerprint(model), model=model)
         editor = cls.__new__(cls)

@@ -28,7 +28,7 @@ from coachhook.evaluation.datasets import find_subject
 from coachhook.evaluation.intervals import wilson
 from coachhook.evaluation.oracle import oracle
 from coachhook.hooks import attached_hooks
-from coachhook.models import describe, evaluating, prepare_tokenizer
+from coachhook.models import check_whole, describe, evaluating, prepare_tokenizer
 
 # A difference in the score below this is none.
 _TIE = 0.02
@@ -114,9 +114,11 @@ def suggest_layers(
         The advice.
 
     Raises:
+        UnsupportedModelError: several processes hold the model together.
         ValueError: there is no request or no layer, hooks are attached, or a layer is out of range
             or a request does not fit the tokenizer or the context window.
     """
+    check_whole("suggest_layers", model)
     if not requests:
         raise ValueError("suggest_layers: requests must not be empty, got none")
     if attached_hooks(model) is not None:

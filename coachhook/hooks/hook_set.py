@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.hooks.context import GateContext, GateRecord
+from coachhook.hooks.gathered import GatheredInput
 from coachhook.hooks.layer import HookedLinear, State
-from coachhook.models import describe, get_submodule, set_submodule
+from coachhook.models import (
+    check_gatherable,
+    describe,
+    get_submodule,
+    set_submodule,
+)
 
 
 class HookSet(Mapping[int, HookedLinear]):
@@ -196,12 +202,16 @@ def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookS
     :func:`attached_hooks` finds its hooks. Gradient checkpointing runs blocks again when the mask
     is no longer known: train hooked models without it.
 
+    Of a model that several processes hold together as DTensors (tensor parallelism, FSDP2) each of
+    them attaches the same hooks, and holds them whole.
+
     Args:
         model: a causal language model of transformers.
         layers: indices of the blocks to hook; None for the model's default layers.
 
     Raises:
-        UnsupportedModelError: the model has no editable down-projections.
+        UnsupportedModelError: the model has no editable down-projections, or is tensor-parallel in
+            another way than with DTensors on a mesh of one dimension.
         TypeError: not a transformers model, or a compiled one.
         ValueError: an index out of range or given twice, no index at all, or hooks are attached
             already.
@@ -221,11 +231,13 @@ def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookS
             "attach_hooks: model must not be compiled yet, got one after model.compile(); compile "
             "after attaching"
         )
+    check_gatherable("attach_hooks", model)
     context = GateContext()
     hooked = {}
     for layer in editable:
         base = get_submodule(model, layer.path)
         dtype, device = _placement(base)
+        gathered = GatheredInput.of("attach_hooks", layer, base)
         hooked[layer.index] = HookedLinear(
             base,
             in_features=layer.in_features,
@@ -234,6 +246,7 @@ def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookS
             dtype=dtype,
             device=device,
             context=context,
+            gathered=gathered,
         )
     paths = {layer.index: layer.path for layer in editable}
     context.watch(get_submodule(model, description.base_model_path))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coachhook.hooks.cache_state import GateState
 from coachhook.hooks.context import GateContext
+from coachhook.hooks.gathered import GatheredInput
 from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
 from coachhook.ops import (
     Membership,
@@ -82,6 +83,7 @@ class HookedLinear(nn.Module):
         dtype: compute dtype of the hook, float32 or float64.
         device: where the hook's buffers live.
         context: what is known of the running forward; shared by the hooks of a model.
+        gathered: makes the input whole where the processes of a tensor-parallel model give slices.
 
     Attributes:
         scope: what a token is judged against: ``"sequence"``, ``"prefix"``, ``"population"`` or
@@ -103,6 +105,7 @@ class HookedLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         context: GateContext | None = None,
+        gathered: GatheredInput | None = None,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
@@ -119,6 +122,7 @@ class HookedLinear(nn.Module):
         self.out_features = out_features
         self.index = index
         self.context = context or GateContext()
+        self._gathered = gathered
         self.scope: ScopeKind = "sequence"
         self.include_padding = False
         self._state: State = "off"
@@ -317,6 +321,10 @@ class HookedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Output of the base for ``x [B, T, n]`` or ``[B T, n]``, with the hook where it fires.
 
+        In a tensor-parallel model ``x`` is this process's slice and the base's output the sum over
+        the processes. The hook reads the whole input: each process then decides by the same
+        numbers, and adds the same correction once.
+
         Raises:
             ValueError: the input does not fit the forward it is part of, or Delta is not stored in
                 the form the scope needs.
@@ -330,6 +338,8 @@ class HookedLinear(nn.Module):
             output = self.base(x, *args, **kwargs)
             if isinstance(output, tuple):  # of experts, with what their router says
                 output, others = output[0], output[1:]
+        if self._gathered is not None:
+            x = self._gathered(x)
         context, packing = self.context, self.context.packing
         rows, columns = self._grid(x, None if packing is None else packing[1])
         cu_seqlens = None if packing is None else packing[0].to(x.device)

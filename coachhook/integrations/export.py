@@ -34,7 +34,7 @@ from coachhook.integrations.corrections import (
 )
 from coachhook.integrations.lora import LoraAdapter, adapter_dtype, adapter_in, import_peft
 from coachhook.integrations.merged import MergedWeights
-from coachhook.models import describe, get_submodule, weight_of
+from coachhook.models import check_whole, describe, get_submodule, weight_of
 from coachhook.statistics import read_texts
 from coachhook.store import check_writable, fingerprint, read_manifest, write_folder_atomically
 from coachhook.store.strict_json import to_json
@@ -76,6 +76,7 @@ class Export:
         )
         if not isinstance(text_tokens, int) or text_tokens < 2:
             raise ValueError(f"export: text_tokens must be an integer from 2, got {text_tokens!r}")
+        check_whole("export", model)
         self._model, self._tokenizer = model, tokenizer
         self._edits, self._out, self._format = Path(edits), Path(out), format
         self._asked, self._text_tokens, self._progress = measure, text_tokens, progress
@@ -269,6 +270,7 @@ def export_edits(
         FormatError: not an EDITS folder, damaged, or of a newer version.
         FingerprintMismatchError: the edits belong to other weights.
         ImportError: format "lora", and peft is not installed.
+        UnsupportedModelError: several processes hold the model together.
         ValueError: another argument does not fit. So far nothing was written.
         OSError: the folder could not be written; nothing is left of it.
     """

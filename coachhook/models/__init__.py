@@ -25,20 +25,24 @@ from coachhook.models.modules import (
     weight_of,
 )
 from coachhook.models.partial import ForwardEnded, partial_forward, skipped
+from coachhook.models.sharded import check_gatherable, check_whole, is_sharded
 
 __all__ = [
     "EditableLayer",
     "ForwardEnded",
     "ModelDescription",
     "check_finite",
+    "check_gatherable",
     "check_gradients",
     "check_padding",
+    "check_whole",
     "describe",
     "end_tokens",
     "evaluating",
     "fused_activations",
     "get_submodule",
     "is_linear_like",
+    "is_sharded",
     "linear_shape",
     "load_model",
     "partial_forward",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from coachhook.errors import UnsupportedModelError
 from coachhook.models.description import EditableLayer
+from coachhook.models.sharded import is_sharded
 
 # Of what a layer that rounds its inputs, too, has for a gradient.
 _GRADIENT_TOLERANCE = 0.25
@@ -97,8 +99,12 @@ def weight_of(module: nn.Module) -> Tensor | None:
 def plain_parts(value: Tensor) -> Iterator[Tensor]:
     """The ordinary tensors that a tensor is made of: itself, or the parts of a subclass.
 
-    A quantised weight of torchao, for one, answers to products alone.
+    A quantised weight of torchao, for one, answers to products alone. A DTensor is gathered: all
+    processes that hold it must ask.
     """
+    if is_sharded(value):
+        yield from plain_parts(cast(Any, value).full_tensor())
+        return
     if type(value) in (Tensor, nn.Parameter) or not hasattr(value, "__tensor_flatten__"):
         yield value
         return

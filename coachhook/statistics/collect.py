@@ -11,7 +11,13 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from coachhook.models import EditableLayer, ModelDescription, describe, fused_activations
+from coachhook.models import (
+    EditableLayer,
+    ModelDescription,
+    check_whole,
+    describe,
+    fused_activations,
+)
 from coachhook.statistics.accumulate import KeySums, frozen
 from coachhook.statistics.batches import TokenStream, make_batches
 from coachhook.statistics.checkpoint import Checkpoint, Position, window_digest
@@ -99,8 +105,10 @@ def collect_statistics(
             processes were given different texts or settings.
         FingerprintMismatchError: `checkpoint_dir` holds the state of a run on other weights.
         FormatError: the state in `checkpoint_dir` is damaged.
-        UnsupportedModelError: the model has no layers that can be edited.
+        UnsupportedModelError: the model has no layers that can be edited, or the processes hold it
+            together (tensor parallelism, FSDP2) instead of whole in each.
     """
+    check_whole("collect_statistics", model)
     description = describe(model)
     chosen = _chosen_layers(description, layers)
     share = Share.of_default_group()

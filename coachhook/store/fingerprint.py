@@ -8,7 +8,7 @@ import json
 import torch
 from torch import Tensor, nn
 
-from coachhook.models import is_linear_like, plain_parts
+from coachhook.models import check_gatherable, is_linear_like, plain_parts
 
 _SCHEME = "coachhook fingerprint 1"
 _BLOCKS = 64
@@ -30,9 +30,14 @@ def fingerprint(model: nn.Module) -> str:
     appear under each of their names, whether the tie still holds or not. The device does not
     matter. A quantised model has another fingerprint than the one it was made from.
 
+    Weights that several processes hold together as DTensors are gathered one after another, in all
+    of these processes: the fingerprint is that of the whole model.
+
     Raises:
+        UnsupportedModelError: the model is tensor-parallel and its weights are no DTensors.
         ValueError: a parameter is on the meta device and has no values.
     """
+    check_gatherable("fingerprint", model)
     digest = hashlib.sha256(_SCHEME.encode())
     digest.update(json.dumps(_config_essentials(model), sort_keys=True).encode())
     # A quantised layer may keep its weight in buffers.

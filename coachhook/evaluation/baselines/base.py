@@ -15,7 +15,13 @@ from torch import nn
 
 from coachhook.editing.requests import EditRequest, check_requests
 from coachhook.hooks import attached_hooks
-from coachhook.models import check_finite, describe, evaluating, prepare_tokenizer
+from coachhook.models import (
+    check_finite,
+    check_whole,
+    describe,
+    evaluating,
+    prepare_tokenizer,
+)
 from coachhook.statistics import Statistics
 
 _Self = TypeVar("_Self", bound="Baseline")
@@ -62,7 +68,8 @@ class Baseline(ABC):
     Raises:
         FingerprintMismatchError: the statistics belong to other weights.
         TypeError: ``config`` is of another class.
-        UnsupportedModelError: nothing editable was found in the model.
+        UnsupportedModelError: nothing editable was found in the model, or several processes hold it
+            together (tensor parallelism, FSDP2).
         ValueError: statistics are missing, hooks are attached, a weight is not finite, or a setting
             does not fit the model.
     """
@@ -80,6 +87,7 @@ class Baseline(ABC):
         statistics: Statistics | None = None,
         config: Any | None = None,
     ) -> None:
+        check_whole(self.name, model)
         if attached_hooks(model) is not None:
             raise ValueError(
                 f"{self.name}: model must have no hooks, got one with hooks attached; detach them"
