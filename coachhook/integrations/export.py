@@ -355,8 +355,8 @@ def _plain_weight(model: nn.Module, path: str) -> Tensor:
     weight = weight_of(module)
     if weight is None:
         raise ValueError(
-            f"export: {path} must have a plain weight, got {type(module).__name__}; load the model "
-            "without quantisation or adapters"
+            f"export: {path} must have a plain weight, got {type(module).__name__}; quantised "
+            "layers have none, nor have those with adapters and the experts of a block"
         )
     return weight
 

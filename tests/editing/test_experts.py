@@ -8,8 +8,11 @@ import pytest
 import torch
 
 import coachhook as ch
+from coachhook.errors import UnsupportedModelError
 from coachhook.evaluation import evaluate
+from coachhook.evaluation.baselines import BASELINES
 from coachhook.evaluation.datasets import load_facts
+from coachhook.integrations import export_edits
 from coachhook.models import describe, load_model
 from tests.editing.upcycled import upcycle
 
@@ -90,3 +93,19 @@ def test_several_layers_and_the_published_algorithm(made, shared_dir):
     found = evaluate(model, tokenizer, facts, hooks=editor.hooks, generate=False, progress=False)
     assert found["teacher_forced"]["after"]["reliability"] >= 0.5
     editor.detach()
+
+
+def test_what_cannot_be_done_with_experts_says_so(made, tmp_path):
+    model, tokenizer, facts, statistics = made
+    for name, baseline in BASELINES.items():
+        if baseline.needs_projections:
+            with pytest.raises(UnsupportedModelError, match=f"^{name}: .* got experts in model"):
+                baseline(model, tokenizer, statistics=statistics)
+    with BASELINES["retrieval"](model, tokenizer) as retrieval:
+        assert retrieval.edit(facts[:2]).converged
+    editor = ch.Editor(model, tokenizer, statistics=statistics)
+    editor.edit(facts[:2])
+    editor.save(tmp_path / "edits")
+    editor.detach()
+    with pytest.raises(ValueError, match="nor have .* the experts of a block"):
+        export_edits(model, tokenizer, tmp_path / "edits", tmp_path / "out")

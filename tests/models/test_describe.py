@@ -130,6 +130,7 @@ def test_a_vector_added_to_the_layer_is_added_to_the_block(name: str) -> None:
     behind = name in (*INDIRECT, "granitemoe", "flex_olmo")
     assert layer.adds_directly is not behind
     change, own = vector.expand_as(plain), inner[0]
+    own = own[0] if isinstance(own, tuple) else own
     if behind:
         passed = passage(model, layer)
         change = passed(own + vector) - passed(own)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from coachhook.editing.requests import EditRequest, check_requests
+from coachhook.errors import UnsupportedModelError
 from coachhook.hooks import attached_hooks
 from coachhook.models import (
     check_finite,
@@ -63,13 +64,14 @@ class Baseline(ABC):
         reference: the paper.
         config_type: class of the settings, a frozen dataclass.
         needs_statistics: whether ``statistics`` must be given.
+        needs_projections: whether every block must have one down-projection, and no experts.
         config: the settings.
 
     Raises:
         FingerprintMismatchError: the statistics belong to other weights.
         TypeError: ``config`` is of another class.
-        UnsupportedModelError: nothing editable was found in the model, or several processes hold it
-            together (tensor parallelism, FSDP2).
+        UnsupportedModelError: nothing editable was found in the model, it has experts, or several
+            processes hold it together (tensor parallelism, FSDP2).
         ValueError: statistics are missing, hooks are attached, a weight is not finite, or a setting
             does not fit the model.
     """
@@ -78,6 +80,7 @@ class Baseline(ABC):
     reference: ClassVar[str]
     config_type: ClassVar[type]
     needs_statistics: ClassVar[bool] = False
+    needs_projections: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -91,6 +94,13 @@ class Baseline(ABC):
         if attached_hooks(model) is not None:
             raise ValueError(
                 f"{self.name}: model must have no hooks, got one with hooks attached; detach them"
+            )
+        self._description = describe(model)
+        experts = next((layer.path for layer in self._description.layers if layer.experts), None)
+        if experts is not None and self.needs_projections:
+            raise UnsupportedModelError(
+                f"{self.name}: every block must have one down-projection, got experts in "
+                f"{experts}; of such models our own edits, retrieval and serac can be compared"
             )
         if config is None:
             config = self.configure(model)
@@ -109,7 +119,6 @@ class Baseline(ABC):
         self.config: Any = config
         self._model: Any = model
         self._tokenizer = prepare_tokenizer(tokenizer)
-        self._description = describe(model)
         self._statistics = statistics
         self._depth = 0
         self._closed = False

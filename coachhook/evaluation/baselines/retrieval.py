@@ -92,6 +92,7 @@ class Retrieval(Baseline):
         "after Zheng et al. 2023, Can We Edit Factual Knowledge by In-Context Learning?, EMNLP"
     )
     config_type: ClassVar[type] = RetrievalConfig
+    needs_projections: ClassVar[bool] = False
 
     def _start(self) -> None:
         self._facts: list[EditRequest] = []

@@ -205,6 +205,7 @@ class Serac(Baseline):
         "(SERAC)"
     )
     config_type = SeracConfig
+    needs_projections = False
     config: SeracConfig
 
     def _start(self) -> None:
