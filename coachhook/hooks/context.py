@@ -23,6 +23,7 @@ from coachhook.hooks.cache_state import (
     returned_cache,
     state_of,
 )
+from coachhook.hooks.paged import PagedForward, is_paged
 
 GateRecord = tuple[int, Tensor, Tensor]
 
@@ -34,6 +35,7 @@ class _Forward(threading.local):
     mask: Tensor | None = None
     cache: Any = None
     pending: GateState | None = None
+    paged: PagedForward | None = None
     cacheless = True
 
     def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
@@ -46,8 +48,9 @@ class GateContext:
 
     Attributes:
         forward: what is known of the forward that the calling thread runs: the ``shape`` ``(B, T)``
-            of its tokens, None outside of a forward of the base model, and their ``mask``, bool
-            ``[B, T]``, True = real token, None where all are.
+            of its tokens, None outside of a forward of the base model, their ``mask``, bool
+            ``[B, T]``, True = real token, None where all are, and what is ``paged``, where requests
+            share one row.
         packings: int32 boundaries of packed rows and their number of tokens, for each
             ``HookSet.packed`` block; the last one holds.
         disabled: an entry for each ``HookSet.disabled`` block, of whatever thread.
@@ -100,30 +103,36 @@ class GateContext:
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
         cache = given_cache(given)
+        paged = PagedForward(cache, given, tokens.shape[1]) if is_paged(cache) else None
         if self.disabled:
+            if paged is not None:
+                paged.pass_over()
             state = state_of(cache)
             if state is not None:
                 state.pass_over(tokens.shape[1])
             return
         forward = self.forward
         forward.shape = shape = (tokens.shape[0], tokens.shape[1])
-        forward.cache = cache
+        forward.cache, forward.paged = cache, paged
         forward.cacheless = given.get("use_cache") is False and cache is None
         if not self.packings:
             forward.mask = token_mask(given.get("attention_mask"), shape, cache)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
-        pending = self.forward.pending
+        pending, paged = self.forward.pending, self.forward.paged
         if pending is not None and output is not None:
             cache = returned_cache(output)
             if cache is not None:
                 follow(cache, pending)
+        if paged is not None and output is not None:
+            paged.pass_over()
         self._forget()
 
     def _forget(self) -> None:
         forward = self.forward
         forward.shape = forward.mask = forward.cache = forward.pending = None
+        forward.paged = None
         forward.cacheless = True
 
     def gate_state(self, kept: bool = True) -> GateState | None:
@@ -137,7 +146,7 @@ class GateContext:
                 rows hold the tokens of several requests.
         """
         forward = self.forward
-        if not kept and not _is_paged(forward.cache):
+        if not kept and forward.paged is None:
             return None
         if forward.shape is None or forward.cacheless or self.packings:
             return None
@@ -145,6 +154,13 @@ class GateContext:
             if forward.pending is None:
                 forward.pending = GateState()
             return forward.pending
+        if forward.paged is not None:
+            raise TypeError(
+                "forward: the cache must hold one sequence in a row for the scopes 'sequence' and "
+                f"'prefix' and with include_padding, got {type(forward.cache).__name__}, where "
+                "requests share one; use generate instead of continuous batching, or the scope "
+                "'population' or 'membership'"
+            )
         if not is_cache(forward.cache):
             raise TypeError(
                 "forward: the cache must be a transformers Cache for the scopes 'sequence' and "
@@ -180,7 +196,7 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     if isinstance(attention_mask, dict):
         masks = [attention_mask.get("full_attention"), *attention_mask.values()]
         attention_mask = next((mask for mask in masks if mask is not None), None)
-    if attention_mask is None or _is_paged(cache):
+    if attention_mask is None or is_paged(cache):
         return None
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
@@ -204,11 +220,6 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     if own.is_floating_point() and attention_mask.dim() == 3:
         return own > torch.finfo(own.dtype).min / 2
     return own != 0
-
-
-def _is_paged(cache: Any) -> bool:
-    """Whether this is the cache of continuous batching, in which requests share one row."""
-    return hasattr(cache, "update") and not is_cache(cache)
 
 
 def _own_columns(mask: Tensor, columns: int, cache: Any) -> Tensor:

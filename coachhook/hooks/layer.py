@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coachhook.hooks.cache_state import GateState
 from coachhook.hooks.context import GateContext
+from coachhook.hooks.paged import PagedForward
 from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
 from coachhook.ops import (
     Membership,
@@ -328,12 +329,15 @@ class HookedLinear(nn.Module):
         context, packing = self.context, self.context.packing
         rows, columns = self._grid(x, None if packing is None else packing[1])
         cu_seqlens = None if packing is None else packing[0].to(x.device)
+        paged, seen = self._paged(), None
+        if paged is not None:
+            cu_seqlens, seen = paged.open(self.index, self._edits, self._store.version)
         grid = (rows, columns) if cu_seqlens is None else (columns,)
         tokens = x.reshape(*grid, self.in_features)
         mask, scope = None, cast("Scope", Ungated())
         if self._state == "validated":
             mask = self._mask(x, rows, columns)
-            scope = self._scope(tokens, mask)
+            scope = self._scope(tokens, mask, seen)
         operand, alpha = self._store.operand(), self._store.alpha
         gate: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "scope": scope}
         if output is None:
@@ -342,6 +346,8 @@ class HookedLinear(nn.Module):
         else:
             on_grid = output.reshape(*grid, self.out_features)
             y, z = hook_output(on_grid, tokens, operand, alpha, **gate)
+        if paged is not None and seen is not None:
+            paged.close(self.index, seen, self._store.version)
         for sink in list(context.sinks.values()):
             seen = z.detach().view(rows, columns)
             fired = torch.ones_like(seen, dtype=torch.bool)
@@ -386,7 +392,20 @@ class HookedLinear(nn.Module):
             )
         return mask.to(x.device)
 
-    def _scope(self, tokens: Tensor, mask: Tensor | None) -> Scope:
+    def _paged(self) -> PagedForward | None:
+        """The forward of a paged cache, where what was seen of cues is kept beside its blocks."""
+        paged = self.context.forward.paged
+        if paged is None or self._state != "validated" or self.scope != "membership":
+            return None
+        if self.include_padding or self.context.packings or self._store.key_cues() is None:
+            return None
+        return paged
+
+    @property
+    def _edits(self) -> int:
+        return self._store.operand()[1].shape[0]
+
+    def _scope(self, tokens: Tensor, mask: Tensor | None, seen: Tensor | None = None) -> Scope:
         store = self._store
         if not self._fits:
             needed = "a pair (set_pair)" if self.scope == "membership" else "dense or factored"
@@ -398,7 +417,9 @@ class HookedLinear(nn.Module):
             cues = store.key_cues()
             if cues is None:
                 return Membership(store.key_groups(), store.correction)
-            return Membership(None, "own", *cues, self._seen_cues(tokens))
+            if seen is None:
+                seen = self._seen_cues(tokens)
+            return Membership(None, "own", *cues, seen)
         if self.scope == "population":
             return Population(store.mean, store.std)
         state = self.context.gate_state(kept=not self.include_padding)
@@ -422,8 +443,8 @@ class HookedLinear(nn.Module):
         state = self.context.gate_state(kept=not self.include_padding)
         if state is None:
             return None
-        rows, edits = tokens.shape[0], self._store.operand()[1].shape[0]
-        return state.cues((self.index, self.scope), rows, edits, self._store.version)
+        key = (self.index, self.scope)
+        return state.cues(key, tokens.shape[0], self._edits, self._store.version)
 
     def _remember(
         self, state: GateState, tokens: Tensor, mask: Tensor | None, moments: Tensor
