@@ -35,7 +35,6 @@ class _Forward(threading.local):
     mask: Tensor | None = None
     cache: Any = None
     pending: GateState | None = None
-    paged: PagedForward | None = None
     cacheless = True
 
     def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
@@ -43,14 +42,26 @@ class _Forward(threading.local):
         return _Forward, ()
 
 
+class _Page(threading.local):
+    """The forward of a paged cache that a thread runs.
+
+    Read and set where nothing is compiled: dynamo sets attributes of a thread's own in a place where
+    no thread finds them, and continuous batching is compiled in parts.
+    """
+
+    now: PagedForward | None = None
+
+    def __reduce__(self) -> tuple[type[_Page], tuple[()]]:
+        return _Page, ()
+
+
 class GateContext:
     """State of the running forward, shared by the hooked layers of one model.
 
     Attributes:
         forward: what is known of the forward that the calling thread runs: the ``shape`` ``(B, T)``
-            of its tokens, None outside of a forward of the base model, their ``mask``, bool
-            ``[B, T]``, True = real token, None where all are, and what is ``paged``, where requests
-            share one row.
+            of its tokens, None outside of a forward of the base model, and their ``mask``, bool
+            ``[B, T]``, True = real token, None where all are.
         packings: int32 boundaries of packed rows and their number of tokens, for each
             ``HookSet.packed`` block; the last one holds.
         disabled: an entry for each ``HookSet.disabled`` block, of whatever thread.
@@ -64,6 +75,8 @@ class GateContext:
         self.packings: dict[int, tuple[Tensor, int]] = {}
         self.disabled: list[None] = []
         self.sinks: dict[int, list[GateRecord]] = {}
+        self._page = _Page()
+        self._met_pages = False
         self._names: Sequence[str] = ()
         self._handles: list[RemovableHandle] = []
 
@@ -82,6 +95,29 @@ class GateContext:
         return packings[-1] if packings else None
 
     @property
+    def paged(self) -> PagedForward | None:
+        """The running forward, where its cache is paged: requests share one row then."""
+        return self._current_page() if self._met_pages else None
+
+    @torch.compiler.disable
+    def _current_page(self) -> PagedForward | None:
+        return self._page.now
+
+    @torch.compiler.disable
+    def _begin_page(self, cache: Any, given: dict[str, Any], tokens: int) -> None:
+        page = PagedForward(cache, given, tokens)
+        if self.disabled:
+            page.pass_over()
+        else:
+            self._page.now = page
+
+    @torch.compiler.disable
+    def _end_page(self, completed: bool) -> None:
+        page, self._page.now = self._page.now, None
+        if page is not None and completed:
+            page.pass_over()
+
+    @property
     def watching(self) -> bool:
         """Whether a base model is being watched."""
         return bool(self._handles)
@@ -95,6 +131,8 @@ class GateContext:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of a forward that starts."""
         self._forget()
+        if self._met_pages:
+            self._end_page(False)
         # Written so that dynamo of torch 2.4 follows it.
         given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
         tokens = given.get("input_ids")
@@ -103,36 +141,35 @@ class GateContext:
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
         cache = given_cache(given)
-        paged = PagedForward(cache, given, tokens.shape[1]) if is_paged(cache) else None
+        if is_paged(cache):
+            self._met_pages = True
+            self._begin_page(cache, given, tokens.shape[1])
         if self.disabled:
-            if paged is not None:
-                paged.pass_over()
             state = state_of(cache)
             if state is not None:
                 state.pass_over(tokens.shape[1])
             return
         forward = self.forward
         forward.shape = shape = (tokens.shape[0], tokens.shape[1])
-        forward.cache, forward.paged = cache, paged
+        forward.cache = cache
         forward.cacheless = given.get("use_cache") is False and cache is None
         if not self.packings:
             forward.mask = token_mask(given.get("attention_mask"), shape, cache)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
-        pending, paged = self.forward.pending, self.forward.paged
+        pending = self.forward.pending
         if pending is not None and output is not None:
             cache = returned_cache(output)
             if cache is not None:
                 follow(cache, pending)
-        if paged is not None and output is not None:
-            paged.pass_over()
+        if self._met_pages:
+            self._end_page(output is not None)
         self._forget()
 
     def _forget(self) -> None:
         forward = self.forward
         forward.shape = forward.mask = forward.cache = forward.pending = None
-        forward.paged = None
         forward.cacheless = True
 
     def gate_state(self, kept: bool = True) -> GateState | None:
@@ -146,21 +183,21 @@ class GateContext:
                 rows hold the tokens of several requests.
         """
         forward = self.forward
-        if not kept and forward.paged is None:
+        if self.packings:
             return None
-        if forward.shape is None or forward.cacheless or self.packings:
+        if self.paged is not None:
+            raise TypeError(
+                "forward: the cache must hold one sequence in a row for the scopes 'sequence' and "
+                "'prefix' and with include_padding, got a paged one, where requests share a row; "
+                "use generate instead of continuous batching, or the scope 'population' or "
+                "'membership'"
+            )
+        if not kept or forward.shape is None or forward.cacheless:
             return None
         if forward.cache is None:
             if forward.pending is None:
                 forward.pending = GateState()
             return forward.pending
-        if forward.paged is not None:
-            raise TypeError(
-                "forward: the cache must hold one sequence in a row for the scopes 'sequence' and "
-                f"'prefix' and with include_padding, got {type(forward.cache).__name__}, where "
-                "requests share one; use generate instead of continuous batching, or the scope "
-                "'population' or 'membership'"
-            )
         if not is_cache(forward.cache):
             raise TypeError(
                 "forward: the cache must be a transformers Cache for the scopes 'sequence' and "

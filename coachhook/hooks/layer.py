@@ -394,7 +394,7 @@ class HookedLinear(nn.Module):
 
     def _paged(self) -> PagedForward | None:
         """The forward of a paged cache, where what was seen of cues is kept beside its blocks."""
-        paged = self.context.forward.paged
+        paged = self.context.paged
         if paged is None or self._state != "validated" or self.scope != "membership":
             return None
         if self.include_padding or self.context.packings or self._store.key_cues() is None:

@@ -196,6 +196,7 @@ class PagedForward:
             self._places = _Places.of(cues.blocks, self._given, self._tokens)
         return self._places
 
+    @torch.compiler.disable
     def open(self, layer: int, edits: int, version: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of the requests ``[B + 1]``, and the state of their cues ``[B, edits + 1]``.
 
@@ -217,6 +218,7 @@ class PagedForward:
         state[:, 1:].masked_fill_(armed[places.before] & known[:, None], 0)
         return places.bounds, state
 
+    @torch.compiler.disable
     def close(self, layer: int, state: Tensor, version: Tensor) -> None:
         """Note at the blocks what ``state`` says after the forward."""
         cues = _cues_of(self._cache)
@@ -227,6 +229,7 @@ class PagedForward:
         versions.index_copy_(0, places.target, version.expand(now.shape[0]))
         self._seen.add(layer)
 
+    @torch.compiler.disable
     def pass_over(self) -> None:
         """Carry on what is known in layers that have not read the tokens of this forward."""
         cues: PagedCues | None = getattr(self._cache, _ATTRIBUTE, None)
