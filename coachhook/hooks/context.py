@@ -45,8 +45,8 @@ class _Forward(threading.local):
 class _Page(threading.local):
     """The forward of a paged cache that a thread runs.
 
-    Read and set where nothing is compiled: dynamo sets attributes of a thread's own in a place where
-    no thread finds them, and continuous batching is compiled in parts.
+    Read and set where nothing is compiled: dynamo sets attributes of a thread's own in a place
+    where no thread finds them, and continuous batching is compiled in parts.
     """
 
     now: PagedForward | None = None
