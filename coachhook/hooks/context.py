@@ -105,17 +105,15 @@ class GateContext:
 
     @torch.compiler.disable
     def _begin_page(self, cache: Any, given: dict[str, Any], tokens: int) -> None:
-        page = PagedForward(cache, given, tokens)
-        if self.disabled:
-            page.pass_over()
-        else:
-            self._page.now = page
+        self._page.now = PagedForward(cache, given, tokens)
 
     @torch.compiler.disable
-    def _end_page(self, completed: bool) -> None:
+    def _end_page(self, completed: bool) -> bool:
+        """Whether the forward that ends has a paged cache."""
         page, self._page.now = self._page.now, None
         if page is not None and completed:
             page.pass_over()
+        return page is not None
 
     @property
     def watching(self) -> bool:
@@ -130,20 +128,19 @@ class GateContext:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of a forward that starts."""
-        self._forget()
-        if self._met_pages:
-            self._end_page(False)
         # Written so that dynamo of torch 2.4 follows it.
         given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
-        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-            return
         cache = given_cache(given)
-        if is_paged(cache):
+        if is_paged(cache) and isinstance(tokens, Tensor):
             self._met_pages = True
             self._begin_page(cache, given, tokens.shape[1])
+            return
+        self._forget()
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            return
         if self.disabled:
             state = state_of(cache)
             if state is not None:
@@ -158,13 +155,13 @@ class GateContext:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
+        if self._met_pages and self._end_page(output is not None):
+            return
         pending = self.forward.pending
         if pending is not None and output is not None:
             cache = returned_cache(output)
             if cache is not None:
                 follow(cache, pending)
-        if self._met_pages:
-            self._end_page(output is not None)
         self._forget()
 
     def _forget(self) -> None:

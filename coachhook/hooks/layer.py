@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from coachhook.hooks.cache_state import GateState
 from coachhook.hooks.context import GateContext
-from coachhook.hooks.paged import PagedForward
 from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
 from coachhook.ops import (
     Membership,
@@ -326,18 +325,19 @@ class HookedLinear(nn.Module):
         output: Tensor | None = None
         if args or kwargs or not (fuses_products(x) and _is_bare_linear(self.base, x.dtype)):
             output = self.base(x, *args, **kwargs)
-        context, packing = self.context, self.context.packing
-        rows, columns = self._grid(x, None if packing is None else packing[1])
+        context, packing, page = self.context, self.context.packing, self.context.paged
+        rows, columns = self._grid(x, None if packing is None else packing[1], page is not None)
         cu_seqlens = None if packing is None else packing[0].to(x.device)
-        paged, seen = self._paged(), None
-        if paged is not None:
-            cu_seqlens, seen = paged.open(self.index, self._edits, self._store.version)
+        known: Tensor | None = None
+        if page is not None and self._keeps_cues_in_blocks():
+            cu_seqlens, known = page.open(self.index, self._edits, self._store.version)
         grid = (rows, columns) if cu_seqlens is None else (columns,)
         tokens = x.reshape(*grid, self.in_features)
         mask, scope = None, cast("Scope", Ungated())
         if self._state == "validated":
-            mask = self._mask(x, rows, columns)
-            scope = self._scope(tokens, mask, seen)
+            # A paged cache holds no padding.
+            mask = None if page is not None else self._mask(x, rows, columns)
+            scope = self._scope(tokens, mask, known)
         operand, alpha = self._store.operand(), self._store.alpha
         gate: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "scope": scope}
         if output is None:
@@ -346,8 +346,8 @@ class HookedLinear(nn.Module):
         else:
             on_grid = output.reshape(*grid, self.out_features)
             y, z = hook_output(on_grid, tokens, operand, alpha, **gate)
-        if paged is not None and seen is not None:
-            paged.close(self.index, seen, self._store.version)
+        if page is not None and known is not None:
+            page.close(self.index, known, self._store.version)
         for sink in list(context.sinks.values()):
             seen = z.detach().view(rows, columns)
             fired = torch.ones_like(seen, dtype=torch.bool)
@@ -359,17 +359,18 @@ class HookedLinear(nn.Module):
         shape = (*x.shape[:-1], self.out_features) if output is None else output.shape
         return y.reshape(shape)
 
-    def _grid(self, x: Tensor, packed: int | None) -> tuple[int, int]:
+    def _grid(self, x: Tensor, packed: int | None, paged: bool = False) -> tuple[int, int]:
         """``(B, T)`` of the input; some models flatten it before their MLP.
 
         Args:
             x: the input.
             packed: how many tokens it must have, in one row.
+            paged: whether the model's input is one row.
         """
         if x.dim() == 3:
             rows, columns = x.shape[0], x.shape[1]
         elif x.dim() == 2:
-            known = self.context.forward.shape
+            known = None if paged else self.context.forward.shape
             flattened = known is not None and known[0] * known[1] == x.shape[0]
             rows, columns = cast("tuple[int, int]", known) if flattened else (1, x.shape[0])
         else:
@@ -392,20 +393,21 @@ class HookedLinear(nn.Module):
             )
         return mask.to(x.device)
 
-    def _paged(self) -> PagedForward | None:
-        """The forward of a paged cache, where what was seen of cues is kept beside its blocks."""
-        paged = self.context.paged
-        if paged is None or self._state != "validated" or self.scope != "membership":
-            return None
-        if self.include_padding or self.context.packings or self._store.key_cues() is None:
-            return None
-        return paged
+    def _keeps_cues_in_blocks(self) -> bool:
+        """Whether what was seen of cues is kept beside the blocks of a paged cache."""
+        return (
+            self._state == "validated"
+            and self.scope == "membership"
+            and not self.include_padding
+            and not self.context.packings
+            and self._store.key_cues() is not None
+        )
 
     @property
     def _edits(self) -> int:
         return self._store.operand()[1].shape[0]
 
-    def _scope(self, tokens: Tensor, mask: Tensor | None, seen: Tensor | None = None) -> Scope:
+    def _scope(self, tokens: Tensor, mask: Tensor | None, known: Tensor | None) -> Scope:
         store = self._store
         if not self._fits:
             needed = "a pair (set_pair)" if self.scope == "membership" else "dense or factored"
@@ -417,9 +419,9 @@ class HookedLinear(nn.Module):
             cues = store.key_cues()
             if cues is None:
                 return Membership(store.key_groups(), store.correction)
-            if seen is None:
-                seen = self._seen_cues(tokens)
-            return Membership(None, "own", *cues, seen)
+            if known is None:
+                known = self._seen_cues(tokens)
+            return Membership(None, "own", *cues, known)
         if self.scope == "population":
             return Population(store.mean, store.std)
         state = self.context.gate_state(kept=not self.include_padding)
