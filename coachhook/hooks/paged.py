@@ -67,16 +67,15 @@ class _Blocks:
                 names, groups = zip(*cache.cache_allocators.items(), strict=True)
                 index = _first_full(groups)
                 one = groups[index]
-                count = one.num_blocks + 2 * one.blocks_per_sector
-                sizes = one.tokens_per_page, one.block_physical_stride, count
+                name, count = names[index], one.num_blocks + 2 * one.blocks_per_sector
+                tokens, slots = one.tokens_per_page, one.block_physical_stride
             else:
-                names, groups = None, cache.group_cache_managers
+                name, groups = None, cache.group_cache_managers
                 index = _first_full(groups)
-                sizes = cache.block_size, cache.block_size, cache.num_blocks + 2
+                tokens, slots, count = cache.block_size, cache.block_size, cache.num_blocks + 2
             windowed = hasattr(groups[index], "sliding_window")
             kind = "sliding_attention" if windowed else "full_attention"
-            name = None if names is None else names[index]
-            return _Blocks(index, kind, *(int(size) for size in sizes), name)
+            return _Blocks(index, kind, int(tokens), int(slots), int(count), name)
         except AttributeError as error:
             raise TypeError(
                 "forward: the paged cache must lay out its blocks as transformers 4.57 to 5.24 "

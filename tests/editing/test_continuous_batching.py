@@ -100,17 +100,6 @@ def test_requests_that_are_thrown_out_and_read_again(
     assert any(thrown)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_several_answers_to_one_request(served, rows, shared: bool) -> None:
-    """Each is a copy of the request after its prompt; blocks that are not full are copied."""
-    model, _ = served
-    generation = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
-    sizes = {"page": 8, "blocks": 64, "batch": 32, "config": {"allow_block_sharing": shared}}
-    answers = _batched(model, rows, generation=generation, **sizes)
-    wanted = _alone(model, rows)
-    assert answers[::2] == answers[1::2] == wanted
-
-
 def test_edits_are_swapped_between_two_calls(served, rows, folders) -> None:
     model, handle = served
     sizes = {"page": 4, "blocks": 64, "batch": 24}

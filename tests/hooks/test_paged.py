@@ -65,6 +65,42 @@ def test_requests_answer_as_one_prompt_at_a_time(scope: str, size: dict[str, int
     assert sum(one != other for one, other in zip(answers, plain, strict=True)) > 2
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_several_answers_to_one_request(shared: bool) -> None:
+    """Each is a copy of the request after its prompt; blocks that are not full are copied."""
+    model = _model()
+    hooked(model, "cued")
+    rows = prompts(8)
+    generation = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    config = {"allow_block_sharing": shared}
+    for size in SIZES:
+        answers = _tokens(together(model, rows, **size, generation=generation, config=config))
+        assert answers[::3] == answers[1::3] == answers[2::3] == _alone(model, rows)
+
+
+def test_requests_share_the_blocks_of_what_they_have_in_common() -> None:
+    model = _model()
+    hooked(model, "cued")
+    common = prompts(1, 11)[0].repeat(2)[:8]
+    rows = [torch.cat([common, row]) for row in prompts(12)]
+    shared: list[int] = []
+
+    def watch(given: dict[str, Any]) -> None:
+        cache = given["cache"]
+        search = type(cache).search_prefix_match
+
+        def counted(*arguments: Any) -> int:
+            shared.append(search(cache, *arguments))
+            return shared[-1]
+
+        cache.search_prefix_match = counted
+
+    with _watched(model, watch):
+        answers = _tokens(together(model, rows, page=4, blocks=32, batch=16))
+    assert answers == _alone(model, rows)
+    assert shared.count(8) > 6
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_layers_that_look_a_few_tokens_back(name: str) -> None:
     model = _model(name, sliding_window=8)
