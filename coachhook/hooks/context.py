@@ -133,14 +133,15 @@ class GateContext:
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            self._forget()
+            return
         cache = given_cache(given)
-        if is_paged(cache) and isinstance(tokens, Tensor):
+        if is_paged(cache):
             self._met_pages = True
             self._begin_page(cache, given, tokens.shape[1])
             return
         self._forget()
-        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-            return
         if self.disabled:
             state = state_of(cache)
             if state is not None:
@@ -220,7 +221,7 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     A mask ``[B, K]`` covers cached and current tokens, and may go on behind them as a preallocated
     cache does. From a mask ``[B, H, T, K]`` (bool, or 0 and a large negative number) or a
     dictionary of such, a token is real where it may attend to itself. None means that every token
-    is real, and so does a paged cache, which holds no padding and lays its keys out in its own way.
+    is real.
 
     Raises:
         TypeError: a mask of another type, such as a compiled block mask.
@@ -230,7 +231,7 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     if isinstance(attention_mask, dict):
         masks = [attention_mask.get("full_attention"), *attention_mask.values()]
         attention_mask = next((mask for mask in masks if mask is not None), None)
-    if attention_mask is None or is_paged(cache):
+    if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor):
         raise TypeError(

@@ -46,12 +46,17 @@ def rows(bundled, requests) -> list[torch.Tensor]:
     return [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in texts]
 
 
-def _alone(model: Any, rows: list[torch.Tensor], new: int = 8) -> list[list[int]]:
+def _alone(model: Any, rows: list[torch.Tensor], new: int = 8, **settings: Any) -> list[list[int]]:
     found = []
     for row in rows:
         ids = row[None]
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            **settings,
         )
         found.append(out[0, len(row) :].tolist())
     return found
@@ -96,7 +101,9 @@ def test_requests_that_are_thrown_out_and_read_again(
 
     monkeypatch.setattr(manager.OffloadingManager, "offload_requests", watched)
     model, _ = served
-    assert _batched(model, rows, 20, page=4, blocks=18, batch=128) == _alone(model, rows, 20)
+    endless, few = {"eos_token_id": -1}, rows[:10]
+    sizes = {"page": 4, "blocks": 24, "batch": 128, "generation": endless}
+    assert _batched(model, few, 30, **sizes) == _alone(model, few, 30, **endless)
     assert any(thrown)
 
 
