@@ -23,6 +23,7 @@ from coachhook.hooks.cache_state import (
     returned_cache,
     state_of,
 )
+from coachhook.hooks.paged import PagedForward, is_paged
 
 GateRecord = tuple[int, Tensor, Tensor]
 
@@ -39,6 +40,19 @@ class _Forward(threading.local):
     def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
         # A copy is in the middle of no forward.
         return _Forward, ()
+
+
+class _Page(threading.local):
+    """The forward of a paged cache that a thread runs.
+
+    Read and set where nothing is compiled: dynamo sets attributes of a thread's own in a place
+    where no thread finds them, and continuous batching is compiled in parts.
+    """
+
+    now: PagedForward | None = None
+
+    def __reduce__(self) -> tuple[type[_Page], tuple[()]]:
+        return _Page, ()
 
 
 class GateContext:
@@ -61,6 +75,8 @@ class GateContext:
         self.packings: dict[int, tuple[Tensor, int]] = {}
         self.disabled: list[None] = []
         self.sinks: dict[int, list[GateRecord]] = {}
+        self._page = _Page()
+        self._met_pages = False
         self._names: Sequence[str] = ()
         self._handles: list[RemovableHandle] = []
 
@@ -79,6 +95,27 @@ class GateContext:
         return packings[-1] if packings else None
 
     @property
+    def paged(self) -> PagedForward | None:
+        """The running forward, where its cache is paged: requests share one row then."""
+        return self._current_page() if self._met_pages else None
+
+    @torch.compiler.disable
+    def _current_page(self) -> PagedForward | None:
+        return self._page.now
+
+    @torch.compiler.disable
+    def _begin_page(self, cache: Any, given: dict[str, Any], tokens: int) -> None:
+        self._page.now = PagedForward(cache, given, tokens)
+
+    @torch.compiler.disable
+    def _end_page(self, completed: bool) -> bool:
+        """Whether the forward that ends has a paged cache."""
+        page, self._page.now = self._page.now, None
+        if page is not None and completed:
+            page.pass_over()
+        return page is not None
+
+    @property
     def watching(self) -> bool:
         """Whether a base model is being watched."""
         return bool(self._handles)
@@ -91,15 +128,20 @@ class GateContext:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of a forward that starts."""
-        self._forget()
         # Written so that dynamo of torch 2.4 follows it.
         given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            self._forget()
             return
         cache = given_cache(given)
+        if is_paged(cache):
+            self._met_pages = True
+            self._begin_page(cache, given, tokens.shape[1])
+            return
+        self._forget()
         if self.disabled:
             state = state_of(cache)
             if state is not None:
@@ -114,6 +156,8 @@ class GateContext:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
+        if self._met_pages and self._end_page(output is not None):
+            return
         pending = self.forward.pending
         if pending is not None and output is not None:
             cache = returned_cache(output)
@@ -137,9 +181,16 @@ class GateContext:
                 rows hold the tokens of several requests.
         """
         forward = self.forward
-        if not kept and not _is_paged(forward.cache):
+        if self.packings:
             return None
-        if forward.shape is None or forward.cacheless or self.packings:
+        if self.paged is not None:
+            raise TypeError(
+                "forward: the cache must hold one sequence in a row for the scopes 'sequence' and "
+                "'prefix' and with include_padding, got a paged one, where requests share a row; "
+                "use generate instead of continuous batching, or the scope 'population' or "
+                "'membership'"
+            )
+        if not kept or forward.shape is None or forward.cacheless:
             return None
         if forward.cache is None:
             if forward.pending is None:
@@ -170,7 +221,7 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     A mask ``[B, K]`` covers cached and current tokens, and may go on behind them as a preallocated
     cache does. From a mask ``[B, H, T, K]`` (bool, or 0 and a large negative number) or a
     dictionary of such, a token is real where it may attend to itself. None means that every token
-    is real, and so does a paged cache, which holds no padding and lays its keys out in its own way.
+    is real.
 
     Raises:
         TypeError: a mask of another type, such as a compiled block mask.
@@ -180,7 +231,7 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     if isinstance(attention_mask, dict):
         masks = [attention_mask.get("full_attention"), *attention_mask.values()]
         attention_mask = next((mask for mask in masks if mask is not None), None)
-    if attention_mask is None or _is_paged(cache):
+    if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor):
         raise TypeError(
@@ -204,11 +255,6 @@ def token_mask(attention_mask: Any, shape: tuple[int, int], cache: Any) -> Tenso
     if own.is_floating_point() and attention_mask.dim() == 3:
         return own > torch.finfo(own.dtype).min / 2
     return own != 0
-
-
-def _is_paged(cache: Any) -> bool:
-    """Whether this is the cache of continuous batching, in which requests share one row."""
-    return hasattr(cache, "update") and not is_cache(cache)
 
 
 def _own_columns(mask: Tensor, columns: int, cache: Any) -> Tensor:

@@ -340,15 +340,19 @@ class HookedLinear(nn.Module):
                 output, others = output[0], output[1:]
         if self._gathered is not None:
             x = self._gathered(x)
-        context, packing = self.context, self.context.packing
-        rows, columns = self._grid(x, None if packing is None else packing[1])
+        context, packing, page = self.context, self.context.packing, self.context.paged
+        rows, columns = self._grid(x, None if packing is None else packing[1], page is not None)
         cu_seqlens = None if packing is None else packing[0].to(x.device)
+        known: Tensor | None = None
+        if page is not None and self._keeps_cues_in_blocks():
+            cu_seqlens, known = page.open(self.index, self._edits, self._store.version)
         grid = (rows, columns) if cu_seqlens is None else (columns,)
         tokens = x.reshape(*grid, self.in_features)
         mask, scope = None, cast("Scope", Ungated())
         if self._state == "validated":
-            mask = self._mask(x, rows, columns)
-            scope = self._scope(tokens, mask)
+            # A paged cache holds no padding.
+            mask = None if page is not None else self._mask(x, rows, columns)
+            scope = self._scope(tokens, mask, known)
         operand, alpha = self._store.operand(), self._store.alpha
         gate: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "scope": scope}
         if output is None:
@@ -357,6 +361,8 @@ class HookedLinear(nn.Module):
         else:
             on_grid = output.reshape(*grid, self.out_features)
             y, z = hook_output(on_grid, tokens, operand, alpha, **gate)
+        if page is not None and known is not None:
+            page.close(self.index, known, self._store.version)
         for sink in list(context.sinks.values()):
             seen = z.detach().view(rows, columns)
             fired = torch.ones_like(seen, dtype=torch.bool)
@@ -369,17 +375,18 @@ class HookedLinear(nn.Module):
         y = y.reshape(shape)
         return y if others is None else (y, *others)
 
-    def _grid(self, x: Tensor, packed: int | None) -> tuple[int, int]:
+    def _grid(self, x: Tensor, packed: int | None, paged: bool = False) -> tuple[int, int]:
         """``(B, T)`` of the input; some models flatten it before their MLP.
 
         Args:
             x: the input.
             packed: how many tokens it must have, in one row.
+            paged: whether the model's input is one row.
         """
         if x.dim() == 3:
             rows, columns = x.shape[0], x.shape[1]
         elif x.dim() == 2:
-            known = self.context.forward.shape
+            known = None if paged else self.context.forward.shape
             flattened = known is not None and known[0] * known[1] == x.shape[0]
             rows, columns = cast("tuple[int, int]", known) if flattened else (1, x.shape[0])
         else:
@@ -402,7 +409,21 @@ class HookedLinear(nn.Module):
             )
         return mask.to(x.device)
 
-    def _scope(self, tokens: Tensor, mask: Tensor | None) -> Scope:
+    def _keeps_cues_in_blocks(self) -> bool:
+        """Whether what was seen of cues is kept beside the blocks of a paged cache."""
+        return (
+            self._state == "validated"
+            and self.scope == "membership"
+            and not self.include_padding
+            and not self.context.packings
+            and self._store.key_cues() is not None
+        )
+
+    @property
+    def _edits(self) -> int:
+        return self._store.operand()[1].shape[0]
+
+    def _scope(self, tokens: Tensor, mask: Tensor | None, known: Tensor | None) -> Scope:
         store = self._store
         if not self._fits:
             needed = "a pair (set_pair)" if self.scope == "membership" else "dense or factored"
@@ -414,7 +435,9 @@ class HookedLinear(nn.Module):
             cues = store.key_cues()
             if cues is None:
                 return Membership(store.key_groups(), store.correction)
-            return Membership(None, "own", *cues, self._seen_cues(tokens))
+            if known is None:
+                known = self._seen_cues(tokens)
+            return Membership(None, "own", *cues, known)
         if self.scope == "population":
             return Population(store.mean, store.std)
         state = self.context.gate_state(kept=not self.include_padding)
@@ -438,8 +461,8 @@ class HookedLinear(nn.Module):
         state = self.context.gate_state(kept=not self.include_padding)
         if state is None:
             return None
-        rows, edits = tokens.shape[0], self._store.operand()[1].shape[0]
-        return state.cues((self.index, self.scope), rows, edits, self._store.version)
+        key = (self.index, self.scope)
+        return state.cues(key, tokens.shape[0], self._edits, self._store.version)
 
     def _remember(
         self, state: GateState, tokens: Tensor, mask: Tensor | None, moments: Tensor

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
+import pytest
 import torch
+import transformers
 
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 
@@ -114,3 +118,46 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> to
             **inputs, min_new_tokens=settings["max_new_tokens"], pad_token_id=0, **settings
         )
     return out[:, inputs["input_ids"].shape[1] :]
+
+
+def together(
+    model: Any,
+    rows: list[torch.Tensor],
+    *,
+    page: int = 16,
+    blocks: int = 16,
+    batch: int = 64,
+    generation: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+    **settings: Any,
+) -> list[Any]:
+    """Outputs of continuous batching in the order of the requests, forks behind their parents.
+
+    Args:
+        model: the model.
+        rows: prompts, 1-dimensional.
+        page: tokens of a block of the cache.
+        blocks: how many blocks there are.
+        batch: how many tokens a forward reads at most.
+        generation: changes to the generation settings.
+        config: changes to those of continuous batching.
+        settings: other arguments of ``generate_batch``.
+    """
+    made = getattr(transformers, "ContinuousBatchingConfig", None)
+    if made is None:
+        pytest.skip(f"transformers {transformers.__version__} has no ContinuousBatchingConfig")
+    size = "page_size" if "page_size" in inspect.signature(made).parameters else "block_size"
+    answers = model.generate_batch(
+        inputs=[row.tolist() for row in rows],
+        generation_config=transformers.GenerationConfig(
+            **{"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+            | (generation or {})
+        ),
+        continuous_batching_config=made(
+            **{size: page, "num_blocks": blocks, "max_batch_tokens": batch} | (config or {})
+        ),
+        progress_bar=False,
+        **settings,
+    )
+    order = {name: [int(part) for part in re.findall(r"\d+", name)] for name in answers}
+    return [answers[name] for name in sorted(answers, key=order.__getitem__)]

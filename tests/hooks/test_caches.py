@@ -1,8 +1,6 @@
-"""Caches that are cut back, made in another mode, preallocated or shared by requests."""
+"""Caches that are cut back, made in another mode or preallocated."""
 
 from __future__ import annotations
-
-import inspect
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ import transformers
 from coachhook.hooks.cache_state import cache_argument, state_of
 
 from ..models.families import tiny
-from .support import fired, generate, hooked, padded, prompts
+from .support import fired, hooked, padded, prompts
 
 KEPT = ("prefix", "cued")
 VERSION = transformers.__version__
@@ -107,46 +105,3 @@ def test_a_mask_may_be_as_long_as_a_preallocated_cache(scope: str) -> None:
     assert count == count_cut > 0
     torch.testing.assert_close(prompt, prompt_cut)
     torch.testing.assert_close(step, step_cut)
-
-
-def _together(model, rows: list[torch.Tensor]) -> list:
-    """The outputs of continuous batching."""
-    config = getattr(transformers, "ContinuousBatchingConfig", None)
-    if config is None:
-        pytest.skip(f"transformers {VERSION} has no ContinuousBatchingConfig")
-    names = inspect.signature(config).parameters
-    size = {"page_size" if "page_size" in names else "block_size": 16}
-    answers = model.generate_batch(
-        inputs=[row.tolist() for row in rows],
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=-1
-        ),
-        continuous_batching_config=config(**size, num_blocks=16, max_batch_tokens=64),
-    )
-    return list(answers.values())
-
-
-@pytest.mark.parametrize("scope", ["population", "membership"])
-def test_continuous_batching_answers_as_one_prompt_at_a_time(scope: str) -> None:
-    model = tiny("llama")
-    hooks = hooked(model, scope)
-    rows = prompts()
-    with hooks.record() as records:
-        together = _together(model, rows)
-    assert sum(int(flags[:, 1:].sum()) for _, z, flags in records if z.shape[1] == 4) > 0
-    for row, answer in zip(rows, together, strict=True):
-        alone = generate(model, padded([row], "left"))[0].tolist()
-        assert answer.generated_tokens == alone
-
-
-@pytest.mark.parametrize("include_padding", [False, True])
-@pytest.mark.parametrize("scope", ["sequence", "prefix", "cued"])
-def test_continuous_batching_is_refused_where_requests_would_be_one_sequence(
-    scope: str, include_padding: bool
-) -> None:
-    model = tiny("llama")
-    for layer in hooked(model, scope).values():
-        layer.set_scope(layer.scope, include_padding)
-    for answer in _together(model, prompts(2)):
-        assert "must be a transformers Cache" in answer.error
-        assert not answer.generated_tokens
