@@ -87,6 +87,7 @@ def save_folder(
         raise ValueError(f"save_folder: kind must be one of {list(FORMAT_VERSIONS)}, got {kind!r}")
 
     version = ""
+    old: dict[str, Any] | None = None
 
     def write(folder: Path) -> None:
         nonlocal version
@@ -96,13 +97,12 @@ def save_folder(
         files: dict[str, Any] = {}
         names = (f"tensors-{number:05}.safetensors" for number in itertools.count(1))
         taken: set[str] = set()
-        if unchanged and replaces:
-            for old, entry in _files_of(path, kind, replaces):
-                if set(entry["tensors"]) <= set(unchanged) and _linked(
-                    old, folder / (name := next(names))
-                ):
-                    files[name] = entry
-                    taken.update(entry["tensors"])
+        known = set(unchanged) if replaces else set()
+        for source, entry in _sound_files(current_folder(path), old, known):
+            place = folder / next(names)
+            if _linked(source, place):
+                files[place.name] = entry
+                taken.update(entry["tensors"])
         for several in (tensors, *sets):
             for shard in _shards({k: v for k, v in several.items() if k not in taken}):
                 tensor_file = folder / next(names)
@@ -124,6 +124,7 @@ def save_folder(
         file.write_text(to_json(content) + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
+        nonlocal old
         if not any(folder.iterdir()):
             return set()
         try:
@@ -377,22 +378,15 @@ def _checksum(file: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _files_of(
-    path: str | os.PathLike[str], kind: str, version: str
-) -> list[tuple[Path, dict[str, Any]]]:
-    """The sound files of a write, and what the manifest says of them; none of another write."""
-    try:
-        manifest = read_manifest(path, kind)
-    except FormatError:
-        return []
-    folder, sound = current_folder(path), []
-    if version_of(manifest) != version:
-        return []
-    for name, entry in manifest["files"].items():
-        with suppress(FormatError):
-            _open_checked(folder / name, entry)
-            sound.append((folder / name, entry))
-    return sound
+def _sound_files(
+    folder: Path, manifest: Mapping[str, Any] | None, names: set[str]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files of tensors of these names alone, and what the manifest says of them."""
+    for name, entry in manifest["files"].items() if manifest is not None else ():
+        if entry["tensors"] and names.issuperset(entry["tensors"]):
+            with suppress(FormatError):
+                _open_checked(folder / name, entry)
+                yield folder / name, entry
 
 
 def _linked(file: Path, place: Path) -> bool:
