@@ -1,7 +1,6 @@
 """An edit set without its model: what was asked, and per layer the memory the hooks are made from.
 
-Everything a hook holds follows from here, so that a batch can be taken back, or a folder read, with
-no model at hand.
+Everything a hook holds follows from here: a batch is taken back, or a folder read, without a model.
 """
 
 from __future__ import annotations
