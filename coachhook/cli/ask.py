@@ -203,13 +203,13 @@ def _oracle(
     """The oracle over the facts that EDITS holds; None where it holds none of them."""
     import torch
 
-    from coachhook.editing import load_state
+    from coachhook.editing.folder import load_records
     from coachhook.evaluation import oracle
 
-    state = load_state(args.edits)
+    config, batches = load_records(args.edits)
     columns = {
         (request.text, request.target_new): batch.targets[:, column]
-        for batch in state.batches.values()
+        for batch in batches.values()
         for column, request in enumerate(batch.requests)
     }
     known = [r for r in facts if (r.text, r.target_new) in columns]
@@ -221,7 +221,7 @@ def _oracle(
         tokenizer,
         known,
         targets,
-        state.config.layers[-1],
+        config.layers[-1],
         hooks=handle.hooks,
         batch_size=args.batch_size,
     )

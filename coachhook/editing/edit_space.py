@@ -8,13 +8,16 @@ deletes rows and columns of G. Everything is stored by key, one row for each.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coachhook.editing.prior import FactoredPrior
+from coachhook.editing.segments import Rows
 from coachhook.errors import NotPositiveDefiniteError
 from coachhook.ops import cholesky_update_
 
@@ -128,12 +131,15 @@ class EditSpace:
         solved: Y^T [N, n].
         targets: V^T [N, m].
         root: lower Cholesky factor of G [N, N]; NaN where G is indefinite to rounding.
+        parts: what the rows came in, oldest first. A part that two spaces begin with after the same
+            ones stands for the same rows in both.
     """
 
     keys: Tensor
     solved: Tensor
     targets: Tensor
     root: Tensor
+    parts: tuple[Rows, ...]
     _buffers: Buffers
     _origin: weakref.ref[EditSpace] | None = None
     _pivots: tuple[float, float] | None = None
@@ -142,9 +148,18 @@ class EditSpace:
         self._buffers.users.add(self)
 
     @classmethod
-    def of(cls, keys: Tensor, solved: Tensor, targets: Tensor, root: Tensor) -> EditSpace:
+    def of(
+        cls,
+        keys: Tensor,
+        solved: Tensor,
+        targets: Tensor,
+        root: Tensor,
+        parts: Sequence[Rows] | None = None,
+    ) -> EditSpace:
         """A space of these tensors, which are not copied before keys are added."""
-        return cls(keys, solved, targets, root, Buffers(keys, solved, targets, root))
+        parts = [Rows(len(keys))] if parts is None else parts
+        known = tuple(part for part in parts if part.count)
+        return cls(keys, solved, targets, root, known, Buffers(keys, solved, targets, root))
 
     @classmethod
     def build(cls, prior: FactoredPrior, keys: Tensor, targets: Tensor) -> EditSpace:
@@ -236,6 +251,7 @@ class EditSpace:
             buffers.solved[:total],
             buffers.targets[:total],
             buffers.root[:total, :total],
+            (*self.parts, Rows(total - len(self))),
             buffers,
             weakref.ref(self),
         )
@@ -307,7 +323,10 @@ class EditSpace:
         root[first:, :first] = self.root[last:, :first]
         root[first:, first:] = tail
         kept = [torch.cat([x[:first], x[last:]]) for x in (self.keys, self.solved, self.targets)]
-        return EditSpace.of(kept[0], kept[1], kept[2], root)
+        ends = accumulate(part.count for part in self.parts)
+        before = [part for part, end in zip(self.parts, ends, strict=True) if end <= first]
+        others = Rows(rest - sum(part.count for part in before))
+        return EditSpace.of(kept[0], kept[1], kept[2], root, [*before, others])
 
     def solve(self, right: Tensor) -> Tensor:
         """``G^-1 right`` for right [N, r]."""

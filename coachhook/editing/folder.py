@@ -1,17 +1,17 @@
 """An EDITS folder: everything needed to go on editing, to take a batch back, or only to answer.
 
 The hooks' own tensors are kept beside the memory they were made from, so that inference reads them
-and nothing else. The largest part of a memory is its factor, n (n + 1) / 2 numbers for each layer,
-and it changes only when keys are folded into it: it has a file of its own, which a later write of
-the same folder takes over as it is.
+and the records of the batches, and nothing else. What is only added to, and what does not change
+from save to save, lies in files that a later write of the same folder takes over as they are
+(:mod:`coachhook.editing.segments`).
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,28 @@ from torch import Tensor, nn
 
 from coachhook._version import __version__
 from coachhook.editing.config import EditConfig
+from coachhook.editing.logs import logs_of, read_folded, read_rows
 from coachhook.editing.memory import EditMemory
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.records import BatchRecord
+from coachhook.editing.segments import Written, arranged, read_segments
 from coachhook.editing.state import EditState, HookPayload, LayerEdits
 from coachhook.editing.unrelated import SampleTokens
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.models import describe, get_submodule
-from coachhook.statistics.packed import pack_lower, unpack_triangle
-from coachhook.store import check_fields, fingerprint, load_folder, save_folder, version_of
+from coachhook.statistics.packed import packed_order, unpack_triangle
+from coachhook.store import (
+    TensorSource,
+    check_fields,
+    fingerprint,
+    load_folder,
+    save_folder,
+    version_of,
+)
 
 KIND = "edits"
-# Large, and the same from batch to batch.
-_STABLE = (".memory.factor", ".memory.base", ".memory.prior", ".memory.frozen", ".sample")
+# Of a hook's tensors those that follow from the records.
+_OF_RECORDS = ("cues", "limits")
 _FIELDS = {
     "fingerprint": str,
     "model": str,
@@ -69,49 +78,66 @@ def save_state(
     else:
         config: Any = model.config
         owner = {"fingerprint": fingerprint(model), "model": str(config._name_or_path or "")}
-    tensors: dict[str, Tensor | Callable[[], Tensor]] = {}
+    logs = logs_of(state)
+    tensors: dict[str, TensorSource] = {}
     layers: dict[str, Any] = {}
     for index, edits in state.layers.items():
-        payload = state.payload(index)
-        memory_tensors, memory_values = edits.memory.state_dict()
+        payload, memory = state.payload(index), edits.memory
+        memory_tensors, memory_values = memory.state_dict()
         prefix = f"layer.{index}"
-        tensors |= {f"{prefix}.hook.{k}": v.contiguous() for k, v in payload.tensors.items()}
-        for name, tensor in memory_tensors.items():
-            is_factor = name == "factor"
-            packing = partial(pack_lower, tensor, tensor.dtype)
-            tensors[f"{prefix}.memory.{name}"] = packing if is_factor else tensor.contiguous()
-        if edits.sample is not None:
-            tensors[f"{prefix}.sample"] = edits.sample.contiguous()
+        for name, tensor in payload.tensors.items():
+            if name not in _OF_RECORDS:
+                tensors[f"{prefix}.hook.{name}"] = tensor
+        if isinstance(memory, PublishedMemory):
+            for name, tensor in memory_tensors.items():
+                if f"{prefix}.memory.{name}" not in logs:
+                    tensors[f"{prefix}.memory.{name}"] = tensor
+        else:
+            pieces = range(len(memory_values["folded"]))
+            memory_values["kept"] = [i for i in pieces if f"folded.{i}.keys" in memory_tensors]
         layers[str(index)] = {
             "kind": payload.kind,
             "alpha": payload.alpha,
             "population": payload.population,
             "rank": payload.rank,
             "next_group": edits.next_group,
+            "out_features": memory.out_features,
             "memory": memory_values,
         }
     if state.sample_tokens is not None:
-        tensors["sample_tokens"] = state.sample_tokens.tokens.contiguous()
-    for number, batch in state.batches.items():
-        tensors[f"targets.{number}"] = batch.targets.contiguous()
-        tensors |= {f"cues.{number}.{i}": v.contiguous() for i, v in batch.cues.items()}
+        tensors["sample_tokens"] = state.sample_tokens.tokens
+    place = str(Path(path).resolve())
+    last = state.writes.get(place)
+    segments, sets = {}, []
+    unchanged: set[str] = set()
+    for name, log in logs.items():
+        earlier = list(last.segments.get(name, [])) if last is not None else []
+        segments[name] = arranged(log, earlier)
+        first = 0
+        for segment in segments[name]:
+            found = log.tensors(segment.number, first, first + segment.units)
+            sets.append(found)
+            if any(segment is other for other in earlier):
+                unchanged.update(found)
+            first += segment.units
     manifest = {
         **owner,
         "coachhook": __version__,
         "config": state.config.to_dict(),
         "layers": layers,
+        "segments": {k: [[s.number, s.units] for s in v] for k, v in segments.items()},
         "batches": {str(n): b.to_dict() for n, b in state.batches.items()},
     }
-    stable = [name for name in tensors if name.endswith(_STABLE)]
-    place = str(Path(path).resolve())
-    state.writes[place] = save_folder(
+    version = save_folder(
         place,
         kind=KIND,
         manifest=manifest,
         tensors=tensors,
-        stable=stable,
-        replaces=state.writes.get(place, None if replace else ""),
+        sets=sets,
+        unchanged=unchanged,
+        replaces=last.version if last is not None else None if replace else "",
     )
+    state.writes[place] = Written(version, segments)
 
 
 def _open(
@@ -143,38 +169,81 @@ def load_state(
         FingerprintMismatchError: the edits belong to other weights.
     """
     manifest, tensors = _open(path, expected)
-    try:
+    with _complete(path):
         state = EditState(EditConfig.from_dict(manifest["config"]), {})
-        state.writes[str(Path(path).resolve())] = version_of(manifest)
         if "sample_tokens" in tensors:
             state.sample_tokens = SampleTokens(tensors["sample_tokens"])
-        rounded = state.config.state_dtype == "float32"
-        kind = PublishedMemory if rounded else EditMemory
+        kind = PublishedMemory if state.config.state_dtype == "float32" else EditMemory
         for key, entry in manifest["layers"].items():
-            prefix = f"layer.{key}.memory."
-            kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
-            if "factor" in kept and kept["factor"].dim() == 1:  # in version 1 it was square
-                kept["factor"] = unpack_triangle(kept["factor"], kept["factor"].dtype)
+            kept, values = _memory(manifest, key, tensors)
             if model is not None:
                 device = memory_device(model, int(key))
                 # Keys in the prior stay on the CPU, wherever the memory is.
                 kept |= {k: v.to(device) for k, v in kept.items() if not k.startswith("folded.")}
             state.layers[int(key)] = LayerEdits(
-                kind.from_state_dict(kept, entry["memory"]),
+                kind.from_state_dict(kept, values),
                 tensors[f"layer.{key}.sample"] if f"layer.{key}.sample" in tensors else None,
                 entry["next_group"],
             )
-        for number, record in manifest["batches"].items():
-            named = {i: f"cues.{number}.{i}" for i in state.layers}
-            cues = {i: tensors[name] for i, name in named.items() if name in tensors}
-            state.batches[int(number)] = BatchRecord.from_dict(
-                record, tensors[f"targets.{number}"], cues
-            )
+        state.batches.update(_records(manifest, tensors))
+        logs, found = logs_of(state), manifest.get("segments", {})
+        segments = {name: read_segments(logs[name], found[name]) for name in found}
+        state.writes[str(Path(path).resolve())] = Written(version_of(manifest), segments)
+    return state
+
+
+def _memory(
+    manifest: Mapping[str, Any], layer: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and values of a layer's memory."""
+    prefix, entry = f"layer.{layer}.memory.", manifest["layers"][layer]
+    segments, values = manifest.get("segments", {}), dict(entry["memory"])
+    if (rows := segments.get(f"{prefix}rows")) is None:  # before version 3, or published
+        kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+    else:
+        names = [name for name in ("factor", "base") if f"{prefix}{name}" in tensors]
+        kept = {name: tensors[f"{prefix}{name}"] for name in names}
+        n, m = packed_order(kept["factor"].numel()), entry["out_features"]
+        kept |= read_rows(f"{prefix}rows", rows, tensors, n, m, kept["factor"].dtype)
+        pieces = [(i, values["folded"][i][1]) for i in values["kept"]]
+        kept |= read_folded(f"{prefix}folded", segments[f"{prefix}folded"], pieces, tensors)
+        values["rows"] = [count for _, count in rows]
+    if "factor" in kept and kept["factor"].dim() == 1:  # in version 1 it was square
+        kept["factor"] = unpack_triangle(kept["factor"], kept["factor"].dtype)
+    return kept, values
+
+
+def _records(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[int, BatchRecord]:
+    found = {}
+    for number, record in manifest["batches"].items():
+        named = {int(i): f"cues.{number}.{i}" for i in manifest["layers"]}
+        cues = {i: tensors[name] for i, name in named.items() if name in tensors}
+        found[int(number)] = BatchRecord.from_dict(record, tensors[f"targets.{number}"], cues)
+    return found
+
+
+def load_records(path: str | os.PathLike[str]) -> tuple[EditConfig, dict[int, BatchRecord]]:
+    """Reads from an EDITS folder what was asked and found, without the memories.
+
+    Returns:
+        The settings, and the batches by number.
+
+    Raises:
+        FormatError: not an EDITS folder, damaged, or of a newer version.
+    """
+    manifest, tensors = _open(path, None)
+    with _complete(path):
+        return EditConfig.from_dict(manifest["config"]), _records(manifest, tensors)
+
+
+@contextmanager
+def _complete(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"load: {os.fspath(path)} must hold complete edits, got {type(error).__name__}: {error}"
         ) from error
-    return state
 
 
 def memory_device(model: nn.Module, layer: int) -> torch.device:
@@ -196,10 +265,14 @@ def load_payloads(
     """
     manifest, tensors = _open(path, expected)
     payloads = {}
-    try:
+    with _complete(path):
+        config = EditConfig.from_dict(manifest["config"])
+        records = EditState(config, {}, _records(manifest, tensors))
         for key, entry in manifest["layers"].items():
             prefix = f"layer.{key}.hook."
             kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
+            if entry["kind"] == "pair" and (cues := records.cues(int(key))) is not None:
+                kept |= {"cues": cues[0], "limits": cues[1]}
             population = entry["population"]
             payloads[int(key)] = HookPayload(
                 entry["kind"],
@@ -207,11 +280,6 @@ def load_payloads(
                 entry["alpha"],
                 None if population is None else (population[0], population[1]),
             )
-        config = EditConfig.from_dict(manifest["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(
-            f"load: {os.fspath(path)} must hold complete edits, got {type(error).__name__}: {error}"
-        ) from error
     return config, payloads
 
 

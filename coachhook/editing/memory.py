@@ -40,6 +40,7 @@ from coachhook.editing.prior import (
     regularized_prior,
     warn_of_error,
 )
+from coachhook.editing.segments import Rows
 from coachhook.ops import _backends, cholesky_downdate_, cholesky_update_solve_
 from coachhook.ops._precision import float32_products
 
@@ -347,7 +348,7 @@ class EditMemory:
         q, _ = torch.linalg.qr(self._all_rows("factored")[1].mT)
         return q, q.mT @ self.delta()
 
-    def contents(self) -> tuple[object, ...]:
+    def contents(self) -> tuple[FactoredPrior, Tensor | None, EditSpace, tuple[Any, ...]]:
         """Objects of which at least one is another after every change, and none after a restore."""
         return self._prior, self._base, self._space, self._folded
 
@@ -461,10 +462,7 @@ class EditMemory:
         self._owns_factor = False
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All of the state: tensors for safetensors and values for JSON.
-
-        The tensors share memory with the state: write them before the next change.
-        """
+        """All of the state: tensors, which share its memory until the next change, and JSON."""
         space = self._space
         tensors = {"factor": self._factor, "keys": space.keys, "targets": space.targets}
         tensors |= {"solved": space.solved, "root": space.root}
@@ -518,10 +516,11 @@ class EditMemory:
                     f"load_state_dict: {name} must be {factor.dtype} {list(shape)}, "
                     f"got {tensors[name].dtype} {list(tensors[name].shape)}"
                 )
+        parts = tensors["keys"], tensors["solved"], tensors["targets"], tensors["root"]
         state = {
             "_prior": FactoredPrior(factor),
             "_base": tensors["base"] if counts else None,
-            "_space": EditSpace.of(*(tensors[x] for x in ("keys", "solved", "targets", "root"))),
+            "_space": EditSpace.of(*parts, [Rows(int(x)) for x in values.get("rows", [total])]),
             "_live": live,
             "_folded": tuple(
                 _Folded(*run, tensors.get(f"folded.{i}.keys"), tensors.get(f"folded.{i}.targets"))

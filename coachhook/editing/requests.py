@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -114,10 +114,10 @@ class EditRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """The request as JSON-ready values; empty fields are left out."""
-        record = asdict(self)
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
         # An id may be 0: that of CounterFact's first record is.
         kept = {k: v for k, v in record.items() if v or (k == "id" and v is not None)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+        return {k: list(v) if isinstance(v, list | tuple) else v for k, v in kept.items()}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> EditRequest:

@@ -1,7 +1,6 @@
 """An edit set without its model: what was asked, and per layer the memory the hooks are made from.
 
-Everything a hook holds follows from here, so that a batch can be taken back, or a folder read, with
-no model at hand.
+Everything a hook holds follows from here: a batch is taken back, or a folder read, without a model.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from coachhook.editing.memory import EditMemory
 from coachhook.editing.prompts import PLACES, SUBJECT_PLACES
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.records import BatchRecord
+from coachhook.editing.segments import Written
 from coachhook.editing.unrelated import Ending, SampleTokens
 from coachhook.errors import NotPositiveDefiniteError
 from coachhook.hooks import HookedLinear
@@ -140,14 +140,14 @@ class EditState:
         layers: layer index -> its edits.
         batches: batch number -> its record, in the order of editing.
         sample_tokens: what the keys of the layers' samples are keys of; may be None.
-        writes: what was last read or written where, see :func:`~coachhook.store.version_of`.
+        writes: what was last read or written where.
     """
 
     config: EditConfig
     layers: dict[int, LayerEdits]
     batches: dict[int, BatchRecord] = field(default_factory=dict)
     sample_tokens: SampleTokens | None = None
-    writes: dict[str, str] = field(default_factory=dict)
+    writes: dict[str, Written] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:

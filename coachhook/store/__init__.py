@@ -7,6 +7,7 @@ one or the new one, whole. Nothing is pickled.
 from __future__ import annotations
 
 from coachhook.store.files import (
+    TensorSource,
     check_fields,
     folder_kind,
     load_folder,
@@ -20,6 +21,7 @@ from coachhook.store.sizes import FolderSizes, folder_sizes
 
 __all__ = [
     "FolderSizes",
+    "TensorSource",
     "check_fields",
     "check_writable",
     "fingerprint",

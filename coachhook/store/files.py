@@ -11,14 +11,15 @@ different writes in one folder without reading gigabytes, and all of a small fil
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,16 +34,14 @@ from coachhook.store.folders import (
 )
 from coachhook.store.strict_json import from_json, to_json
 
-# Edits 2: the factor of a memory as a packed triangle.
-FORMAT_VERSIONS = {"edits": 2, "statistics": 1, "statistics-checkpoint": 1}
+# Edits 2: the factor of a memory as a packed triangle; 3: rows and records in segments.
+FORMAT_VERSIONS = {"edits": 3, "statistics": 1, "statistics-checkpoint": 1}
 
 _CHECKSUM = "checksum"
 _RESERVED = ("format", "format_version", "coachhook_version", "files", _CHECKSUM)
 _SHARD_BYTES = 1 << 30
 _CHECK_BLOCK = 1 << 16
 _CHECK_BLOCKS = 64
-
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 TensorSource = Tensor | Callable[[], Tensor]
 
@@ -53,7 +52,8 @@ def save_folder(
     kind: str,
     manifest: Mapping[str, Any],
     tensors: Mapping[str, TensorSource],
-    stable: Collection[str] = (),
+    sets: Sequence[Mapping[str, TensorSource]] = (),
+    unchanged: Collection[str] = (),
     replaces: str | None = None,
 ) -> str:
     """Write `manifest` and `tensors` to the folder `path`, whole or not at all.
@@ -67,10 +67,11 @@ def save_folder(
         tensors: tensors of any dtype, shape and device, or functions without arguments that make
             them. Functions are called one after another, and a file is written for every GiB, so
             that not all tensors need to be in memory at once.
-        stable: names of large tensors that seldom change between writes. Each has a file of its
-            own, and where the folder to be replaced holds the same bits, its file is linked into
-            the new folder instead of being written again (where the file system knows hard links).
-            No file is ever changed in place, so the old folder stays whole for its readers.
+        sets: more tensors, in sets that are written together, each in files of its own.
+        unchanged: those of the sets that the write `replaces` holds with the same values: files of
+            nothing else are linked into the new folder instead of being written again (where the
+            file system knows hard links). Their checksums are looked at, not their values. No file
+            is ever changed in place, so the old folder stays whole for its readers.
         replaces: the write that the folder may hold, as :func:`version_of` names it, or "" for
             none: what another process has written since is not lost. None: any.
 
@@ -86,26 +87,32 @@ def save_folder(
         raise ValueError(f"save_folder: kind must be one of {list(FORMAT_VERSIONS)}, got {kind!r}")
 
     version = ""
+    old: dict[str, Any] | None = None
 
     def write(folder: Path) -> None:
         nonlocal version
         file = folder / MANIFEST
         file.touch()
         mode = file.stat().st_mode
-        files = {}
-        old = _Previous(path, kind) if stable else None
-        for number, shard in enumerate(_shards(tensors, stable), start=1):
-            tensor_file = folder / f"tensors-{number:05}.safetensors"
-            entry = old.link(shard, tensor_file) if old is not None else None
-            if entry is None:
+        files: dict[str, Any] = {}
+        names = (f"tensors-{number:05}.safetensors" for number in itertools.count(1))
+        taken: set[str] = set()
+        known = set(unchanged) if replaces else set()
+        for source, entry in _sound_files(current_folder(path), old, known):
+            place = folder / next(names)
+            if _linked(source, place):
+                files[place.name] = entry
+                taken.update(entry["tensors"])
+        for several in (tensors, *sets):
+            for shard in _shards({k: v for k, v in several.items() if k not in taken}):
+                tensor_file = folder / next(names)
                 save_file(shard, tensor_file)
                 tensor_file.chmod(mode)  # safetensors leaves files for their owner alone
-                entry = {
+                files[tensor_file.name] = {
                     "bytes": tensor_file.stat().st_size,
                     "checksum": _checksum(tensor_file),
                     "tensors": list(shard),
                 }
-            files[tensor_file.name] = entry
         content = {
             "format": f"coachhook-{kind}",
             "format_version": FORMAT_VERSIONS[kind],
@@ -117,6 +124,7 @@ def save_folder(
         file.write_text(to_json(content) + "\n", encoding="utf-8")
 
     def owned(folder: Path) -> set[str]:
+        nonlocal old
         if not any(folder.iterdir()):
             return set()
         try:
@@ -370,54 +378,31 @@ def _checksum(file: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-class _Previous:
-    """The folder about to be replaced; empty where there is none that can be read."""
-
-    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
-        self._tensors: Mapping[str, Tensor] = {}
-        self._files: dict[str, str] = {}
-        try:
-            manifest, self._tensors = load_folder(path, kind)
-        except FormatError:
-            return
-        self._folder = current_folder(path)
-        self._entries = manifest["files"]
-        for file, entry in self._entries.items():
-            if len(entry["tensors"]) == 1:
-                self._files[entry["tensors"][0]] = file
-
-    def link(self, shard: dict[str, Tensor], place: Path) -> dict[str, Any] | None:
-        """Put the file that holds just this shard at `place`; None where there is none."""
-        (name, tensor), *others = shard.items()
-        file = self._files.get(name)
-        if others or file is None or not _same_bits(tensor, self._tensors[name]):
-            return None
-        try:
-            os.link(self._folder / file, place)
-        except OSError:  # the file system has no hard links
-            return None
-        entry: dict[str, Any] = self._entries[file]
-        return entry
+def _sound_files(
+    folder: Path, manifest: Mapping[str, Any] | None, names: set[str]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files of tensors of these names alone, and what the manifest says of them."""
+    for name, entry in manifest["files"].items() if manifest is not None else ():
+        if entry["tensors"] and names.issuperset(entry["tensors"]):
+            with suppress(FormatError):
+                _open_checked(folder / name, entry)
+                yield folder / name, entry
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
+def _linked(file: Path, place: Path) -> bool:
+    try:
+        os.link(file, place)
+    except OSError:  # the file system has no hard links
         return False
-    bits = _BITS[one.element_size()]
-    return torch.equal(one.flatten().view(bits), other.flatten().view(bits))
+    return True
 
 
-def _shards(
-    tensors: Mapping[str, TensorSource], alone: Collection[str]
-) -> Iterator[dict[str, Tensor]]:
+def _shards(tensors: Mapping[str, TensorSource]) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     bases: list[int] = []
     for name, source in tensors.items():
         tensor = (source if isinstance(source, Tensor) else source()).detach().cpu().contiguous()
-        if name in alone:
-            yield {name: tensor}
-            continue
         if any(tensor.untyped_storage().data_ptr() == base for base in bases):
             tensor = tensor.clone()  # safetensors refuses tensors that share memory
         if shard and size + tensor.nbytes > _SHARD_BYTES:

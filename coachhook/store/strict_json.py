@@ -16,12 +16,12 @@ _NAMES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_json(value: Any) -> str:
-    """Return `value` as indented JSON.
+    """Return `value` as JSON, objects and what is in them on lines of their own, two deep.
 
     Raises:
         TypeError: something in it has no form in JSON.
     """
-    return json.dumps(_tagged(value), indent=1, ensure_ascii=False, allow_nan=False)
+    return _lines(_tagged(value), 2)
 
 
 def from_json(text: str | bytes) -> Any:
@@ -31,6 +31,16 @@ def from_json(text: str | bytes) -> Any:
         ValueError: it is not JSON.
     """
     return json.loads(text, object_hook=_untagged)
+
+
+def _lines(value: Any, depth: int, indent: str = "\n") -> str:
+    plain = not isinstance(value, dict) or not all(isinstance(key, str) for key in value)
+    if plain or not value or not depth:
+        # Without indents, with which Python's encoder is several times slower.
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    deeper = indent + " "
+    fields = (f"{_lines(key, 0)}: {_lines(item, depth - 1, deeper)}" for key, item in value.items())
+    return "{" + deeper + f",{deeper}".join(fields) + indent + "}"
 
 
 def _tagged(value: Any) -> Any:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from coachhook.editing import Editor, EditRequest
-from coachhook.editing.folder import load_state, revert_folder, save_state
+from coachhook.editing.folder import load_payloads, load_state, revert_folder, save_state
 from coachhook.editing.state import EditState
+from coachhook.errors import FormatError
 from coachhook.store import folder_sizes, load_folder, save_folder
 
 
@@ -59,27 +60,208 @@ def test_later_saves_take_the_factor_over_until_keys_are_folded(make_editor, req
     assert torch.equal(load_state(path).layers[0].memory._factor, memory._factor)
 
 
-def test_folders_of_format_version_1_load(make_editor, requests, tmp_path):
-    """The factor was square then, and Python's NaN stood in the manifest."""
-    editor, *_ = make_editor()
-    editor.edit(requests[:2])
+@pytest.mark.parametrize("version", [1, 2])
+def test_folders_of_earlier_format_versions_load_and_go_on(
+    make_editor, requests, tmp_path, version
+):
+    """All was in one, the factor square at first, and Python's NaN stood in the manifest."""
+    path = tmp_path / "old"
+    editor, model, tokenizer = make_editor()
+    for i in range(2):
+        editor.edit(requests[i : i + 1])
     editor.save(tmp_path / "new")
     manifest, tensors = load_folder(tmp_path / "new", "edits")
-    everything = {name: tensors[name].clone() for name in tensors}
-    everything[_FACTOR] = editor._state.layers[0].memory._factor
-    save_folder(tmp_path / "old", kind="edits", manifest=manifest, tensors=everything)
-    file = tmp_path / "old" / "manifest.json"
-    content = json.loads(file.read_text()) | {"format_version": 1}
+    apart = {k: tensors[k].clone() for k in tensors if ".memory." not in k}
+    memory, payload = editor._state.layers[0].memory, editor._state.payload(0)
+    apart |= {f"layer.0.memory.{k}": v.clone() for k, v in memory.state_dict()[0].items()}
+    apart |= {f"layer.0.hook.{k}": v for k, v in payload.tensors.items()}
+    if version == 2:
+        apart[_FACTOR] = tensors[_FACTOR].clone()
+    del manifest["segments"], manifest["layers"]["0"]["out_features"]
+    save_folder(path, kind="edits", manifest=manifest, tensors=apart)
+    file = path / "manifest.json"
+    content = json.loads(file.read_text()) | {"format_version": version}
     content["batches"]["1"]["losses"][0] = float("nan")
     del content["checksum"]
     file.write_text(json.dumps(content))
-    state = load_state(tmp_path / "old")
+    state = load_state(path)
     assert state.batches[1].losses[0] != state.batches[1].losses[0]
-    expected, _ = editor._state.layers[0].memory.state_dict()
-    found, _ = state.layers[0].memory.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
+    _same_memories(state, editor._state)
+    _same_payloads(load_payloads(path)[1][0], payload)
+    editor.detach()
+
+    again = Editor.load(model, tokenizer, path)
+    again.edit(requests[2:3])
+    again.save(path)
+    again.detach()
+    _same_memories(load_state(path), again._state)
+    _same_payloads(load_payloads(path)[1][0], again._state.payload(0))
+
+
+def _same_memories(one, other):
+    assert one.layers.keys() == other.layers.keys()
+    for layer in one.layers:
+        found, values = one.layers[layer].memory.state_dict()
+        expected, same = other.layers[layer].memory.state_dict()
+        assert found.keys() == expected.keys() and values == same
+        for name, tensor in found.items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def _same_payloads(one, other):
+    assert (one.kind, one.alpha, one.population) == (other.kind, other.alpha, other.population)
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+
+
+def _homes(path):
+    """Tensors by the file that they lie in, which is known by its inode and time of writing."""
+    manifest, _ = load_folder(path, "edits")
+    found = {}
+    for name, entry in manifest["files"].items():
+        status = (path / name).stat()
+        found[status.st_ino, status.st_mtime_ns] = frozenset(entry["tensors"])
+    return found
+
+
+def _kept(before, after):
+    """Tensors whose files were taken over."""
+    return set().union(*(names for file, names in after.items() if before.get(file) == names))
+
+
+def _rows(number):
+    parts = ("keys", "solved", "targets", "border", "corner")
+    return {f"layer.0.memory.rows.{number}.{part}" for part in parts}
+
+
+def test_a_save_writes_what_the_last_batch_brought(make_editor, requests, tmp_path):
+    path, moved = tmp_path / "edits", tmp_path / "moved"
+    editor, model, tokenizer = make_editor()
+    editor.edit(requests[:1])
+    editor.save(path)
+    first = _homes(path)
+    editor.edit(requests[1:2])
+    editor.save(path)
+    second = _homes(path)
+    of_one = {_FACTOR, "layer.0.sample", "targets.1", "cues.1.0"} | _rows(1)
+    assert _kept(first, second) == of_one
+    _same_memories(load_state(path), editor._state)
+    _same_payloads(load_payloads(path)[1][0], editor._state.payload(0))
+
+    # Of what was taken back and edited otherwise nothing is left, though the rows are as many.
+    before = editor._state.layers[0].memory.num_keys
+    editor.revert(2)
+    editor.edit(requests[1:2])
+    assert editor._state.layers[0].memory.num_keys == before
+    editor.save(path)
+    assert _kept(second, _homes(path)) == of_one
+    _same_memories(load_state(path), editor._state)
+    editor.detach()
+
+    # Also in a folder that was moved, and that another process goes on with.
+    path.rename(moved)
+    third, again = _homes(moved), Editor.load(model, tokenizer, moved)
+    again.edit(requests[2:3])
+    again.save(moved)
+    again.detach()
+    assert _kept(third, _homes(moved)) == of_one | _rows(3) | {"targets.3", "cues.3.0"}
+    _same_memories(load_state(moved), again._state)
+
+
+def test_a_batch_from_the_middle_is_taken_back_in_the_folder(make_editor, requests, tmp_path):
+    path = tmp_path / "edits"
+    editor, *_ = make_editor()
+    for i in range(3):
+        editor.edit(requests[i : i + 1])
+        editor.save(path)
+    before = _homes(path)
+    revert_folder(path, 2)
+    kept = _kept(before, _homes(path))
+    assert kept > _rows(1) and not kept & _rows(2) and not kept & _rows(3)
+    assert "targets.3" in kept
+    editor.revert(2)
+    state = load_state(path)
+    _same_memories(state, editor._state)
+    assert list(state.batches) == [1, 3]
+    _same_payloads(load_payloads(path)[1][0], editor._state.payload(0))
+
+
+def test_a_failed_batch_leaves_nothing_in_later_saves(make_editor, requests, tmp_path, monkeypatch):
+    path = tmp_path / "edits"
+    editor, *_ = make_editor()
+    editor.edit(requests[:1])
+    editor.save(path)
+
+    def fail(*_):
+        raise ArithmeticError("late")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(editor, "_bounds", fail)
+        with pytest.raises(ArithmeticError):
+            editor.edit(requests[1:2])
+    editor.edit(requests[1:2])
+    editor.save(path)
+    _same_memories(load_state(path), editor._state)
+
+
+def test_folded_keys_are_written_once(make_editor, requests, tmp_path):
+    path = tmp_path / "edits"
+    editor, model, tokenizer = make_editor(
+        scope="population", key_pooling="mean", max_keys=2, rewordings=0, target_steps=2
+    )
+    editor.edit(requests[:3])
+    editor.save(path)
+    editor.edit(requests[3:5])
+    editor.save(path)
+    before = _homes(path)
+    assert editor._state.layers[0].memory.num_folded == 4
+    editor.edit(requests[5:6])
+    editor.save(path)
+    folded = {f"layer.0.memory.folded.{i}.{x}" for i in (1, 2) for x in ("keys", "targets")}
+    assert _kept(before, _homes(path)) >= folded | {_FACTOR, "layer.0.memory.base"}
+    _same_memories(load_state(path), editor._state)
+    editor.detach()
+    again = Editor.load(model, tokenizer, path)
+    again.revert(1)
+    again.edit(requests[6:8])
+    again.save(path)
+    again.detach()
+    _same_memories(load_state(path), again._state)
+
+
+def test_published_edits_are_kept(make_editor, requests, tmp_path):
+    path = tmp_path / "edits"
+    editor, *_ = make_editor("paper", target_steps=2)
+    editor.edit(requests[:2])
+    editor.save(path)
+    before = _homes(path)
+    editor.edit(requests[2:3])
+    editor.save(path)
+    layers = editor.config.layers
+    kept = {f"layer.{i}.memory.{part}" for i in layers for part in ("prior", "frozen")}
+    assert _kept(before, _homes(path)) >= kept | {"targets.1"}
+    _same_memories(load_state(path), editor._state)
+
+
+@pytest.mark.parametrize("damage", ["fewer", "part", "missing"])
+def test_segments_that_do_not_fit_are_refused(make_editor, requests, tmp_path, damage):
+    editor, *_ = make_editor()
+    for i in range(2):
+        editor.edit(requests[i : i + 1])
+        editor.save(tmp_path / "edits")
+    manifest, tensors = load_folder(tmp_path / "edits", "edits")
+    everything = {name: tensors[name].clone() for name in tensors}
+    segments = manifest["segments"]["layer.0.memory.rows"]
+    if damage == "fewer":
+        segments.pop()
+    elif damage == "part":
+        segments[0][1] -= 1
+    else:
+        del everything["layer.0.memory.rows.2.border"]
+    save_folder(tmp_path / "edits", kind="edits", manifest=manifest, tensors=everything)
+    with pytest.raises(FormatError, match="must hold complete edits"):
+        load_state(tmp_path / "edits")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -101,8 +283,6 @@ def test_values_that_are_not_finite_survive_in_strict_json(make_editor, requests
 
 
 def test_a_damaged_triangle_is_refused(make_editor, requests, tmp_path):
-    from coachhook.errors import FormatError
-
     editor, *_ = make_editor()
     editor.edit(requests[:1])
     editor.save(tmp_path / "edits")

@@ -86,80 +86,99 @@ def test_loaded_tensors_survive_a_replacement(folder):
 
 
 @pytest.fixture
-def stable_folder(tmp_path):
-    """A folder with a stable tensor, and a function that writes it again with other content."""
-    path = tmp_path / "stable"
+def kept_folder(tmp_path):
+    """A folder with a set of its own, and a function that writes it again, unchanged or not."""
+    path, last = tmp_path / "kept", []
 
-    def write(factor, **tensors):
-        everything = {"a.factor": lambda: factor, **tensors}
-        save_folder(path, kind="edits", manifest={}, tensors=everything, stable=["a.factor"])
+    def write(factor, unchanged=(), replaces=None, **tensors):
+        replaces = last[-1] if last and replaces is None else replaces
+        version = save_folder(
+            path,
+            kind="edits",
+            manifest={},
+            tensors=tensors,
+            sets=[{"a.factor": lambda: factor, "a.more": torch.ones(3)}],
+            unchanged=unchanged,
+            replaces=replaces,
+        )
+        last.append(version)
         entries = read_manifest(path, "edits")["files"]
-        return next(path / f for f, entry in entries.items() if entry["tensors"] == ["a.factor"])
+        return next(path / f for f, entry in entries.items() if "a.factor" in entry["tensors"])
 
     return write
 
 
+_SET = ("a.factor", "a.more")
+
+
+def _identity(file):
+    return file.stat().st_ino, file.stat().st_mtime_ns
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.uint8])
-def test_a_stable_tensor_keeps_its_file(stable_folder, dtype):
+def test_what_is_unchanged_keeps_its_file(kept_folder, dtype):
     factor = torch.randn(300).to(dtype)
-    before = stable_folder(factor, x=torch.zeros(3)).stat()
-    file = stable_folder(factor.clone(), before_it=torch.ones(5), x=torch.ones(3))
-    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    before = _identity(kept_folder(factor, x=torch.zeros(3)))
+    file = kept_folder(factor, _SET, x=torch.ones(3), y=torch.ones(5))
+    assert _identity(file) == before
     _, tensors = load_folder(file.parent, "edits")
     assert torch.equal(tensors["a.factor"], factor) and float(tensors["x"].sum()) == 3
+    assert torch.equal(tensors["a.more"], torch.ones(3))
     assert file.stat().st_nlink == 1  # the old folder is gone
 
 
-def _one_bit_off(factor):
-    other = factor.clone()
-    other.view(torch.int64)[150] ^= 1
-    return other
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        _one_bit_off,
-        lambda f: f[:-1],
-        lambda f: f.float(),
-        lambda f: f[:, None],
-        # Equal as numbers and not as bits.
-        lambda f: torch.where(f == 0, -0.0, f),
-    ],
-)
-def test_a_stable_tensor_that_changed_is_written(stable_folder, change):
-    factor = torch.randn(300, dtype=torch.float64)
-    factor[7] = 0.0
-    before = stable_folder(factor)
-    _, held = load_folder(before.parent, "edits")
-    inode, other = before.stat().st_ino, change(factor)
-    file = stable_folder(other)
-    assert file.stat().st_ino != inode
+@pytest.mark.parametrize("unchanged", [(), ("a.factor",), ("a.more", "x")])
+def test_a_file_with_anything_that_changed_is_written(kept_folder, unchanged):
+    first = kept_folder(torch.zeros(300))
+    _, held = load_folder(first.parent, "edits")
+    before = _identity(first)
+    file = kept_folder(torch.ones(300), unchanged)
+    assert _identity(file) != before
     _, tensors = load_folder(file.parent, "edits")
-    assert torch.equal(tensors["a.factor"].signbit(), other.signbit())
-    assert torch.equal(tensors["a.factor"], other)
-    assert torch.equal(held["a.factor"], factor)  # readers of the old folder are not disturbed
+    assert torch.equal(tensors["a.factor"], torch.ones(300))
+    assert torch.equal(held["a.factor"], torch.zeros(300))  # readers of the old one go on
 
 
-def test_without_hard_links_a_stable_tensor_is_written_again(stable_folder, monkeypatch):
+def test_nothing_is_taken_over_from_another_write(kept_folder, tmp_path):
+    first = kept_folder(torch.zeros(300))
+    save_folder(first.parent, kind="edits", manifest={}, tensors={"a.factor": torch.ones(300)})
+    with pytest.raises(ValueError, match="something else has written meanwhile"):
+        kept_folder(torch.zeros(300), _SET)
+    assert torch.equal(load_folder(first.parent, "edits")[1]["a.factor"], torch.ones(300))
+    version = save_folder(tmp_path / "other", kind="edits", manifest={"n": 2}, tensors={})
+    found = save_folder(
+        tmp_path / "new",
+        kind="edits",
+        manifest={},
+        tensors={},
+        sets=[{"a.factor": torch.zeros(3)}],
+        unchanged=_SET,
+        replaces=version,
+    )
+    manifest, tensors = load_folder(tmp_path / "new", "edits")
+    assert files.version_of(manifest) == found and len(tensors["a.factor"]) == 3
+
+
+def test_without_hard_links_what_is_unchanged_is_written_again(kept_folder, monkeypatch):
     factor = torch.randn(300)
-    stable_folder(factor)
+    before = _identity(kept_folder(factor))
 
     def refuse(source, target):
         raise OSError("no links here")
 
     monkeypatch.setattr(files.os, "link", refuse)
-    file = stable_folder(factor)
+    file = kept_folder(factor, _SET)
+    assert _identity(file) != before
     assert torch.equal(load_folder(file.parent, "edits")[1]["a.factor"], factor)
 
 
-def test_a_damaged_file_is_not_taken_over(stable_folder):
+def test_a_damaged_file_is_not_taken_over(kept_folder):
     factor = torch.randn(300)
-    file = stable_folder(factor)
+    file = kept_folder(factor)
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    file = stable_folder(factor)
+    file = kept_folder(factor, _SET)
     assert torch.equal(load_folder(file.parent, "edits")[1]["a.factor"], factor)
 
 
@@ -247,7 +266,7 @@ def test_a_missing_file_is_named(folder):
     [
         (lambda m: m.pop("files"), "files must be dict, got nothing"),
         (lambda m: m.update(format="coachhook-statistics"), "must hold coachhook edits"),
-        (lambda m: m.update(format_version=99), "format version 2 or older, got 99"),
+        (lambda m: m.update(format_version=99), "format version 3 or older, got 99"),
         (lambda m: m.update(format_version="1"), "format_version must be int, got '1'"),
         (lambda m: m.update(format_version=True), "format_version must be int, got True"),
         (lambda m: m["files"].update({"../x": {}}), "plain names"),

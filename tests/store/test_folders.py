@@ -206,12 +206,15 @@ def test_death_between_the_renames_loses_nothing(tmp_path):
 _WRITES_FOREVER = """
 import sys, torch
 from coachhook.store import save_folder
-n = 0
+n, last = 0, None
 while True:
     n += 1
-    save_folder(sys.argv[1], kind="edits", manifest={"n": n}, stable=["same", "often"],
-                tensors={"t": torch.full((50_000,), float(n)), "same": torch.ones(9_000),
-                         "often": torch.full((9_000,), float(n // 3))})
+    unchanged = {"same", "often"} if n % 3 else {"same"}
+    last = save_folder(sys.argv[1], kind="edits", manifest={"n": n}, replaces=last,
+                       unchanged=unchanged if last else (),
+                       tensors={"t": torch.full((50_000,), float(n))},
+                       sets=[{"same": torch.ones(9_000)},
+                             {"often": torch.full((9_000,), float(n // 3))}])
     print(n, flush=True)
 """
 
@@ -225,7 +228,7 @@ def check(manifest, tensors):
 def test_readers_and_kills_at_any_moment_meet_whole_folders(tmp_path):
     out = tmp_path / "out"
     first = {"t": torch.zeros(50_000), "same": torch.ones(9_000), "often": torch.zeros(9_000)}
-    save_folder(out, kind="edits", manifest={"n": 0}, tensors=first, stable=["same", "often"])
+    save_folder(out, kind="edits", manifest={"n": 0}, tensors=first)
     seen = set()
     for round_ in range(4):
         process = subprocess.Popen(

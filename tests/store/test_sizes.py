@@ -9,7 +9,6 @@ from coachhook.store import folder_sizes, load_folder, save_folder, sizes
 
 def test_bytes_by_group_and_in_all(tmp_path):
     tensors = {
-        "layer.0.memory.factor": torch.zeros(10, dtype=torch.float64),
         "layer.11.memory.factor": torch.zeros(21, dtype=torch.float64),
         "layer.0.memory.folded.3.keys": torch.zeros(2, 5),
         "layer.0.sample": torch.zeros(3, 4, dtype=torch.bfloat16),
@@ -17,8 +16,8 @@ def test_bytes_by_group_and_in_all(tmp_path):
         "targets.1": torch.zeros(0, 4, dtype=torch.float64),
         "flags": torch.zeros(7, dtype=torch.bool),
     }
-    stable = ["layer.0.memory.factor"]
-    save_folder(tmp_path / "x", kind="edits", manifest={}, tensors=tensors, stable=stable)
+    apart = [{"layer.0.memory.factor": torch.zeros(10, dtype=torch.float64)}]
+    save_folder(tmp_path / "x", kind="edits", manifest={}, tensors=tensors, sets=apart)
     (tmp_path / "x" / "notes.txt").write_text("mine")
     found = folder_sizes(tmp_path / "x", "edits")
     assert [(g.name, g.dtype, g.tensors, g.bytes) for g in found.groups] == [
@@ -41,7 +40,13 @@ def test_another_kind_is_refused(tmp_path):
 
 def test_a_folder_that_is_replaced_meanwhile_is_measured_as_it_was(tmp_path, monkeypatch):
     def save(**tensors):
-        save_folder(tmp_path / "x", kind="edits", manifest={}, tensors=tensors, stable=["a"])
+        save_folder(
+            tmp_path / "x",
+            kind="edits",
+            manifest={},
+            tensors={},
+            sets=[{k: v} for k, v in tensors.items()],
+        )
 
     def then_replaced(path, kind):
         found = load_folder(path, kind)
