@@ -217,6 +217,25 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
             | dict(num_experts=4, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8),
             "mlp",
         ),
+        # A block may take the choice of tokens to attend to from the one below it.
+        (
+            "glm_moe_dsa",
+            "GlmMoeDsaConfig",
+            _ROUTED
+            | dict(
+                num_key_value_heads=4,
+                q_lora_rank=16,
+                kv_lora_rank=8,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=4,
+                v_head_dim=8,
+                index_n_heads=2,
+                index_head_dim=8,
+                index_topk=4,
+                indexer_types=["full", "full", "shared"],
+            ),
+            "mlp",
+        ),
     )
 }
 

@@ -85,7 +85,7 @@ def test_experts_are_taken_together(name: str) -> None:
     output = given[0][0] if isinstance(given[0], tuple) else given[0]
     assert output.shape[-1] == HIDDEN
     # Where the first block has none, its own down-projection is taken.
-    dense = name in ("deepseek_v3", "glm4_moe", "llama4", "jamba", "lfm2_moe")
+    dense = name in ("deepseek_v3", "glm4_moe", "llama4", "jamba", "lfm2_moe", "glm_moe_dsa")
     assert first.experts is not dense
     assert (first.in_features == WIDTH) is dense
 
