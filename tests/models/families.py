@@ -209,6 +209,23 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
             ),
             "feed_forward",
         ),
+        (
+            "qwen3_next",
+            "Qwen3NextConfig",
+            _EXPERTS
+            | dict(
+                num_experts=4,
+                moe_intermediate_size=16,
+                shared_expert_intermediate_size=16,
+                head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                layer_types=["linear_attention", "full_attention", "linear_attention"],
+            ),
+            "mlp",
+        ),
         # Each router reads what the one below it has found.
         (
             "zaya",
