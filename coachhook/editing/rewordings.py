@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import DynamicCache
 
 from coachhook.editing.prompts import EncodedPrompt
 from coachhook.hooks.cache_state import cache_argument, returned_cache
@@ -191,26 +192,31 @@ class Reader:
         self._model: Any = model
         self._names = signature(model.forward).parameters
         self._device = next(model.parameters()).device
-        self._mask = mask.to(self._device)
+        self._ids, self._mask = ids.to(self._device), mask.to(self._device)
         self._cache: Any = None
         self.logits: Tensor
-        self._forward(ids.to(self._device))
+        self._forward(self._ids)
 
     def repeat(self, times: int) -> None:
         """Every row so many times, beside each other."""
-        self._mask, self.logits = (
-            x.repeat_interleave(times, dim=0) for x in (self._mask, self.logits)
-        )
-        self._cache.batch_repeat_interleave(times)
+        self.logits = self.logits.repeat_interleave(times, dim=0)
+        self._choose(torch.arange(len(self._mask), device=self._device).repeat_interleave(times))
 
     def read(self, places: Sequence[int], tokens: Sequence[int]) -> None:
         """One more token of the rows at ``places``; the others are dropped."""
         if len(places) < len(self._mask):
-            index = torch.tensor(places, device=self._device)
-            self._mask = self._mask[index]
-            self._cache.batch_select_indices(index)
+            self._choose(torch.tensor(places, device=self._device))
         self._mask = pad(self._mask, (0, 1), value=1)
-        self._forward(torch.tensor(tokens, device=self._device)[:, None])
+        last = torch.tensor(tokens, device=self._device)[:, None]
+        self._ids = torch.cat([self._ids, last], dim=1)
+        self._forward(self._ids if self._cache is None else last)
+
+    def _choose(self, index: Tensor) -> None:
+        """Rows by index, any number of each."""
+        self._ids, self._mask = self._ids[index], self._mask[index]
+        if self._cache is not None:
+            # Of all ways to choose rows the one that states of linear attention know, too.
+            self._cache.reorder_cache(index)
 
     def _forward(self, ids: Tensor) -> None:
         given: dict[str, Any] = {}
@@ -221,4 +227,6 @@ class Reader:
         if "logits_to_keep" in self._names:
             given["logits_to_keep"] = 1
         output = self._model(input_ids=ids, attention_mask=self._mask, use_cache=True, **given)
-        self.logits, self._cache = output.logits[:, -1], returned_cache(output)
+        self.logits, cache = output.logits[:, -1], returned_cache(output)
+        # Of some hybrids there is none, or one whose rows cannot be chosen: all is read again.
+        self._cache = cache if type(cache) is DynamicCache else None

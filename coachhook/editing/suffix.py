@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,15 @@ from coachhook.models import (
     linear_shape,
     partial_forward,
     passage,
+    plain_parts,
     skipped,
 )
 
 _log = logging.getLogger(__name__)
 # What a block may make of a KV cache that it does not expect.
 _REFUSALS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Tokens of which is seen what a run keeps.
+_FEW = 32
 # Largest relative difference between the whole suffix and its live part that rounding explains. A
 # wrong mask or position gives one of order 1; some families compute attention in float32 always.
 _AGREE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -80,6 +83,18 @@ def _form(value: Any) -> Any:
     return type(value)
 
 
+def _carried(arguments: dict[str, Any], given: Any) -> dict[str, int]:
+    """Which arguments of a block are tensors that the block before gave beside its hidden state."""
+    if not isinstance(given, tuple):
+        return {}
+    return {
+        name: place
+        for name, value in arguments.items()
+        for place, other in enumerate(given)
+        if place and value is other and isinstance(value, Tensor)
+    }
+
+
 def _relative(expected: Tensor, got: Tensor) -> float:
     return float((expected - got).detach().double().norm() / expected.detach().double().norm())
 
@@ -118,18 +133,21 @@ class Captured:
         kept: what a run of the live tokens alone needs; None where there is only the whole run.
         own: output of the last edited down-projection ``[B, T, d]``, where it is not added to the
             residual as it is; not in parts of the batch.
+        carried: for each block the arguments that are entries of what the block before gives, by
+            name, and where there.
     """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     kept: Kept | None = None
     own: Tensor | None = None
+    carried: list[dict[str, int]] = field(default_factory=list)
 
     def select(self, rows: Tensor) -> Captured:
         """The rows given by an index tensor ``[R]``, for runs of all their tokens."""
         batch = self.hidden.shape[0]
         calls = [(_select(a, rows, batch), _select(k, rows, batch)) for a, k in self.calls]
-        return Captured(self.hidden[rows], calls)
+        return Captured(self.hidden[rows], calls, carried=self.carried)
 
 
 class Suffix:
@@ -166,6 +184,8 @@ class Suffix:
         self._max_positions = description.max_positions
         self._scale, self._cap = description.logit_scale, description.logit_cap
         self._keeps = self._narrows = self._packs = True
+        self._sparse = any(entry.experts for entry in description.layers[layer + 1 :])
+        self._held: int | None = None
         # Of each form of capture, the most tokens of a row that live runs were found to agree for.
         self._agreed: dict[Any, int] = {}
         self._weights = [
@@ -188,6 +208,7 @@ class Suffix:
         if self._manner == earlier._manner:
             self.replays = earlier.replays or None
             self._agreed, self._narrows = earlier._agreed, earlier._narrows
+            self._held = earlier._held
 
     @property
     def keeps(self) -> bool:
@@ -214,11 +235,42 @@ class Suffix:
     def bytes_per_token(self) -> int:
         """About what one differentiated token holds: what the matrices of the blocks read and give.
 
-        Twice that, as activations, norms and attention keep about as much again.
+        Twice that, as activations, norms and attention keep about as much again. Which experts a
+        token reads, and what is kept of the others, no shape says: with experts a few tokens are
+        run, and what is kept of them is taken twice.
         """
+        if self._sparse:
+            if self._held is None:
+                self._held = self._measured()
+            return 2 * self._held
         modules = [module for block in self._above for module in block.modules()]
         widths = [sum(linear_shape(module)) for module in modules if is_linear_like(module)]
         return 2 * sum(widths) * self._element_size
+
+    def _measured(self) -> int:
+        """Bytes that a differentiated run of a few tokens keeps for each of them."""
+        device = next(self._base.parameters()).device
+        _, vocabulary = linear_shape(self._head)
+        count = _FEW if self._max_positions is None else min(_FEW, self._max_positions)
+        ids = torch.arange(count, device=device)[None] % vocabulary
+        captured = self.capture(ids, torch.ones_like(ids))
+        weights = (t for m in self._above for t in (*m.parameters(), *m.buffers()))
+        there = {part.untyped_storage().data_ptr() for t in weights for part in plain_parts(t)}
+        kept: dict[int, int] = {}
+
+        def note(value: Tensor) -> Tensor:
+            for part in plain_parts(value.detach()):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in there:
+                    kept[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        hidden = captured.hidden.clone().requires_grad_(True)
+        with torch.enable_grad(), self.frozen():
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+                _, last = self._run(captured, hidden, -1)
+        del last
+        return sum(kept.values()) // ids.numel()
 
     @property
     def bytes_per_kept_token(self) -> int:
@@ -296,7 +348,7 @@ class Suffix:
                 self._packs = False
             else:
                 calls = [((), call) for call in kept.calls]
-                return Captured(kept.hidden, calls, kept, kept.own)
+                return Captured(kept.hidden, calls, kept, kept.own, [{} for _ in calls])
         return self._capture(ids, mask, below, recorders())
 
     def _run_below(self, ids: Tensor, mask: Tensor, apart: int) -> _Below:
@@ -341,6 +393,8 @@ class Suffix:
         recorders: list[Recorder],
     ) -> Captured:
         found: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        carried: list[dict[str, int]] = []
+        given: Any = None  # by the block before
         entering: list[Tensor] = []
         own = [] if below is None or below.own is None else [below.own]
 
@@ -349,8 +403,13 @@ class Suffix:
                 hidden = args[:1] or (kwargs["hidden_states"],)
                 kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
                 found[index] = (args[1:], kwargs)
+                carried.append(_carried(named(module, found[index]), given))
                 if not recorders:
                     return None
+                if carried[-1]:
+                    raise TypeError(
+                        f"live: a block must read its hidden state alone, got {carried}"
+                    )
                 return hidden, with_cache(module, named(module, found[index]), recorders[index])
 
             return hook
@@ -361,10 +420,15 @@ class Suffix:
             entering.append(first_tensor(output).detach())
             return output
 
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            nonlocal given
+            given = output
+
         handles: list[Any] = [
             block.register_forward_pre_hook(see(i), with_kwargs=True)
             for i, block in enumerate(self._above)
         ]
+        handles += [block.register_forward_hook(keep) for block in self._above]
         handles.append(self._below[-1].register_forward_hook(take))
         if not own:
             handles += self._watching(own)
@@ -372,7 +436,7 @@ class Suffix:
         with partial_forward(*handles), skipped(below_blocks, below.rest if below else None):
             self._base(input_ids=ids, attention_mask=mask, use_cache=False)
         hidden = entering[0]
-        captured = Captured(hidden, [found[i] for i in range(len(self._above))])
+        captured = Captured(hidden, [found[i] for i in range(len(self._above))], carried=carried)
         captured.own = own[0] if own else None
         if recorders:
             captured.kept = Kept(
@@ -454,10 +518,15 @@ class Suffix:
 
     def _run(self, captured: Captured, hidden: Tensor, loss_index: int) -> tuple[Tensor, Tensor]:
         at_loss = hidden
-        for index, (block, (args, kwargs)) in enumerate(
-            zip(self._above, captured.calls, strict=True)
+        given: Any = None
+        for index, (block, (args, kwargs), carried) in enumerate(
+            zip(self._above, captured.calls, captured.carried, strict=True)
         ):
-            hidden = first_tensor(block(hidden, *args, **kwargs))
+            if carried:
+                now = {name: given[place] for name, place in carried.items()}
+                args, kwargs = (), named(block, (args, kwargs)) | now
+            given = block(hidden, *args, **kwargs)
+            hidden = first_tensor(given)
             if index == loss_index:
                 at_loss = hidden
         return at_loss, hidden

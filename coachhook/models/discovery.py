@@ -36,7 +36,15 @@ _POST_MLP_NORMS = (
 _ATTENTION_NAMES = ("attn", "attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "ff")
 _DOWN_NAMES = ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2", "wo")
-_NORM_NAMES = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "norm_f")
+_NORM_NAMES = (
+    "norm",
+    "ln_f",
+    "final_layernorm",
+    "final_layer_norm",
+    "final_norm",
+    "norm_f",
+    "embedding_norm",
+)
 # The block's output may round once more than the vector added, and logits than the head's output; a
 # norm or a cap in between is far off.
 _PROBE_TOLERANCE = 0.05
@@ -187,18 +195,18 @@ def _editable_layer(model: nn.Module, family: Family, index: int, config: Any) -
 
 def _discover(model: nn.Module, config: Any) -> Family:
     hidden = config.hidden_size
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == config.num_hidden_layers
-        and len({type(block) for block in module}) == 1
-    ]
+    lists: list[tuple[str, nn.ModuleList]] = []
+    for path, module in model.named_modules():
+        # Within a block there may be as many experts.
+        inside = any(path.startswith(f"{outer}.") for outer, _ in lists)
+        if isinstance(module, nn.ModuleList) and not inside:
+            if len(module) == config.num_hidden_layers:
+                lists.append((path, module))
     if len(lists) != 1:
         found = ", ".join(path for path, _ in lists) or "none"
         raise UnsupportedModelError(
             f"describe: {type(model).__name__} must hold one list of {config.num_hidden_layers} "
-            f"blocks of one class (config.num_hidden_layers), got {found}. Known families: "
+            f"blocks (config.num_hidden_layers), got {found}. Known families: "
             f"{', '.join(FAMILIES)}"
         )
     blocks_path, blocks = lists[0]
@@ -266,6 +274,12 @@ def _find_down(model: nn.Module, block: nn.Module, hidden: int) -> str:
 def _probe(model: nn.Module, layer: EditableLayer) -> tuple[Any, ...] | None:
     """Checks how the layer's output is added; gives what a block gives besides it."""
     plain, own, rest = _block_output(model, layer, None)
+    if plain.shape != (1, 2, layer.out_features):
+        raise UnsupportedModelError(
+            "describe: a block must give one residual stream, [1, 2, "
+            f"{layer.out_features}] for two tokens, got {list(plain.shape)} from "
+            f"{layer.block_path} ({type(model).__name__})"
+        )
     # The vector is as large as the stream, so that rounding cannot hide it nor a norm swallow it.
     signs = torch.arange(layer.out_features, device=plain.device) % 2 * 2 - 1
     vector = signs.to(plain.dtype) * plain.abs().mean()

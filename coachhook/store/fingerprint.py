@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from coachhook.hooks import HookedLinear
 from coachhook.models import check_gatherable, is_linear_like, plain_parts
 
 _SCHEME = "coachhook fingerprint 1"
@@ -40,10 +42,15 @@ def fingerprint(model: nn.Module) -> str:
     check_gatherable("fingerprint", model)
     digest = hashlib.sha256(_SCHEME.encode())
     digest.update(json.dumps(_config_essentials(model), sort_keys=True).encode())
-    # A quantised layer may keep its weight in buffers.
+    # A quantised layer may keep its weight in buffers. A hook on experts says a shape that they do
+    # not.
+    modules = {
+        path: module.base if isinstance(module, HookedLinear) else module
+        for path, module in model.named_modules()
+    }
     buffered = {
         path
-        for path, module in model.named_modules()
+        for path, module in modules.items()
         if is_linear_like(module) and not isinstance(getattr(module, "weight", None), nn.Parameter)
     }
     entries = model.state_dict(keep_vars=True)
@@ -65,14 +72,20 @@ def fingerprint(model: nn.Module) -> str:
 
 def _config_essentials(model: nn.Module) -> dict[str, object]:
     """What changes the function without changing a parameter, under names all versions share."""
-    config = getattr(model, "config", None)
-    heads = getattr(config, "num_attention_heads", None)
+    config: Any = getattr(model, "config", None)
+
+    def read(name: str) -> object:
+        try:
+            return getattr(config, name, None)
+        except RuntimeError:  # as transformers says that its layers differ in that
+            return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+    heads = read("num_attention_heads")
     return {
-        "model_type": getattr(config, "model_type", None),
+        "model_type": read("model_type"),
         "heads": heads,
-        "key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "activation": getattr(config, "hidden_act", None)
-        or getattr(config, "activation_function", None),
+        "key_value_heads": read("num_key_value_heads") or heads,
+        "activation": read("hidden_act") or read("activation_function"),
     }
 
 

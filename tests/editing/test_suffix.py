@@ -12,13 +12,13 @@ from packaging.version import Version
 
 from coachhook import EditRequest
 from coachhook.editing.encoding import encode_requests
-from coachhook.editing.live import Live
+from coachhook.editing.live import Live, first_tensor
 from coachhook.editing.packing import group_cost, pack
 from coachhook.editing.room import free_memory
 from coachhook.editing.suffix import Suffix
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
-from tests.models.families import DISCOVERED, INDIRECT, LAYERS, SUPPORTED, tiny
+from tests.models.families import DISCOVERED, EXPERTS, INDIRECT, LAYERS, SUPPORTED, tiny
 
 WIDTH = 19
 PADDED = [WIDTH, 7, 12, 15, 1, 12]
@@ -157,6 +157,54 @@ def test_log_probabilities_are_those_of_the_model(family):
         found = suffix.log_probs(suffix.capture(ids, mask).hidden)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.double()
     torch.testing.assert_close(found, logits.log_softmax(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_changed_state_goes_through_blocks_with_experts_as_in_the_model(family):
+    """Also where a block reads more of the one below it than its hidden state."""
+    if not hasattr(transformers, EXPERTS[family][0]):
+        pytest.skip(f"transformers {transformers.__version__} has no {EXPERTS[family][0]}")
+    model = tiny(family)
+    suffix = Suffix(model, describe(model), 0)
+    lengths = torch.tensor(PADDED)
+    ids = torch.randint(3, 64, (len(lengths), WIDTH))
+    mask = (torch.arange(WIDTH) < lengths[:, None]).long()
+    captured = suffix.capture(ids, mask, keep=True)
+    rows = torch.tensor([4, 0, 2])
+    first = lengths[rows] // 3
+    chosen = suffix.select(captured, rows, first)
+    each = torch.arange(len(rows))
+    hidden = chosen.hidden.clone()
+    hidden[each, first] *= -1
+    _, found = suffix.run(chosen, hidden, None)
+    seen = []
+
+    def change(_module, _args, output):
+        states = first_tensor(output).clone()
+        states[rows[each], first] *= -1
+        return states if isinstance(output, torch.Tensor) else (states, *output[1:])
+
+    handles = [
+        suffix._below[-1].register_forward_hook(change),
+        suffix._above[-1].register_forward_hook(lambda _m, _a, o: seen.append(first_tensor(o))),
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    real = (torch.arange(WIDTH) >= first[:, None]) & mask[rows].bool()
+    wanted = seen[0][rows][real]
+    assert (found[real] - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+def test_what_a_token_takes_goes_by_the_experts_that_read_it():
+    def size(**changes):
+        model = tiny("mixtral", lambda arguments: arguments.update(changes))
+        return Suffix(model, describe(model), 0).bytes_per_token
+
+    usual = size(num_local_experts=4, num_experts_per_tok=2)
+    assert size(num_local_experts=16, num_experts_per_tok=2) < 1.5 * usual
+    assert size(num_local_experts=4, num_experts_per_tok=4) > 1.3 * usual
 
 
 def test_an_argument_of_unknown_layout_is_not_merged(caplog):

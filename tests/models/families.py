@@ -178,6 +178,81 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
             "block_sparse_moe",
         ),
         ("flex_olmo", "FlexOlmoConfig", _EXPERTS | dict(num_experts=4), "mlp"),
+        # A buffer beside the experts, in the module that holds them.
+        ("minimax_m2", "MiniMaxM2Config", _EXPERTS | dict(num_local_experts=4, head_dim=8), "mlp"),
+        # Blocks of two classes.
+        (
+            "jamba",
+            "JambaConfig",
+            _EXPERTS
+            | dict(
+                num_experts=4,
+                attn_layer_period=2,
+                attn_layer_offset=1,
+                expert_layer_period=2,
+                expert_layer_offset=1,
+                mamba_d_state=4,
+                mamba_dt_rank=4,
+                use_mamba_kernels=False,
+            ),
+            "feed_forward",
+        ),
+        (
+            "lfm2_moe",
+            "Lfm2MoeConfig",
+            _EXPERTS
+            | dict(
+                num_experts=4,
+                moe_intermediate_size=16,
+                num_dense_layers=1,
+                layer_types=["conv", "full_attention", "conv"],
+            ),
+            "feed_forward",
+        ),
+        (
+            "qwen3_next",
+            "Qwen3NextConfig",
+            _EXPERTS
+            | dict(
+                num_experts=4,
+                moe_intermediate_size=16,
+                shared_expert_intermediate_size=16,
+                head_dim=8,
+                linear_num_key_heads=2,
+                linear_num_value_heads=4,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+                layer_types=["linear_attention", "full_attention", "linear_attention"],
+            ),
+            "mlp",
+        ),
+        # Each router reads what the one below it has found.
+        (
+            "zaya",
+            "ZayaConfig",
+            _GROUPED
+            | dict(num_experts=4, num_experts_per_tok=1, moe_intermediate_size=16, head_dim=8),
+            "mlp",
+        ),
+        # A block may take the choice of tokens to attend to from the one below it.
+        (
+            "glm_moe_dsa",
+            "GlmMoeDsaConfig",
+            _ROUTED
+            | dict(
+                num_key_value_heads=4,
+                q_lora_rank=16,
+                kv_lora_rank=8,
+                qk_rope_head_dim=4,
+                qk_nope_head_dim=4,
+                v_head_dim=8,
+                index_n_heads=2,
+                index_head_dim=8,
+                index_topk=4,
+                indexer_types=["full", "full", "shared"],
+            ),
+            "mlp",
+        ),
     )
 }
 
@@ -189,6 +264,34 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "MambaConfig",
         dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS),
         "one linear layer that maps to the residual width",
+    ),
+    "deepseek_v4": (
+        "DeepseekV4Config",
+        _EXPERTS
+        | dict(
+            n_routed_experts=4,
+            moe_intermediate_size=16,
+            head_dim=8,
+            q_lora_rank=16,
+            qk_rope_head_dim=4,
+        ),
+        r"one residual stream, \[1, 2, 32\] for two tokens, got \[1, 2, 4, 32\]",
+    ),
+    "gemma4-experts": (
+        "Gemma4TextConfig",
+        _GROUPED
+        | dict(
+            head_dim=8,
+            global_head_dim=8,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
+            vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=8,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        ),
+        "must lie in one module, got router, experts",
     ),
 }
 

@@ -85,15 +85,20 @@ def test_experts_are_taken_together(name: str) -> None:
     output = given[0][0] if isinstance(given[0], tuple) else given[0]
     assert output.shape[-1] == HIDDEN
     # Where the first block has none, its own down-projection is taken.
-    dense = name in ("deepseek_v3", "glm4_moe", "llama4")
+    dense = name in ("deepseek_v3", "glm4_moe", "llama4", "jamba", "lfm2_moe", "glm_moe_dsa")
     assert first.experts is not dense
     assert (first.in_features == WIDTH) is dense
 
 
 def _holder(model) -> str:
-    """Versions of transformers differ in Mixtral's name of it."""
+    """Versions of transformers differ in Mixtral's and MiniMax's name of it."""
     names = dict(model.model.layers[1].named_children())
     return "mlp" if "mlp" in names else "block_sparse_moe"
+
+
+def test_as_many_experts_as_blocks_are_no_second_list_of_blocks() -> None:
+    model = tiny("mixtral", lambda arguments: arguments.update(num_local_experts=LAYERS))
+    assert describe(model).blocks_path == "model.layers"
 
 
 @pytest.mark.parametrize("name", [*FOUND, *EXPERTS])

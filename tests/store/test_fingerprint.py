@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from coachhook.hooks import attach_hooks
 from coachhook.store import fingerprint
+from tests.models.families import EXPERTS, tiny
 
 
 def _gpt2(**changes):
@@ -63,6 +65,27 @@ def test_hooks_do_not_show():
     assert fingerprint(model) == expected
     hooks.detach()
     assert fingerprint(model) == expected
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_hooks_on_experts_do_not_show(family):
+    if not hasattr(transformers, EXPERTS[family][0]):
+        pytest.skip(f"transformers {transformers.__version__} has no {EXPERTS[family][0]}")
+    model = tiny(family)
+    expected = fingerprint(model)
+    attach_hooks(model, layers=[1])
+    assert fingerprint(model) == expected
+
+
+def test_layers_may_differ_in_their_heads():
+    if not hasattr(transformers.PretrainedConfig, "per_layer_config"):
+        pytest.skip(f"transformers {transformers.__version__} has no such configurations")
+    found = set()
+    for heads in (2, 4):
+        model = tiny("llama")
+        model.config.per_layer_config = {0: {"num_attention_heads": heads}, 1: {}}
+        found.add(fingerprint(model))
+    assert len(found) == 2
 
 
 def test_tied_weights_count_by_value():
