@@ -340,7 +340,7 @@ class HookedLinear(nn.Module):
                 output, others = output[0], output[1:]
         if self._gathered is not None:
             x = self._gathered(x)
-        context, packing, page = self.context, self.context.packing, self.context.paged
+        context, packing, page = self.context, self.context.packing, self.context.forward.page
         rows, columns = self._grid(x, None if packing is None else packing[1], page is not None)
         cu_seqlens = None if packing is None else packing[0].to(x.device)
         known: Tensor | None = None
