@@ -58,9 +58,9 @@ class Forward:
 class _Thread(threading.local):
     """What belongs to a thread: the forward that it runs. Threads do not see each other's.
 
-    The attribute is set once and what it holds is changed. Dynamo follows what changes in an
-    ordinary object from one graph to the next; of a thread's own attributes it reads the class's
-    default where there is one, and some versions set them where no thread finds them.
+    The attribute is set once, and only what it holds changes, so that every graph of a compiled
+    model sees it: of a thread's own attributes dynamo of torch 2.11 reads the class's default where
+    there is one, and that of 2.13 sets them where no thread finds them.
     """
 
     # Without it dynamo of torch 2.4 finds nothing that a thread has of its own.

@@ -16,6 +16,11 @@ from torch._dynamo.testing import CompileCounter
 from ..models.families import tiny
 from .support import LAYERS, SCOPES, generate, hooked, padded, prompts
 
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5),
+    reason="torch 2.4 cannot trace what is kept beside a cache",
+)
+
 PLACES = ("around the base model", "attention", "around a hook", "in a hook", "eager block")
 QUICK = [("attention", "sequence"), ("attention", "cued")]
 THOROUGH = [case for case in product(PLACES, SCOPES) if case not in QUICK]
