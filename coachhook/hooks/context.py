@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,40 +29,55 @@ from coachhook.hooks.paged import PagedForward, is_paged
 GateRecord = tuple[int, Tensor, Tensor]
 
 
-class _Forward(threading.local):
-    """What a thread knows of the forward that it runs; threads do not see each other's."""
+@dataclass
+class Forward:
+    """What is known of one forward.
+
+    Attributes:
+        shape: ``(B, T)`` of its tokens, None outside of a forward of the base model.
+        mask: bool ``[B, T]``, True = real token; None where all are.
+        cache: its KV cache, if it was given one.
+        pending: what the gate has seen, until there is a cache to keep it beside.
+        cacheless: whether no cache comes out of it.
+        page: what is known of a paged cache, in which requests share one row, in place of the rest.
+    """
 
     shape: tuple[int, int] | None = None
     mask: Tensor | None = None
     cache: Any = None
     pending: GateState | None = None
-    cacheless = True
+    cacheless: bool = True
+    page: PagedForward | None = None
 
-    def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
-        # A copy is in the middle of no forward.
-        return _Forward, ()
+    def forget(self) -> None:
+        """Be as outside of a forward."""
+        self.shape = self.mask = self.cache = self.pending = self.page = None
+        self.cacheless = True
 
 
-class _Page(threading.local):
-    """The forward of a paged cache that a thread runs.
+class _Thread(threading.local):
+    """What belongs to a thread: the forward that it runs. Threads do not see each other's.
 
-    Read and set where nothing is compiled: dynamo sets attributes of a thread's own in a place
-    where no thread finds them, and continuous batching is compiled in parts.
+    The attribute is set once, and only what it holds changes, so that every graph of a compiled
+    model sees it: of a thread's own attributes dynamo of torch 2.11 reads the class's default where
+    there is one, and that of 2.13 sets them where no thread finds them.
     """
 
-    now: PagedForward | None = None
+    # Without it dynamo of torch 2.4 finds nothing that a thread has of its own.
+    __slots__ = ()
 
-    def __reduce__(self) -> tuple[type[_Page], tuple[()]]:
-        return _Page, ()
+    def __init__(self) -> None:
+        self.forward = Forward()
+
+    def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
+        # A copy is in the middle of no forward.
+        return _Thread, ()
 
 
 class GateContext:
     """State of the running forward, shared by the hooked layers of one model.
 
     Attributes:
-        forward: what is known of the forward that the calling thread runs: the ``shape`` ``(B, T)``
-            of its tokens, None outside of a forward of the base model, and their ``mask``, bool
-            ``[B, T]``, True = real token, None where all are.
         packings: int32 boundaries of packed rows and their number of tokens, for each
             ``HookSet.packed`` block; the last one holds.
         disabled: an entry for each ``HookSet.disabled`` block, of whatever thread.
@@ -71,12 +87,10 @@ class GateContext:
     """
 
     def __init__(self) -> None:
-        self.forward = _Forward()
+        self._thread = _Thread()
         self.packings: dict[int, tuple[Tensor, int]] = {}
         self.disabled: list[None] = []
         self.sinks: dict[int, list[GateRecord]] = {}
-        self._page = _Page()
-        self._met_pages = False
         self._names: Sequence[str] = ()
         self._handles: list[RemovableHandle] = []
 
@@ -89,31 +103,15 @@ class GateContext:
         ]
 
     @property
+    def forward(self) -> Forward:
+        """What is known of the forward that the calling thread runs."""
+        return self._thread.forward
+
+    @property
     def packing(self) -> tuple[Tensor, int] | None:
         """Boundaries of packed rows and their number of tokens; None where rows are not packed."""
         packings = list(self.packings.values())
         return packings[-1] if packings else None
-
-    @property
-    def paged(self) -> PagedForward | None:
-        """The running forward, where its cache is paged: requests share one row then."""
-        return self._current_page() if self._met_pages else None
-
-    @torch.compiler.disable
-    def _current_page(self) -> PagedForward | None:
-        return self._page.now
-
-    @torch.compiler.disable
-    def _begin_page(self, cache: Any, given: dict[str, Any], tokens: int) -> None:
-        self._page.now = PagedForward(cache, given, tokens)
-
-    @torch.compiler.disable
-    def _end_page(self, completed: bool) -> bool:
-        """Whether the forward that ends has a paged cache."""
-        page, self._page.now = self._page.now, None
-        if page is not None and completed:
-            page.pass_over()
-        return page is not None
 
     @property
     def watching(self) -> bool:
@@ -128,26 +126,24 @@ class GateContext:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read the arguments of a forward that starts."""
+        forward = self.forward
+        forward.forget()
         # Written so that dynamo of torch 2.4 follows it.
         given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
-            self._forget()
             return
         cache = given_cache(given)
         if is_paged(cache):
-            self._met_pages = True
-            self._begin_page(cache, given, tokens.shape[1])
+            forward.page = PagedForward(cache, given, tokens.shape[1])
             return
-        self._forget()
         if self.disabled:
             state = state_of(cache)
             if state is not None:
                 state.pass_over(tokens.shape[1])
             return
-        forward = self.forward
         forward.shape = shape = (tokens.shape[0], tokens.shape[1])
         forward.cache = cache
         forward.cacheless = given.get("use_cache") is False and cache is None
@@ -156,19 +152,15 @@ class GateContext:
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hand statistics begun in this forward to the cache it returns, and forget the rest."""
-        if self._met_pages and self._end_page(output is not None):
-            return
-        pending = self.forward.pending
-        if pending is not None and output is not None:
-            cache = returned_cache(output)
-            if cache is not None:
-                follow(cache, pending)
-        self._forget()
-
-    def _forget(self) -> None:
         forward = self.forward
-        forward.shape = forward.mask = forward.cache = forward.pending = None
-        forward.cacheless = True
+        if output is not None:
+            if forward.page is not None:
+                forward.page.pass_over()
+            elif forward.pending is not None:
+                cache = returned_cache(output)
+                if cache is not None:
+                    follow(cache, forward.pending)
+        forward.forget()
 
     def gate_state(self, kept: bool = True) -> GateState | None:
         """Where this forward's statistics are kept; None where no cache will carry them on.
@@ -183,7 +175,7 @@ class GateContext:
         forward = self.forward
         if self.packings:
             return None
-        if self.paged is not None:
+        if forward.page is not None:
             raise TypeError(
                 "forward: the cache must hold one sequence in a row for the scopes 'sequence' and "
                 "'prefix' and with include_padding, got a paged one, where requests share a row; "

@@ -49,12 +49,14 @@ def _is_bare_linear(module: nn.Module, dtype: torch.dtype) -> bool:
     Args:
         dtype: of the tokens; under autocast it may be another than the weight's.
     """
+    every = torch.nn.modules.module
     return (
         type(module) is nn.Linear
         and module.weight.dtype == dtype
         and is_plain_eager(module.weight, module.bias)
         and "forward" not in vars(module)
-        and not torch.nn.modules.module._has_any_global_hook()
+        and not (every._global_forward_hooks or every._global_forward_pre_hooks)
+        and not (every._global_backward_hooks or every._global_backward_pre_hooks)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )
@@ -340,7 +342,7 @@ class HookedLinear(nn.Module):
                 output, others = output[0], output[1:]
         if self._gathered is not None:
             x = self._gathered(x)
-        context, packing, page = self.context, self.context.packing, self.context.paged
+        context, packing, page = self.context, self.context.packing, self.context.forward.page
         rows, columns = self._grid(x, None if packing is None else packing[1], page is not None)
         cu_seqlens = None if packing is None else packing[0].to(x.device)
         known: Tensor | None = None
