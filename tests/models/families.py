@@ -119,6 +119,14 @@ _EXPERTS = _GROUPED | dict(num_experts_per_tok=2)
 _ROUTED = _EXPERTS | dict(
     n_routed_experts=4, moe_intermediate_size=16, first_k_dense_replace=1, n_group=1, topk_group=1
 )
+_LATENT = dict(
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=8,
+)
 EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
     name: (config_class, arguments, f"model.layers.1.{path}")
     for name, config_class, arguments, path in (
@@ -146,15 +154,7 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
         (
             "deepseek_v3",
             "DeepseekV3Config",
-            _ROUTED
-            | dict(
-                num_key_value_heads=4,
-                q_lora_rank=16,
-                kv_lora_rank=8,
-                qk_rope_head_dim=4,
-                qk_nope_head_dim=4,
-                v_head_dim=8,
-            ),
+            _ROUTED | _LATENT,
             "mlp",
         ),
         ("glm4_moe", "Glm4MoeConfig", _ROUTED | dict(head_dim=8), "mlp"),
@@ -239,13 +239,8 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
             "glm_moe_dsa",
             "GlmMoeDsaConfig",
             _ROUTED
+            | _LATENT
             | dict(
-                num_key_value_heads=4,
-                q_lora_rank=16,
-                kv_lora_rank=8,
-                qk_rope_head_dim=4,
-                qk_nope_head_dim=4,
-                v_head_dim=8,
                 index_n_heads=2,
                 index_head_dim=8,
                 index_topk=4,
