@@ -304,8 +304,8 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str, chats: bool) -
 
 
 def save(model: Any, tokenizer: Tokenizer, out: Path, chats: bool) -> None:
-    """Write a folder for `from_pretrained`: the bundled model's weights as bfloat16, which its
-    configuration reads as float32."""
+    """Write a folder for `from_pretrained`; the bundled model's holds bfloat16 weights, and float32
+    in the configuration."""
     out.mkdir(parents=True, exist_ok=True)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
