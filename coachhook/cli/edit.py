@@ -174,7 +174,7 @@ def _start(
     from coachhook.statistics import Statistics
 
     statistics = Statistics.load(args.stats)
-    config = _config(args, model, overrides)
+    config = _config(args, model, {**overrides, "key_site": statistics.key_site})
     return Editor(model, tokenizer, statistics=statistics, config=config)
 
 
@@ -191,9 +191,9 @@ def _resume(
     """The editor of a finished folder; settings given again must be those of the folder."""
     from coachhook.editing import Editor
 
-    asked = _config(args, model, overrides).to_dict()
     editor = Editor.load(model, tokenizer, args.out)
     kept = editor.config.to_dict()
+    asked = _config(args, model, {**overrides, "key_site": kept["key_site"]}).to_dict()
     names = [name for name in kept if args.preset or name in overrides]
     other = [f"{name} {asked[name]!r}" for name in names if asked[name] != kept[name]]
     if other:

@@ -28,6 +28,8 @@ Shows what a folder of edits holds: batches, thresholds, ranks, sizes on disk. W
 Of a folder of statistics it shows tokens, layers, shrinkage and sizes on disk.
 """
 
+_SITES = {"down_proj": "down-projections", "mlp": "whole MLPs"}
+
 
 def register(commands: Any) -> None:
     """Adds the commands."""
@@ -201,7 +203,8 @@ def _inspect_statistics(args: argparse.Namespace) -> int:
         f"statistics of {summary['tokens']} tokens, {summary['bytes'] / 1e6:.1f} MB, written by "
         f"coachhook {summary['version']}"
     )
-    show(f"model {summary['model'] or '(unnamed)'}, fingerprint {summary['fingerprint']}\n")
+    show(f"model {summary['model'] or '(unnamed)'}, fingerprint {summary['fingerprint']}")
+    show(f"keys are inputs of {_SITES[summary['key_site']]}\n")
     names = ("layer", "width", "shrinkage", "sample")
     rows = [
         [row["layer"], row["width"], _shrinkage(row["shrinkage"]), row["sample"]]
@@ -233,6 +236,7 @@ def _statistics_summary(path: Path) -> dict[str, Any]:
     ]
     return {
         "tokens": statistics.tokens,
+        "key_site": statistics.key_site,
         "model": statistics.meta.get("model"),
         "fingerprint": statistics.fingerprint,
         "version": read_manifest(path, "statistics")["coachhook_version"],

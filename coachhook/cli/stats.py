@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Reads plain text through the model once and keeps, for each editable layer, the covariance of the
 inputs of its down-projection (and a sample of them). Editing needs it to know which directions
-unrelated text uses. The same folder serves every later edit of the same weights.
+unrelated text uses. The same folder serves every later edit of the same weights. With --key-site mlp
+the inputs of the whole MLPs are measured, and edits with that folder are hooks over those.
 
 Started by torchrun, the processes share the work, one GPU each where there are GPUs:
   torchrun --nproc-per-node 8 -m coachhook stats MODEL --text DIR --out STATS
@@ -64,6 +65,12 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--layers", type=layer_list, metavar="0,1,2", help="layers to measure (default: all)"
+    )
+    parser.add_argument(
+        "--key-site",
+        choices=("down_proj", "mlp"),
+        default="down_proj",
+        help="what the hooks of later edits will lie over (default: %(default)s)",
     )
     parser.add_argument(
         "--store",
@@ -114,7 +121,7 @@ def _collect(args: argparse.Namespace) -> Statistics:
             print(f"{_partial(args)} does not exist: starting anew", file=sys.stderr)
         model, tokenizer = open_model(args)
         for layer in args.layers or []:
-            describe(model).layer(layer)
+            describe(model, args.key_site).layer(layer)
     try:
         return collect_statistics(
             model,
@@ -127,6 +134,7 @@ def _collect(args: argparse.Namespace) -> Statistics:
             checkpoint_seconds=args.checkpoint_seconds,
             checkpoint_dir=_partial(args),
             resume=args.resume,
+            key_site=args.key_site,
         )
     except (TypeError, ValueError) as error:  # of the text or of another run's partial result
         raise InputError(str(error)) from error
@@ -141,6 +149,7 @@ def _save(args: argparse.Namespace, statistics: Statistics) -> None:
         "out": str(args.out),
         "tokens": statistics.tokens,
         "layers": statistics.layers,
+        "key_site": statistics.key_site,
         "shrinkage": {str(layer): rho for layer, rho in statistics.shrinkage.items()},
         "fingerprint": statistics.fingerprint,
     }

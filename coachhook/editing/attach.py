@@ -26,7 +26,8 @@ class Handle:
         self._model = model
         self._fingerprint = fingerprint(model)
         config, payloads = load_payloads(path, self._fingerprint)
-        self.hooks: HookSet = attach_hooks(model, list(payloads))
+        self.hooks: HookSet = attach_hooks(model, list(payloads), key_site=config.key_site)
+        self._key_site = config.key_site
         try:
             for layer, payload in payloads.items():
                 payload.apply(self.hooks[layer], config)
@@ -60,10 +61,10 @@ class Handle:
                 "no answer; attach the edits instead"
             )
         config, payloads = load_payloads(path, self._fingerprint)
-        if sorted(payloads) != sorted(self.hooks):
+        if sorted(payloads) != sorted(self.hooks) or config.key_site != self._key_site:
             raise ValueError(
-                f"swap: edits must be of layers {sorted(self.hooks)}, got {sorted(payloads)}; "
-                "detach and attach them instead"
+                f"swap: edits must be of layers {sorted(self.hooks)} at {self._key_site}, got "
+                f"{sorted(payloads)} at {config.key_site}; detach and attach them instead"
             )
         before = {layer: self.hooks[layer].snapshot() for layer in payloads}
         try:

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from coachhook.editing.prompts import PLACES, check_contexts
+from coachhook.models import KEY_SITES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -126,6 +127,9 @@ class EditConfig:
         false_fire: the share of unrelated tokens that may fire. In the population scope alpha does
             not fall below the score that goes with it; in the membership scope without cues a
             further place is taken only where its key keeps to it.
+        key_site: what a layer's hook lies over, whose input is the key: "down_proj", the
+            down-projection (the paper), or "mlp", the whole MLP, whose input is narrower and differs
+            less between contexts. Statistics have to be of the same.
 
     Raises:
         ValueError: a field is out of range.
@@ -163,6 +167,7 @@ class EditConfig:
     max_rank: int | None = None
     max_keys: int | None = None
     false_fire: float = 1e-3
+    key_site: str = "down_proj"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -187,6 +192,7 @@ class EditConfig:
             )
         object.__setattr__(self, "places", places)
         for name, allowed in (
+            ("key_site", KEY_SITES),
             ("scope", SCOPES),
             ("state_dtype", ("float64", "float32")),
             ("storage", STORAGES),
@@ -379,7 +385,7 @@ def _checked(
 ) -> EditConfig:
     from coachhook.models import describe
 
-    description = describe(model)
+    description = describe(model, values.get("key_site", "down_proj"))
     small, beside = description.num_layers <= _SMALL, bool(description.parallel_residual)
     if values["layers"] is None:
         layers = description.default_layers()

@@ -107,13 +107,19 @@ class Editor:
         config: EditConfig | None = None,
     ) -> None:
         check_whole("Editor", model)
-        config = EditConfig.for_model(model) if config is None else config
         check_kind("Editor: statistics", statistics, Statistics)
+        if config is None:
+            config = EditConfig.for_model(model, key_site=statistics.key_site)
         check_kind("Editor: config", config, EditConfig)
-        description = describe(model)
+        description = describe(model, config.key_site)
         check_layers(config, description)
         check_finite(model)
         statistics.check(model)
+        if statistics.key_site != config.key_site:
+            raise ValueError(
+                f"Editor: statistics must be of key_site {config.key_site!r}, that of config, got "
+                f"{statistics.key_site!r}; collect statistics there, or set the other key_site"
+            )
         layers = {}
         for layer in config.layers:
             sample = statistics.samples.get(layer)
@@ -129,12 +135,14 @@ class Editor:
         self._model = model
         self._tokenizer = prepare_tokenizer(tokenizer)
         self._vocabulary = check_padding(model, self._tokenizer)
-        self._description = describe(model)
+        self._description = describe(model, state.config.key_site)
         self._in_words: Tensor | None = None
         self._suffix: Suffix | None = None
         self._beginnings = Beginnings(self._tokenizer)
         self._state = state
-        self.hooks: HookSet = attach_hooks(model, list(state.config.layers))
+        self.hooks: HookSet = attach_hooks(
+            model, list(state.config.layers), key_site=state.config.key_site
+        )
         try:
             self._refresh()
         except BaseException:

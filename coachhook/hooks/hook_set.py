@@ -193,7 +193,9 @@ class HookSet(Mapping[int, HookedLinear]):
             del self._context.packings[id(packing)]
 
 
-def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookSet:
+def attach_hooks(
+    model: nn.Module, layers: Sequence[int] | None = None, *, key_site: str = "down_proj"
+) -> HookSet:
     """Put a hook, empty and off, on the down-projection of the given layers of a model.
 
     The instance is changed, not its class: each down-projection is replaced on its parent module by
@@ -208,15 +210,16 @@ def attach_hooks(model: nn.Module, layers: Sequence[int] | None = None) -> HookS
     Args:
         model: a causal language model of transformers.
         layers: indices of the blocks to hook; None for the model's default layers.
+        key_site: "down_proj", or "mlp" to hook the whole MLP of each of them.
 
     Raises:
-        UnsupportedModelError: the model has no editable down-projections, or is tensor-parallel in
+        UnsupportedModelError: the model has no editable down-projections (or MLPs), or is tensor-parallel in
             another way than with DTensors on a mesh of one dimension.
         TypeError: not a transformers model, or a compiled one.
-        ValueError: an index out of range or given twice, no index at all, or hooks are attached
-            already.
+        ValueError: an index out of range or given twice, no index at all, another key site, or
+            hooks are attached already.
     """
-    description = describe(model)
+    description = describe(model, key_site)
     indices = description.default_layers() if layers is None else list(layers)
     editable = [description.layer(index) for index in indices]
     if not editable or len(set(indices)) != len(indices):

@@ -93,7 +93,7 @@ class Export:
         subjects = {request.subject for request in self._requests}
         source = bundled.texts() if text is None else text
         self._texts = _unrelated(source, subjects, text_tokens)
-        description = describe(model)
+        description = describe(model, config.key_site)
         self._paths = {layer: description.layer(layer).path for layer in payloads}
         self._weights = {layer: _plain_weight(model, path) for layer, path in self._paths.items()}
         # Now: while the export is measured the weights are merged.
@@ -356,7 +356,8 @@ def _plain_weight(model: nn.Module, path: str) -> Tensor:
     if weight is None:
         raise ValueError(
             f"export: {path} must have a plain weight, got {type(module).__name__}; quantised "
-            "layers have none, nor have those with adapters and the experts of a block"
+            "layers have none, nor have those with adapters, the experts of a block, and the whole "
+            "MLPs that edits of key_site 'mlp' lie over"
         )
     return weight
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coachhook.models.description import EditableLayer, ModelDescription
+from coachhook.models.description import KEY_SITES, EditableLayer, ModelDescription
 from coachhook.models.discovery import describe
 from coachhook.models.fused import fused_activations, planless_attention
 from coachhook.models.loading import (
@@ -28,6 +28,7 @@ from coachhook.models.partial import ForwardEnded, partial_forward, skipped
 from coachhook.models.sharded import check_gatherable, check_whole, is_sharded
 
 __all__ = [
+    "KEY_SITES",
     "EditableLayer",
     "ForwardEnded",
     "ModelDescription",

@@ -6,19 +6,22 @@ from dataclasses import dataclass
 
 from coachhook.models.families import default_layers
 
+# Where keys are read: at the down-projection, or at what the MLP as a whole reads.
+KEY_SITES = ("down_proj", "mlp")
+
 
 @dataclass(frozen=True)
 class EditableLayer:
     """The down-projection of one block, ``y = W0 x + b`` with ``W0 [m, n]``.
 
-    Of a block with experts, the module that holds them: x is what they and their router read, y the
-    sum of what they give, and n = m = d.
+    With the key site "mlp", the whole MLP, and of a block with experts the module that holds them:
+    x is what it reads, y what it gives, and n = m = d.
 
     Attributes:
         index: index of the block.
         path: dotted path of the down-projection, or of that module, from the model's root.
         block_path: dotted path of the block.
-        in_features: n, the width of the MLP; d where there are experts.
+        in_features: n, the width of the MLP's hidden layer; d where the whole MLP is hooked.
         out_features: m, the width of the residual stream.
         post_norm_path: dotted path of the norm that ``y`` passes before it is added to the residual
             (Gemma 2, OLMo 2); None where there is none.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.errors import UnsupportedModelError
-from coachhook.models.description import EditableLayer, ModelDescription
+from coachhook.models.description import KEY_SITES, EditableLayer, ModelDescription
 from coachhook.models.families import FAMILIES, Family
 from coachhook.models.modules import get_submodule, is_linear_like, linear_shape, passage
 from coachhook.models.partial import ForwardEnded, partial_forward, skipped
@@ -50,10 +50,11 @@ _NORM_NAMES = (
 _PROBE_TOLERANCE = 0.05
 
 
-def describe(model: nn.Module) -> ModelDescription:
+def describe(model: nn.Module, key_site: str = "down_proj") -> ModelDescription:
     """Find the editable down-projection of every block of a causal language model.
 
     A block with experts has many; the module that holds them all is taken in their place.
+    With ``key_site`` "mlp" the module of every MLP is.
 
     A model whose family is not in the table is run for one block on two tokens, to verify how the
     down-projection's output is added to the residual and to see whether attention and MLP lie
@@ -61,18 +62,27 @@ def describe(model: nn.Module) -> ModelDescription:
 
     Args:
         model: a transformers causal language model, hooks attached or not.
+        key_site: "down_proj" or "mlp".
 
     Raises:
         TypeError: ``model`` is not a module, has no transformers configuration, or is compiled.
         UnsupportedModelError: no editable down-projection was found, or its output is not added to
             the residual as it is or through one known norm or scale, or the logits are not the
-            head's output times a number; the message names what was looked for and what was found.
+            head's output times a number, or blocks have no MLP module for ``key_site`` "mlp"; the
+            message names what was looked for and what was found.
+        ValueError: another ``key_site``.
     """
+    if key_site not in KEY_SITES:
+        raise ValueError(
+            f"describe: key_site must be one of {', '.join(KEY_SITES)}, got {key_site!r}"
+        )
     config = _text_config(model)
     family = FAMILIES.get(config.model_type) or _discover(model, config)
     blocks = _blocks(model, family)
     _refuse_norm_after(model, config)
-    layers = [_editable_layer(model, family, index, config) for index in range(len(blocks))]
+    layers = [
+        _editable_layer(model, family, index, config, key_site) for index in range(len(blocks))
+    ]
     norm = _require(model, family.norm)
     head = _head_path(model, config.hidden_size)
     scale, cap = 1.0, None
@@ -169,7 +179,9 @@ def _refuse_norm_after(model: nn.Module, config: Any) -> None:
         )
 
 
-def _editable_layer(model: nn.Module, family: Family, index: int, config: Any) -> EditableLayer:
+def _editable_layer(
+    model: nn.Module, family: Family, index: int, config: Any, key_site: str
+) -> EditableLayer:
     hidden, block_path = config.hidden_size, f"{family.blocks}.{index}"
     block = get_submodule(model, block_path)
     experts = _expert_layer(block)
@@ -187,6 +199,13 @@ def _editable_layer(model: nn.Module, family: Family, index: int, config: Any) -
         raise UnsupportedModelError(
             f"describe: {path} must map to the residual width {hidden}, got {n} -> {m}"
         )
+    if experts is None and key_site == "mlp":
+        down, path, n = path, path.rpartition(".")[0], hidden
+        if path == block_path:
+            raise UnsupportedModelError(
+                "describe: blocks must hold their MLP in a module of its own for key_site 'mlp', "
+                f"got {down} in {type(block).__name__} itself; use key_site='down_proj'"
+            )
     inside = block._modules
     norm = next((f"{block_path}.{name}" for name in _POST_MLP_NORMS if name in inside), None)
     scale = float(getattr(config, "residual_multiplier", 1.0))

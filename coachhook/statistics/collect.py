@@ -51,10 +51,11 @@ def collect_statistics(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 300.0,
+    key_site: str = "down_proj",
 ) -> Statistics:
     """Measure the second moment of the keys of `model` over `texts`, all layers in one pass.
 
-    A key is the input of a layer's down-projection for one token; of all tokens, special ones
+    A key is the input of a layer's down-projection (or MLP) for one token; of all tokens, special ones
     included, ``Cov = (1 / N) sum_t k_t k_t^T`` in float64. Every text is a sequence of its own.
     Texts are read as a stream, sorted by length within a window and batched; the forward ends at
     the last layer wanted. A float64 model is measured in float64 throughout, any other in float32
@@ -93,6 +94,8 @@ def collect_statistics(
             for bit, as that of a run that was never stopped. Texts that had been read must be as
             they were; those behind them may have changed, and are read as they are now.
         checkpoint_seconds: time between two states.
+        key_site: "down_proj", or "mlp" for the keys that the whole MLP reads, of width d; edits
+            with these statistics are made there (see :class:`~coachhook.EditConfig`).
 
     Returns:
         :class:`Statistics` with the fingerprint of `model`, on the CPU.
@@ -109,7 +112,7 @@ def collect_statistics(
             together (tensor parallelism, FSDP2) instead of whole in each.
     """
     check_whole("collect_statistics", model)
-    description = describe(model)
+    description = describe(model, key_site)
     chosen = _chosen_layers(description, layers)
     share = Share.of_default_group()
     first_parameter = next(model.parameters())
@@ -141,6 +144,7 @@ def collect_statistics(
         "dtype": str(first_parameter.dtype).removeprefix("torch."),
         "vocabulary": len(tokenizer),
         "layers": [layer.index for layer in chosen],
+        "key_site": key_site,
         "minimal": minimal,
         "max_tokens": max_tokens,
         "batch_tokens": batch_tokens,
@@ -228,6 +232,7 @@ def collect_statistics(
         shrinkage=shrinkage,
         fingerprint=weights,
         meta=meta,
+        key_site=key_site,
     )
 
 

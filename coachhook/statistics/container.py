@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.errors import FingerprintMismatchError, FormatError
-from coachhook.models import describe
+from coachhook.models import KEY_SITES, describe
 from coachhook.statistics.packed import pack_lower, packed_order, unpack_lower
 from coachhook.store import check_fields, fingerprint, load_folder, save_folder
 
@@ -76,6 +76,8 @@ class Statistics:
         shrinkage: layer index -> rho, the share by which what correlates two features was taken
             away (:mod:`coachhook.statistics.shrinkage`); a layer that is not there was not shrunk.
         fingerprint: of the model they describe (:func:`coachhook.store.fingerprint`), or None.
+        key_site: what the keys are inputs of, "down_proj" or "mlp" (see
+            :class:`~coachhook.EditConfig`).
         meta: how they were made: model name, settings, number of texts.
     """
 
@@ -89,6 +91,7 @@ class Statistics:
         shrinkage: Mapping[int, float] | None = None,
         fingerprint: str | None = None,
         meta: Mapping[str, Any] | None = None,
+        key_site: str = "down_proj",
     ) -> None:
         self.covariances = Covariances(covariances)
         self.tokens = tokens
@@ -97,6 +100,7 @@ class Statistics:
         self.sample_tokens = sample_tokens
         self.fingerprint = fingerprint
         self.meta = dict(meta or {})
+        self.key_site = key_site
 
     def __repr__(self) -> str:
         return (
@@ -110,26 +114,34 @@ class Statistics:
         return list(self.covariances)
 
     @classmethod
-    def from_covariances(cls, covariances: Mapping[int, Tensor], tokens: int) -> Statistics:
+    def from_covariances(
+        cls, covariances: Mapping[int, Tensor], tokens: int, *, key_site: str = "down_proj"
+    ) -> Statistics:
         """Wrap second moments computed elsewhere.
 
         Args:
             covariances: layer index -> floating [n, n], the mean of k k^T, not centred, symmetric
                 to rounding.
             tokens: number of keys the means are taken over.
+            key_site: what the keys are inputs of, "down_proj" or "mlp".
 
         Raises:
             TypeError: an index is not an int, or a value not a floating-point tensor.
             ValueError: a matrix is not square, finite and symmetric; `tokens` is not positive;
-                or there is no matrix.
+                there is no matrix, or another `key_site`.
         """
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
             raise ValueError(f"from_covariances: tokens must be a positive int, got {tokens!r}")
         if not covariances:
             raise ValueError("from_covariances: covariances must hold a layer, got none")
+        if key_site not in KEY_SITES:
+            raise ValueError(
+                f"from_covariances: key_site must be one of {', '.join(KEY_SITES)}, "
+                f"got {key_site!r}"
+            )
         for layer, matrix in covariances.items():
             _check_covariance(layer, matrix)
-        return cls(covariances, tokens)
+        return cls(covariances, tokens, key_site=key_site)
 
     def check(self, model: nn.Module) -> None:
         """Check that these statistics can be those of `model`.
@@ -137,6 +149,7 @@ class Statistics:
         Raises:
             FingerprintMismatchError: they were taken from other weights; both fingerprints are
                 named. Not checked where :attr:`fingerprint` is None.
+            UnsupportedModelError: `model` has nothing that can be hooked at :attr:`key_site`.
             ValueError: a layer does not exist in `model` or has another width.
         """
         if self.fingerprint is not None and (found := fingerprint(model)) != self.fingerprint:
@@ -145,7 +158,7 @@ class Statistics:
                 f"{self.fingerprint}, that of {self.meta.get('model') or 'another model'}; collect "
                 "statistics of this model or load the model they were taken from"
             )
-        description = describe(model)
+        description = describe(model, self.key_site)
         for layer in self.covariances:
             n, expected = self.covariances.order(layer), description.layer(layer).in_features
             if n != expected:
@@ -178,6 +191,7 @@ class Statistics:
             "model": self.meta.get("model"),
             "fingerprint": self.fingerprint,
             "tokens": self.tokens,
+            "key_site": self.key_site,
             "layers": self.layers,
             "sampled_layers": sorted(self.samples),
             "shrinkage": {str(layer): rho for layer, rho in self.shrinkage.items()},
@@ -201,9 +215,16 @@ class Statistics:
             "sampled_layers": list,
             "meta": dict,
             "shrinkage": dict,
+            "key_site": str,
         }
-        manifest = {"shrinkage": {}, **manifest}  # folders of before it existed are not shrunk
+        # Folders of before these existed are not shrunk, and of down-projections.
+        manifest = {"shrinkage": {}, "key_site": KEY_SITES[0], **manifest}
         check_fields(manifest, fields, path)
+        if manifest["key_site"] not in KEY_SITES:
+            raise FormatError(
+                f"load: {path} must have a key_site of {', '.join(KEY_SITES)}, got "
+                f"{manifest['key_site']!r}"
+            )
         try:
             shrinkage = {int(i): float(rho) for i, rho in manifest["shrinkage"].items()}
             covariances = {i: tensors[_covariance_name(i)] for i in manifest["layers"]}
@@ -222,6 +243,7 @@ class Statistics:
             shrinkage=shrinkage,
             fingerprint=manifest["fingerprint"],
             meta=manifest["meta"],
+            key_site=manifest["key_site"],
         )
 
 

@@ -80,6 +80,12 @@ class ClosedForm(WeightBaseline):
         return cls.config_type(edit=edit, **own)
 
     def _start(self) -> None:
+        site = self.config.edit.key_site
+        if site != "down_proj":
+            raise ValueError(
+                f"{self.name}: config.edit.key_site must be 'down_proj', whose weight is changed, "
+                f"got {site!r}"
+            )
         layers = {i: self._description.layer(i) for i in self.config.edit.layers}
         self._weights = {i: self._plain_weight(layer.path) for i, layer in layers.items()}
         modules: list[Any] = [get_submodule(self._model, i.path) for i in layers.values()]
