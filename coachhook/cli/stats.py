@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Reads plain text through the model once and keeps, for each editable layer, the covariance of the
 inputs of its down-projection (and a sample of them). Editing needs it to know which directions
-unrelated text uses. The same folder serves every later edit of the same weights. With --key-site mlp
-the inputs of the whole MLPs are measured, and edits with that folder are hooks over those.
+unrelated text uses. The same folder serves every later edit of the same weights. With
+--key-site mlp the inputs of the whole MLPs are measured, and hooks of later edits lie over those.
 
 Started by torchrun, the processes share the work, one GPU each where there are GPUs:
   torchrun --nproc-per-node 8 -m coachhook stats MODEL --text DIR --out STATS

@@ -128,8 +128,8 @@ class EditConfig:
             not fall below the score that goes with it; in the membership scope without cues a
             further place is taken only where its key keeps to it.
         key_site: what a layer's hook lies over, whose input is the key: "down_proj", the
-            down-projection (the paper), or "mlp", the whole MLP, whose input is narrower and differs
-            less between contexts. Statistics have to be of the same.
+            down-projection (the paper), or "mlp", the whole MLP, whose input is narrower and
+            differs less between contexts. Statistics have to be of the same.
 
     Raises:
         ValueError: a field is out of range.

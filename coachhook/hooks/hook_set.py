@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -213,8 +214,8 @@ def attach_hooks(
         key_site: "down_proj", or "mlp" to hook the whole MLP of each of them.
 
     Raises:
-        UnsupportedModelError: the model has no editable down-projections (or MLPs), or is tensor-parallel in
-            another way than with DTensors on a mesh of one dimension.
+        UnsupportedModelError: the model has no editable down-projections (or MLPs), or is
+            tensor-parallel in another way than with DTensors on a mesh of one dimension.
         TypeError: not a transformers model, or a compiled one.
         ValueError: an index out of range or given twice, no index at all, another key site, or
             hooks are attached already.
@@ -283,7 +284,8 @@ def _placement(base: nn.Module) -> tuple[torch.dtype, torch.device]:
     tensors = [*base.parameters(), *base.buffers()]
     wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     # Offloaded weights lie on the meta device; accelerate knows where they are computed with.
-    device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+    owner: Any = next((m for m in base.modules() if hasattr(m, "_hf_hook")), None)
+    device = None if owner is None else getattr(owner._hf_hook, "execution_device", None)
     if device is None:
         device = tensors[0].device if tensors else torch.device("cpu")
     return torch.float64 if wide else torch.float32, torch.device(device)

@@ -381,20 +381,21 @@ def test_inputs_embeds_and_positional_arguments() -> None:
     assert not records[0][1][:, :-2].isnan().any()
 
 
-def test_an_offloaded_model() -> None:
+@pytest.mark.parametrize("key_site", ["down_proj", "mlp"])
+def test_an_offloaded_model(key_site: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny("gpt2")
     plain = answer(model)
     accelerate.cpu_offload(model, execution_device="cpu")
     assert model.transformer.h[0].mlp.c_proj.weight.is_meta
-    hooks = attach_hooks(model, [0, 1])
+    hooks = attach_hooks(model, [0, 1], key_site=key_site)
     assert hooks[0]._store.alpha.device.type == "cpu"
     assert torch.equal(answer(model), plain)
     fill(hooks, "sequence")
     hooks.set_state("temporary")
     moved = answer(model)
     resident = tiny("gpt2")
-    others = attach_hooks(resident, [0, 1])
+    others = attach_hooks(resident, [0, 1], key_site=key_site)
     fill(others, "sequence")
     others.set_state("temporary")
     torch.testing.assert_close(moved, answer(resident))

@@ -101,12 +101,37 @@ def test_as_many_experts_as_blocks_are_no_second_list_of_blocks() -> None:
     assert describe(model).blocks_path == "model.layers"
 
 
-@pytest.mark.parametrize("name", [*FOUND, *EXPERTS])
-def test_a_vector_added_to_the_layer_is_added_to_the_block(name: str) -> None:
+@pytest.mark.parametrize("name", FOUND)
+def test_the_whole_mlp_is_taken_for_its_key_site(name: str) -> None:
+    model = tiny(name)
+    if name == "opt":
+        with pytest.raises(UnsupportedModelError, match="'mlp', got model.* use key_site='down_p"):
+            describe(model, "mlp")
+        return
+    description, whole = describe(model), describe(model, "mlp")
+    layer, down = whole.layer(1), description.layer(1)
+    assert layer.path == down.path.rpartition(".")[0] and layer.path != layer.block_path
+    assert (layer.in_features, layer.out_features) == (HIDDEN, HIDDEN) and not layer.experts
+    assert layer.adds_directly is down.adds_directly
+    assert whole.parallel_residual is description.parallel_residual
+    read = []
+    get_submodule(model, layer.path).register_forward_pre_hook(lambda _m, args: read.append(args))
+    model(torch.tensor([[3, 4, 5]]))
+    assert read[0][0].shape[-1] == HIDDEN
+    with pytest.raises(ValueError, match="key_site must be one of down_proj, mlp, got 'attention'"):
+        describe(model, "attention")
+
+
+@pytest.mark.parametrize(
+    ("name", "key_site"),
+    [(name, "down_proj") for name in (*FOUND, *EXPERTS)]
+    + [(name, "mlp") for name in FOUND if name != "opt"],
+)
+def test_a_vector_added_to_the_layer_is_added_to_the_block(name: str, key_site: str) -> None:
     if not hasattr(transformers, (FOUND | EXPERTS)[name][0]):
         pytest.skip(f"transformers {transformers.__version__} has no such model")
     model = tiny(name)
-    layer = describe(model).layer(1)
+    layer = describe(model, key_site).layer(1)
     ids = torch.randint(3, 60, (2, 7))
     vector = torch.randn(HIDDEN)
     outputs, inner = [], []

@@ -163,7 +163,14 @@ def test_the_state_of_another_model_is_refused(build, tokenizer, interrupted):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"layers": [0]}, {"max_tokens": 500}, {"batch_tokens": 65}, {"sample_size": 3}]
+    "settings",
+    [
+        {"layers": [0]},
+        {"max_tokens": 500},
+        {"batch_tokens": 65},
+        {"sample_size": 3},
+        {"key_site": "mlp"},
+    ],
 )
 def test_the_state_of_other_settings_is_refused(model, tokenizer, interrupted, settings):
     state, texts = interrupted
