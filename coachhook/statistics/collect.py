@@ -56,7 +56,7 @@ def collect_statistics(
     """Measure the second moment of the keys of `model` over `texts`, all layers in one pass.
 
     A key is the input of a layer's down-projection (or MLP) for one token; of all tokens, special
-    ones included, ``Cov = (1 / N) sum_t k_t k_t^T`` in float64. Every text is a sequence of its own.
+    ones included, ``Cov = (1 / N) sum_t k_t k_t^T`` in float64. Each text is a sequence of its own.
     Texts are read as a stream, sorted by length within a window and batched; the forward ends at
     the last layer wanted. A float64 model is measured in float64 throughout, any other in float32
     per batch and float64 across batches. Edits attached to the model are off meanwhile: the
