@@ -215,7 +215,8 @@ def _check_effect(expected: dict[str, torch.Tensor]) -> None:
     assert (expected["edited"] - expected["plain"]).abs().max() > 100 * _ROUNDING
 
 
-def test_a_model_in_slices_answers_as_the_whole_one(tmp_path):
+@pytest.mark.parametrize("key_site", ["down_proj", "mlp"])
+def test_a_model_in_slices_answers_as_the_whole_one(tmp_path, key_site):
     words = {"<pad>": 0, "<unk>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -228,8 +229,12 @@ def test_a_model_in_slices_answers_as_the_whole_one(tmp_path):
     ids = torch.randint(2, VOCAB, (200, 12), generator=torch.Generator().manual_seed(0))
     lines = [" ".join(f"w{i}" for i in row) for row in ids.tolist()]
     (tmp_path / "texts.txt").write_text("\n".join(lines))
-    statistics = ch.collect_statistics(model, tokenizer, lines, layers=[0, 1], progress=False)
-    config = ch.EditConfig.for_model(model, layers=[0, 1], rewordings=0, target_steps=10)
+    statistics = ch.collect_statistics(
+        model, tokenizer, lines, layers=[0, 1], progress=False, key_site=key_site
+    )
+    config = ch.EditConfig.for_model(
+        model, layers=[0, 1], rewordings=0, target_steps=10, key_site=key_site
+    )
     editor = ch.Editor(model, tokenizer, statistics=statistics, config=config)
     editor.edit(
         [
