@@ -51,6 +51,8 @@ _SMALL = 8
 # From the second block on a subject's keys differ more between texts. Where the MLP lies beside the
 # attention they still differ from those of other subjects.
 _ALPHA_CUED_BESIDE = 0.6
+# Keys of whole MLPs differ less between texts.
+_ALPHA_CUED_MLP = 0.8
 # (model_type, blocks) -> (Adam forwards, prior weight) of the published experiments.
 _PAPER_SETTINGS = {("gpt2", 48): (20, 15000.0), ("gptj", 28): (25, 15000.0)}
 
@@ -398,8 +400,13 @@ def _checked(
             layers = layers[at : at + 1]
         values["layers"] = layers
     config = cls(**values)
-    if single and small and beside and config.layers[0] > 0 and "alpha_cued" not in values:
-        config = config.with_(alpha_cued=_ALPHA_CUED_BESIDE)
+    if all(description.layer(layer).experts for layer in config.layers):
+        config = config.with_(key_site="mlp")  # which they are hooked as, whatever was asked
+    if single and "alpha_cued" not in values:
+        if config.key_site == "mlp":
+            config = config.with_(alpha_cued=_ALPHA_CUED_MLP)
+        elif small and beside and config.layers[0] > 0:
+            config = config.with_(alpha_cued=_ALPHA_CUED_BESIDE)
     check_layers(config, description)
     return config
 

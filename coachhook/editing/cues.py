@@ -27,9 +27,11 @@ from coachhook.editing.memory import EditMemory
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
 from coachhook.ops._precision import float32_products
 
-# A token is taken for the cue where the filter, which gives 1 for its own keys, gives this much.
-# The subject's last token has more to keep apart: what follows it may be said of any subject.
-_EARLIER_LIMIT, _SUBJECT_LIMIT = 0.4, 0.6
+# A token is taken for the cue where the filter, which gives 1 for its own keys, gives this much:
+# for an earlier token of the subject, and for the subject's last, which has more to keep apart, as
+# what follows it may be said of any subject. What an MLP reads is narrower than its hidden layer:
+# other tokens answer more, and the cue itself differs less between contexts.
+_LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.7, 0.9)}
 # An earlier token of the subject may be as common as "of": that of these which the unrelated sample
 # shows least is taken, the nearest of them first.
 _MOST_CANDIDATES = 6
@@ -40,9 +42,10 @@ _KEYS_AT_ONCE = 2048
 _SAMPLES_AT_ONCE = 1024
 
 
-def cue_limit(place: str) -> float:
-    """Least response to the cue of an edit at a place, by its name."""
-    return _EARLIER_LIMIT if place in SUBJECT_PLACES else _SUBJECT_LIMIT
+def cue_limit(place: str, key_site: str) -> float:
+    """Least response to the cue of an edit at a place, by its name, whose keys are of a site."""
+    earlier, subject = _LIMITS[key_site]
+    return earlier if place in SUBJECT_PLACES else subject
 
 
 def cue_distances(prompts: Sequence[EncodedPrompt], place: Place) -> list[int]:
@@ -112,7 +115,10 @@ def _numbers(values: list[int], of: Tensor) -> Tensor:
 
 
 def find_cues(
-    memory: EditMemory, slots: Sequence[Sequence[Tensor]], sample: Tensor | None
+    memory: EditMemory,
+    slots: Sequence[Sequence[Tensor]],
+    sample: Tensor | None,
+    key_site: str = "down_proj",
 ) -> Tensor:
     """Filters ``[len(slots), n]``, of each slot's candidate that fewest unrelated keys answer to.
 
@@ -121,26 +127,28 @@ def find_cues(
         slots: for each the keys ``[v, n]`` of its candidates, the nearest first; zeros are given
             where it has none, or none with a key that is not zero.
         sample: unrelated keys ``[s, n]``; without them the nearest is taken.
+        key_site: what the keys are of.
     """
+    limit, _ = _LIMITS[key_site]
     found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
     some: list[int] = []
     count = longest = 0
     for i, candidates in enumerate(slots):
         most = max(map(len, candidates), default=0)
         if some and (count + len(candidates)) * max(longest, most) > _KEYS_AT_ONCE:
-            found[some] = _find_some(memory, [slots[j] for j in some], sample)
+            found[some] = _find_some(memory, [slots[j] for j in some], sample, limit)
             some, count, longest = [], 0, 0
         if most:
             some.append(i)
             count, longest = count + len(candidates), max(longest, most)
     if some:
-        found[some] = _find_some(memory, [slots[j] for j in some], sample)
+        found[some] = _find_some(memory, [slots[j] for j in some], sample, limit)
     return found
 
 
 @float32_products(tf32=False)
 def _find_some(
-    memory: EditMemory, slots: Sequence[Sequence[Tensor]], sample: Tensor | None
+    memory: EditMemory, slots: Sequence[Sequence[Tensor]], sample: Tensor | None, limit: float
 ) -> Tensor:
     candidates = [keys for slot in slots for keys in slot]
     keys = torch.cat(candidates).to(memory.device, memory.dtype)
@@ -160,7 +168,7 @@ def _find_some(
         looking = filters.float().mT
         for rows in sample.split(_SAMPLES_AT_ONCE):
             scores = rows.to(looking) @ looking
-            taken += (scores >= _EARLIER_LIMIT).sum(dim=0)
+            taken += (scores >= limit).sum(dim=0)
     taken = torch.where(dead, taken.max() + 1, taken)
     of_slot, there = _padded(list(map(len, slots)), filters.device)
     often = torch.cat([taken, taken.new_zeros(1)])[of_slot].masked_fill(~there, taken.max() + 1)

@@ -20,7 +20,7 @@ from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.leaning import leaned_on
-from coachhook.editing.memories import new_memory
+from coachhook.editing.memories import check_site, new_memory
 from coachhook.editing.memory import EditMemory
 from coachhook.editing.problem import Earlier
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
@@ -115,11 +115,7 @@ class Editor:
         check_layers(config, description)
         check_finite(model)
         statistics.check(model)
-        if statistics.key_site != config.key_site:
-            raise ValueError(
-                f"Editor: statistics must be of key_site {config.key_site!r}, that of config, got "
-                f"{statistics.key_site!r}; collect statistics there, or set the other key_site"
-            )
+        check_site(model, statistics, config, description)
         layers = {}
         for layer in config.layers:
             sample = statistics.samples.get(layer)
@@ -530,7 +526,8 @@ class Editor:
             found = candidate_keys(wanted, x, edits.sample, self._elsewhere)
             for i, keys in zip(mine, found, strict=True):
                 candidates[i] = keys
-        return find_cues(edits.memory, candidates, edits.sample).float().cpu()
+        site = self.config.key_site
+        return find_cues(edits.memory, candidates, edits.sample, site).float().cpu()
 
     def _elsewhere(self, ids: set[int]) -> list[int]:
         """Rows of the unrelated sample that are keys of some tokens elsewhere.

@@ -10,8 +10,26 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.folder import memory_device
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.published import PublishedMemory
-from coachhook.models import EditableLayer, get_submodule, weight_of
+from coachhook.models import EditableLayer, ModelDescription, describe, get_submodule, weight_of
 from coachhook.statistics import Statistics
+
+
+def check_site(
+    model: nn.Module, statistics: Statistics, config: EditConfig, description: ModelDescription
+) -> None:
+    """Checks that statistics are of the keys that are edited.
+
+    Raises:
+        ValueError: they are those of other modules of the layers.
+    """
+    if statistics.key_site == config.key_site:
+        return
+    other = describe(model, statistics.key_site)  # blocks with experts have one site
+    if any(other.layer(i).path != description.layer(i).path for i in config.layers):
+        raise ValueError(
+            f"Editor: statistics must be of key_site {config.key_site!r}, that of config, got "
+            f"{statistics.key_site!r}; collect statistics there, or set the other key_site"
+        )
 
 
 def new_memory(

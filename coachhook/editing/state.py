@@ -536,9 +536,9 @@ class EditState:
         known = [a.cue for a in about if a.cue is not None]
         if not known:
             return None
-        nothing = torch.zeros_like(known[0])
+        nothing, site = torch.zeros_like(known[0]), self.config.key_site
         filters = torch.stack([nothing if a.cue is None else a.cue for a in about])
-        limits = [-torch.inf if a.cue is None else cue_limit(a.place) for a in about]
+        limits = [-torch.inf if a.cue is None else cue_limit(a.place, site) for a in about]
         return filters, torch.tensor(limits, dtype=torch.float32)
 
     def _columns(self, layer: int) -> _Columns:

@@ -155,9 +155,11 @@ def test_edits_with_and_without_cues_in_a_payload(state):
     write(state, axis(3), axis(4), place="prompt_last")
     filters, limits = state.cues(0)
     assert filters.tolist() == torch.stack([0 * axis(0), axis(2), axis(4)]).float().tolist()
-    wanted = [-torch.inf, cue_limit("subject_last"), cue_limit("prompt_last")]
+    site = "down_proj"
+    wanted = [-torch.inf, cue_limit("subject_last", site), cue_limit("prompt_last", site)]
     assert limits.tolist() == pytest.approx(wanted)
-    assert 0 < cue_limit("subject_last") < cue_limit("prompt_last") < 1
+    for site in ("down_proj", "mlp"):
+        assert 0 < cue_limit("subject_last", site) < cue_limit("prompt_last", site) < 1
     tensors = state.payload(0).tensors
     assert torch.equal(tensors["cues"], filters) and torch.equal(tensors["limits"], limits)
     state.remove(2)
