@@ -52,7 +52,7 @@ _SMALL = 8
 # attention they still differ from those of other subjects.
 _ALPHA_CUED_BESIDE = 0.6
 # Keys of whole MLPs differ less between texts.
-_ALPHA_CUED_MLP = 0.8
+_ALPHA_CUED_MLP = 0.75
 # (model_type, blocks) -> (Adam forwards, prior weight) of the published experiments.
 _PAPER_SETTINGS = {("gpt2", 48): (20, 15000.0), ("gptj", 28): (25, 15000.0)}
 

@@ -31,7 +31,7 @@ from coachhook.ops._precision import float32_products
 # for an earlier token of the subject, and for the subject's last, which has more to keep apart, as
 # what follows it may be said of any subject. What an MLP reads is narrower than its hidden layer:
 # other tokens answer more, and the cue itself differs less between contexts.
-_LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.7, 0.9)}
+_LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.6, 0.85)}
 # An earlier token of the subject may be as common as "of": that of these which the unrelated sample
 # shows least is taken, the nearest of them first.
 _MOST_CANDIDATES = 6
