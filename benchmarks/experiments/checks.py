@@ -15,6 +15,7 @@ from benchmarks.experiments.systems import (
     TRAINED,
     configure,
     has_gate,
+    key_site,
     known_systems,
     setting_types,
 )
@@ -108,8 +109,14 @@ def check_model(args: Any, model: Any, statistics: Statistics | None) -> None:
         statistics.check(model)
     for system in args.systems:
         layers = statistics_layers(args, model, system)
-        if statistics is None:
+        if statistics is None or not layers:
             continue
+        site = key_site(system, args.settings.get(system, {}))
+        if site != statistics.key_site:
+            raise ValueError(
+                f"--stats must be of key_site {site!r}, as {system} is, got "
+                f"{statistics.key_site!r}; leave --stats out, which makes both"
+            )
         missing = sorted(set(layers) - set(statistics.layers))
         if missing:
             raise ValueError(

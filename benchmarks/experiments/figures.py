@@ -16,6 +16,7 @@ from benchmarks.experiments.tables import Row
 # colour-blind readers); ours is dark and thick.
 _STYLE = {
     "ours": ("#0b3c5d", "o"),
+    "ours-mlp": ("#0072b2", "p"),
     "no-gate": ("#56b4e9", "s"),
     "paper": ("#d55e00", "D"),
     "memit": ("#009e73", "^"),

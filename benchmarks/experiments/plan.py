@@ -23,13 +23,13 @@ import transformers
 import coachhook
 from benchmarks.experiments import checks
 from benchmarks.experiments import facts as facts_module
-from benchmarks.experiments.systems import TITLES
+from benchmarks.experiments.systems import TITLES, key_site, statistics_names, uses_statistics
 from benchmarks.experiments.worker import open_model, whole_lines
 from coachhook.editing import EditConfig, EditRequest
 from coachhook.evaluation.language import unrelated_rows
 from coachhook.evaluation.metrics import long_prompts
-from coachhook.models import describe
-from coachhook.statistics import collect_statistics
+from coachhook.models import KEY_SITES, describe
+from coachhook.statistics import Statistics, collect_statistics
 from coachhook.store import fingerprint
 
 # Experiment -> systems, batch size, checkpoints.
@@ -210,16 +210,42 @@ def _sources(requests: Sequence[EditRequest]) -> dict[str, int]:
 
 def _statistics(args: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     if args.stats is not None:
-        return {"statistics": str(args.stats), "statistics_seconds": None}
-    wanted = {*describe(model).default_layers(), *EditConfig.for_model(model).layers}
+        names = statistics_names(Statistics.load(args.stats).key_site)
+        return {names[0]: str(args.stats), names[1]: None}
+    wanted = {"down_proj": {*describe(model).default_layers(), *EditConfig.for_model(model).layers}}
     for system in args.systems:  # --set may name others
-        wanted |= {*checks.statistics_layers(args, model, system)}
-    layers = sorted(wanted)
-    begin = time.perf_counter()
-    statistics = collect_statistics(model, tokenizer, args.text, layers, max_tokens=args.tokens)
-    seconds = time.perf_counter() - begin
-    statistics.save(args.out / "statistics")
-    return {"statistics": str(args.out / "statistics"), "statistics_seconds": seconds}
+        layers = checks.statistics_layers(args, model, system)
+        if layers:
+            site = key_site(system, args.settings.get(system, {}))
+            wanted.setdefault(site, set()).update(layers)
+    made: dict[str, Any] = {}
+    for site, chosen in wanted.items():
+        name, spent = statistics_names(site)
+        begin = time.perf_counter()
+        statistics = collect_statistics(
+            model, tokenizer, args.text, sorted(chosen), max_tokens=args.tokens, key_site=site
+        )
+        made[spent] = time.perf_counter() - begin
+        statistics.save(args.out / name)
+        made[name] = str(args.out / name)
+    return made
+
+
+def _statistics_of(plan: dict[str, Any], system: str, options: dict[str, Any]) -> str:
+    """Folder of the statistics of a run; of a system that uses none, of those there are.
+
+    Raises:
+        ExperimentError: the experiment was begun without what the system needs.
+    """
+    name, _ = statistics_names(key_site(system, options))
+    if not uses_statistics(system) and name not in plan:
+        name = next(n for n, _ in map(statistics_names, KEY_SITES) if n in plan)
+    if name not in plan:
+        raise ExperimentError(
+            f"--out must be a new folder for {system}, got an experiment that was begun without "
+            "the statistics it needs"
+        )
+    return str(plan[name])
 
 
 def _versions() -> dict[str, str]:
@@ -249,6 +275,7 @@ def specs(args: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
     for system in args.systems:
         for size in args.batch_sizes:
             options = dict(args.settings.get(system, {}))
+            statistics = _statistics_of(plan, system, options)
             label = f"{system}, batches of {size}" if len(args.batch_sizes) > 1 else system
             found.append(
                 {
@@ -269,9 +296,9 @@ def specs(args: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
                         name: plan[name]
                         for name in (
                             "experiment", "model", "device", "dtype", "seed", "text_tokens",
-                            "statistics",
                         )
                     },
+                    "statistics": statistics,
                 }
             )  # fmt: skip
     return found

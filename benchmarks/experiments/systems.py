@@ -28,12 +28,14 @@ from coachhook.statistics import Statistics
 # Label, and the settings on top of those of the preset.
 _PRESETS: dict[str, tuple[Callable[..., EditConfig], dict[str, Any]]] = {
     "ours": (EditConfig.for_model, {}),
+    "ours-mlp": (EditConfig.for_model, {"key_site": "mlp"}),
     # The same edit with the hook always on: what the gate is worth.
     "no-gate": (EditConfig.for_model, {"alpha": -1e30, "correction": "sum"}),
     "paper": (EditConfig.paper, {}),
 }
 TITLES = {
     "ours": "coachhook (default)",
+    "ours-mlp": "coachhook, whole MLPs",
     "no-gate": "coachhook, gate always open",
     "paper": "CoachHooK as published",
     "memit": "MEMIT",
@@ -65,6 +67,18 @@ def has_gate(name: str) -> bool:
 def uses_statistics(name: str) -> bool:
     """Whether a system needs the key statistics."""
     return name in _PRESETS or BASELINES[name].needs_statistics
+
+
+def key_site(name: str, options: dict[str, Any]) -> str:
+    """What the keys of a system with some settings are inputs of."""
+    fixed = _PRESETS[name][1] if name in _PRESETS else {}
+    return str({"key_site": "down_proj", **fixed, **options}["key_site"])
+
+
+def statistics_names(site: str) -> tuple[str, str]:
+    """Entries of a plan for the folder of a site's statistics and the seconds they took."""
+    name = "statistics" if site == "down_proj" else f"statistics_{site}"
+    return name, f"{name}_seconds"
 
 
 def setting_types(name: str) -> dict[str, Any]:

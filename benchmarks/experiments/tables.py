@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.experiments.systems import uses_statistics
+from benchmarks.experiments.systems import key_site, statistics_names, uses_statistics
 
 # Family of metrics -> prefix of its columns.
 PREFIX = {
@@ -66,7 +66,8 @@ def result_row(run: dict[str, Any], plan: dict[str, Any]) -> Row:
             row[f"oracle_{name}"] = best
             row[f"share_{name}"] = value / best if best and value is not None else None
         row |= _side_columns(final)
-    return row | cost_columns(final, edits, plan, run["spec"]["system"])
+    spec = run["spec"]
+    return row | cost_columns(final, edits, plan, spec["system"], spec["options"])
 
 
 def _side_columns(final: dict[str, Any]) -> Row:
@@ -95,10 +96,13 @@ def _side_columns(final: dict[str, Any]) -> Row:
     }
 
 
-def cost_columns(final: dict[str, Any], edits: int, plan: dict[str, Any], system: str) -> Row:
+def cost_columns(
+    final: dict[str, Any], edits: int, plan: dict[str, Any], system: str, options: dict[str, Any]
+) -> Row:
     """Speed and memory; a system that needs no statistics is not charged with them."""
     seconds = final["edit_seconds"]
-    extra = plan["statistics_seconds"] if uses_statistics(system) else 0.0
+    _, spent = statistics_names(key_site(system, options))
+    extra = plan[spent] if uses_statistics(system) else 0.0
     whole = None if extra is None else seconds + extra + final["training_seconds"]
     return {
         "converged": final["converged"],

@@ -162,6 +162,9 @@ def test_statistics_that_do_not_serve_are_refused(world, tmp_path, capsys):
     assert f"that paper edits, got [{last}]" in line
     line = refused(capsys, [*argv, "--stats", tmp_path / "strange"], tmp_path / "new")
     assert "fingerprint must be" in line
+    argv = words(world, "single", tmp_path / "new", "--systems", "retrieval,ours-mlp")
+    line = refused(capsys, argv, tmp_path / "new")
+    assert "--stats must be of key_site 'mlp', as ours-mlp is, got 'down_proj'" in line
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -182,3 +185,15 @@ def test_statistics_are_made_of_the_layers_that_settings_name(world, tmp_path):
     args = parse([*argv[:at], *argv[at + 2 :], "--set", "memit.layers=[1,3]", "--tokens", "600"])
     shared = plan.prepare(args, plan.read_inputs(args))
     assert {1, 3} <= set(Statistics.load(shared["statistics"]).layers)
+    (tmp_path / "both").mkdir()
+    argv = words(
+        world, "consecutive", tmp_path / "both", "--count", 1, "--systems", "ours,ours-mlp"
+    )
+    at = argv.index("--stats")
+    args = parse([*argv[:at], *argv[at + 2 :], "--tokens", "600"])
+    shared = plan.prepare(args, plan.read_inputs(args))
+    sites = [Statistics.load(spec["statistics"]).key_site for spec in plan.specs(args, shared)]
+    assert sites == ["down_proj", "mlp"]
+    more = parse(words(world, "consecutive", tmp_path, "--count", 1, "--systems", "ours-mlp"))
+    with pytest.raises(plan.ExperimentError, match="new folder for ours-mlp, got an experiment"):
+        plan.specs(more, {"statistics": "there"})

@@ -78,7 +78,7 @@ def test_states_of_tensors_and_plain_values_are_packed():
 
 
 def test_presets_and_baselines_have_names():
-    assert known_systems()[:3] == ["ours", "no-gate", "paper"]
+    assert known_systems()[:4] == ["ours", "ours-mlp", "no-gate", "paper"]
     for systems, size, _ in plan.DEFAULTS.values():
         assert set(systems) <= set(known_systems()) and size > 0
 
@@ -127,9 +127,9 @@ def test_only_systems_that_use_statistics_are_charged_with_them():
     final = dict.fromkeys(("edit_seconds", "edit_cpu_seconds"), 2.0) | {"training_seconds": 3.0}
     final |= dict.fromkeys(("converged", "peak_mib", "start_mib"), 1.0)
     for system, seconds in (("ours", 20.0), ("memit", 20.0), ("grace", 5.0), ("mend", 5.0)):
-        row = cost_columns(final, 10, {"statistics_seconds": 15.0}, system)
+        row = cost_columns(final, 10, {"statistics_seconds": 15.0}, system, {})
         assert row["edits_per_second_with_preparation"] == 10 / seconds
     # Statistics that were given cost nobody knows what.
     for system, known in (("ours", None), ("lora", 2.0)):
-        row = cost_columns(final, 10, {"statistics_seconds": None}, system)
+        row = cost_columns(final, 10, {"statistics_seconds": None}, system, {})
         assert row["edits_per_second_with_preparation"] == known

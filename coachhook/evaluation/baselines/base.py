@@ -114,7 +114,7 @@ class Baseline(ABC):
                 f"{self.name}: statistics must be given, got None; see coachhook.collect_statistics"
             )
         if statistics is not None:
-            if statistics.key_site != "down_proj":
+            if self.needs_statistics and statistics.key_site != "down_proj":
                 raise ValueError(
                     f"{self.name}: statistics must be of key_site 'down_proj', got "
                     f"{statistics.key_site!r}; the weights it changes are down-projections"
