@@ -31,7 +31,7 @@ def test_scores_are_those_of_a_gate(world, tmp_path, capsys):
     out = tmp_path / "new"
     argv = [*words(world, "zscores", out), "--systems", "ours,memit,no-gate"]
     line = refused(capsys, argv, out)
-    assert "must have a gate (ours, paper), got ['memit', 'no-gate']" in line
+    assert "must have a gate (ours, ours-mlp, paper), got ['memit', 'no-gate']" in line
 
 
 def test_prompts_that_nobody_could_ask_are_refused(world, tmp_path, capsys):
