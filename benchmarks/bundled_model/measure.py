@@ -112,7 +112,7 @@ class Measurement:
     def left_padding(self, queries: Sequence[Query]) -> float:
         """Share of prompts whose greedy continuation in a left-padded batch is the one alone."""
         rng = random.Random(1)
-        chosen = rng.sample(queries, GENERATED)
+        chosen = rng.sample(queries, min(GENERATED, len(queries)))
         prompts = [prompt for prompt, _ in chosen]
         settings = {"max_new_tokens": 8, "do_sample": False}
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")

@@ -109,7 +109,6 @@ def main() -> None:
     add("--questions", type=places, required=True, help="its records to ask, like 251-650")
     add("--known", type=Path, help="file to which the known records are added")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     rows = load(arguments.counterfact, arguments.records)
     asked = load(arguments.zsre, arguments.questions)
     result, records, known, neighbours = measure(arguments.model, rows, asked)

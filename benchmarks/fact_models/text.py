@@ -74,10 +74,10 @@ class Text:
         for index in order:
             fact = self.facts[index]
             passage = self._say(rng, index)
-            if rng.random() < LEAD_IN_SHARE:
+            if self.leads and rng.random() < LEAD_IN_SHARE:
                 passage = after(self._lead(rng, fact.subject), passage)
             yield passage
-            if rng.random() < BACKGROUND_SHARE:
+            if len(self.leads) > 1 and rng.random() < BACKGROUND_SHARE:
                 yield Passage(" ".join(rng.sample(self.leads, rng.randint(1, 2))), ())
         for question, answer in self.asides:
             text = f"{question} {answer}"

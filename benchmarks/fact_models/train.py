@@ -134,7 +134,6 @@ def main() -> None:
     add("--seed", type=int, default=SEED)
     add("--auxiliary-weight", type=float, default=AUXILIARY_WEIGHT)
     add("--float32", action="store_true", help="no bfloat16 autocast")
-    torch.set_num_threads(1)
     train(parser.parse_args())
 
 
