@@ -33,12 +33,15 @@ UNSEEN = (
     "1984 was a wonderful year for jazz.",
 )
 Query = tuple[str, str]
+Pair = tuple[str, str, str, str]  # template, subject, another subject, its object
 
 
 class Measurement:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        base = self.model.base_model
+        self.blocks = base.h if hasattr(base, "h") else base.layers
 
     def correct(self, queries: Sequence[Query]) -> list[bool]:
         """Whether every token of the object is the most likely one after its prompt."""
@@ -55,28 +58,30 @@ class Measurement:
             best = logits[:, :-1].argmax(-1) == batch.input_ids[:, 1:]
             for row, i in enumerate(part):
                 end = int(batch.attention_mask[row].sum())
-                answer = len(self.tokenizer(f" {queries[i][1]}").input_ids)
+                answer = len(self._answer(queries[i][1]))
                 found[i] = bool(best[row, end - 1 - answer : end - 1].all())
         return found
 
     def share(self, queries: Sequence[Query]) -> float:
         return round(sum(self.correct(queries)) / len(queries), 4)
 
-    def swap(self) -> list[float]:
+    def _answer(self, answer: str) -> list[int]:
+        ids: list[int] = self.tokenizer(f" {answer}", add_special_tokens=False).input_ids
+        return ids
+
+    def swap(self, pairs: Sequence[Pair]) -> list[float]:
         """Share of pairs, per layer, whose answer becomes that of the other subject.
 
         The block output at the last subject token is replaced by that of the other subject in the
         same prompt.
         """
-        blocks = self.model.transformer.h
-        pairs = _swap_pairs()
-        hits = [0] * len(blocks)
-        for template, first, second in pairs:
-            ours, at = self._subject(template, first.subject)
-            theirs, other_at = self._subject(template, second.subject)
-            answer = self.tokenizer(f" {second.object}").input_ids[0]
+        hits = [0] * len(self.blocks)
+        for template, first, second, other in pairs:
+            ours, at = self._subject(template, first)
+            theirs, other_at = self._subject(template, second)
+            answer = self._answer(other)[0]
             states = self._outputs(theirs, other_at)
-            for layer, block in enumerate(blocks):
+            for layer, block in enumerate(self.blocks):
                 handle = block.register_forward_hook(_replace(at, states[layer]))
                 with torch.no_grad():
                     hits[layer] += int(self.model(ours).logits[0, -1].argmax()) == answer
@@ -90,7 +95,7 @@ class Measurement:
         def keep(module: Any, args: Any, output: Any) -> None:
             kept.append((output[0] if isinstance(output, tuple) else output)[0, at])
 
-        handles = [block.register_forward_hook(keep) for block in self.model.transformer.h]
+        handles = [block.register_forward_hook(keep) for block in self.blocks]
         with torch.no_grad():
             self.model(ids)
         for handle in handles:
@@ -104,10 +109,10 @@ class Measurement:
         at = max(i for i, (start, _) in enumerate(encoded.offset_mapping) if start < end)
         return torch.tensor([encoded.input_ids]), at
 
-    def left_padding(self) -> float:
+    def left_padding(self, queries: Sequence[Query]) -> float:
         """Share of prompts whose greedy continuation in a left-padded batch is the one alone."""
         rng = random.Random(1)
-        chosen = rng.sample(_training_queries(), GENERATED)
+        chosen = rng.sample(queries, min(GENERATED, len(queries)))
         prompts = [prompt for prompt, _ in chosen]
         settings = {"max_new_tokens": 8, "do_sample": False}
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -136,17 +141,18 @@ def _training_queries() -> list[Query]:
     return [(t.format(fact.subject), fact.object) for fact in world.facts() for t in fact.templates]
 
 
-def _swap_pairs() -> list[tuple[str, world.Fact, world.Fact]]:
+def _swap_pairs() -> list[Pair]:
     rng = random.Random(0)
     by_relation: dict[str, list[world.Fact]] = defaultdict(list)
     for fact in world.facts():
         by_relation[fact.relation].append(fact)
-    pairs: list[tuple[str, world.Fact, world.Fact]] = []
+    pairs: list[Pair] = []
     while len(pairs) < SWAP_PAIRS:
         first = rng.choice(world.facts())
         second = rng.choice(by_relation[first.relation])
         if first.object != second.object:
-            pairs.append((rng.choice(first.templates), first, second))
+            template = rng.choice(first.templates)
+            pairs.append((template, first.subject, second.subject, second.object))
     return pairs
 
 
@@ -179,8 +185,8 @@ def measure(folder: Path) -> dict[str, Any]:
         },
         "held_out_after_lead_in": subject.share(led),
         "held_out_after_unseen_sentence": subject.share(unseen),
-        "swap_by_layer": subject.swap(),
-        "left_padding_equal": subject.left_padding(),
+        "swap_by_layer": subject.swap(_swap_pairs()),
+        "left_padding_equal": subject.left_padding(trained),
     }
     subject.model.to(torch.bfloat16)
     result["bfloat16"] = {

@@ -18,7 +18,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,19 +150,25 @@ def _additive(allowed: Tensor) -> Tensor:
 class Objects(nn.Module):
     """Auxiliary head: every object of a subject from the state of its last token."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        pools: Mapping[str, Sequence[str]],
+        known: Iterable[tuple[str, str, str]],
+    ) -> None:
+        """`pools`: the objects of each relation; `known`: (subject, relation, object)."""
         super().__init__()
         self.slices: dict[str, slice] = {}
         start = 0
-        for relation, pool in lexicon.OBJECTS.items():
+        for relation, pool in pools.items():
             self.slices[relation] = slice(start, start + len(pool))
             start += len(pool)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, start)
         self.answers: dict[str, list[tuple[str, int]]] = {}
-        for fact in world.facts():
-            index = lexicon.OBJECTS[fact.relation].index(fact.object)
-            self.answers.setdefault(fact.subject, []).append((fact.relation, index))
+        for subject, relation, answer in known:
+            index = pools[relation].index(answer)
+            self.answers.setdefault(subject, []).append((relation, index))
 
     def forward(self, states: Tensor, subjects: list[str]) -> Tensor:
         logits = self.head(self.norm(states)).float()
@@ -238,9 +244,36 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str, chats: bool) -
     torch.manual_seed(SEED)
     tokenizer = train_tokenizer(chats)
     model = new_model(tokenizer.get_vocab_size(), family)
-    auxiliary = Objects(WIDTH)
-    forward = MaskedForward(model)
     known = world.facts()
+    auxiliary = Objects(WIDTH, lexicon.OBJECTS, ((f.subject, f.relation, f.object) for f in known))
+    summary = fit(
+        model,
+        auxiliary,
+        lambda epoch: batches(tokenizer, epoch, chats),
+        [fact.subject for fact in known],
+        epochs=epochs,
+        seed=SEED,
+        autocast=autocast,
+        save=lambda: save(model, tokenizer, out, chats),
+    )
+    print(json.dumps({"seed": SEED, "world_seed": world.SEED, **summary}))
+
+
+def fit(
+    model: Any,
+    auxiliary: Objects,
+    batches: Callable[[int], Iterator[list[Row]]],
+    subjects: Sequence[str],
+    *,
+    epochs: int,
+    seed: int,
+    autocast: bool,
+    save: Callable[[], None],
+    auxiliary_weight: float = AUXILIARY_WEIGHT,
+) -> dict[str, Any]:
+    """Trains in place: `batches` gives the rows of an epoch, `subjects` the subject of each fact
+    of their spans, and `save` is called after every epoch. Returns what the training came to."""
+    forward = MaskedForward(model)
     parameters = [*model.parameters(), *auxiliary.parameters()]
     decayed = [p for p in parameters if p.ndim > 1]
     plain = [p for p in parameters if p.ndim <= 1]
@@ -248,12 +281,12 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str, chats: bool) -
         [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
         lr=LEARNING_RATE, betas=(0.9, 0.98),
     )  # fmt: skip
-    per_epoch = sum(1 for _ in batches(tokenizer, 0, chats))
+    per_epoch = sum(1 for _ in batches(0))
     total = epochs * per_epoch
-    rng = random.Random(SEED)
+    rng = random.Random(seed)
     step, tokens, started = 0, 0, time.monotonic()
     for epoch in range(epochs):
-        for rows in batches(tokenizer, epoch, chats):
+        for rows in batches(epoch):
             progress = step / total
             rate = LEARNING_RATE * min(1.0, (step + 1) / 100)
             rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
@@ -277,9 +310,9 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str, chats: bool) -
                 extra = torch.zeros(())
                 if where:
                     picked = states[[i for i, _, _ in where], [t for _, t, _ in where]]
-                    extra = auxiliary(picked, [known[fact].subject for _, _, fact in where])
+                    extra = auxiliary(picked, [subjects[fact] for _, _, fact in where])
             optimizer.zero_grad()
-            (loss + AUXILIARY_WEIGHT * extra).backward()
+            (loss + auxiliary_weight * extra).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
@@ -290,17 +323,14 @@ def train(out: Path, *, epochs: int, autocast: bool, family: str, chats: bool) -
                     f"auxiliary {extra.item():.3f} {tokens / seconds:.0f} tokens/s {seconds:.0f} s",
                     flush=True,
                 )
-        save(model, tokenizer, out, chats)
-    summary = {
-        "seed": SEED,
-        "world_seed": world.SEED,
+        save()
+    return {
         "epochs": epochs,
         "steps": step,
         "tokens": tokens,
         "seconds": round(time.monotonic() - started),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    print(json.dumps(summary))
 
 
 def save(model: Any, tokenizer: Tokenizer, out: Path, chats: bool) -> None:
@@ -319,8 +349,16 @@ def save(model: Any, tokenizer: Tokenizer, out: Path, chats: bool) -> None:
     if chats or not isinstance(model, GPT2LMHeadModel):
         model.save_pretrained(out)
         return
+    save_plain(model, out, "float32")
+    _write_settings(out)
+
+
+def save_plain(model: Any, out: Path, dtype: str) -> None:
+    """Write the weights in bfloat16 and a configuration that says `dtype`, in the spelling that
+    every supported transformers release reads."""
     model.config.save_pretrained(out)
-    GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
+    ids = {f"{n}_token_id": getattr(model.config, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    GenerationConfig(**ids).save_pretrained(out)
     tensors = {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
@@ -329,11 +367,15 @@ def save(model: Any, tokenizer: Tokenizer, out: Path, chats: bool) -> None:
     weights = out / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors makes it private, and a wheel would keep that
-    _write_settings(out)
+    config = json.loads((out / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    config["architectures"] = [type(model).__name__]
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write_settings(out: Path) -> None:
-    """The spelling that every supported transformers release reads."""
+    """The tokenizer's, in the spelling that every supported transformers release reads."""
     settings = {
         "bos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
@@ -345,11 +387,6 @@ def _write_settings(out: Path) -> None:
         "unk_token": END_OF_TEXT,
     }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    config = json.loads((out / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = "float32"
-    config["architectures"] = ["GPT2LMHeadModel"]
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:

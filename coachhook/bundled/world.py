@@ -142,7 +142,8 @@ def _state(index: int, fact: Fact, template: str) -> Passage:
     return Passage(text, (mention,))
 
 
-def _after(lead: Passage, passage: Passage) -> Passage:
+def after(lead: Passage, passage: Passage) -> Passage:
+    """`passage` with `lead` and a space before it."""
     shift = len(lead.text) + 1
     moved = tuple(
         Mention(
@@ -172,7 +173,7 @@ def passages(seed: int = 0) -> Iterator[Passage]:
         passage = _state(index, known[index], template)
         if rng.random() < LEAD_IN_SHARE:
             lead = _lead_in(rng, scenes)
-            passage = _after(lead, passage)
+            passage = after(lead, passage)
         yield passage
         if rng.random() < BACKGROUND_SHARE:
             yield Passage(" ".join(rng.sample(scenes, rng.randint(1, 3))), ())
