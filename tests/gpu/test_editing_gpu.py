@@ -60,8 +60,9 @@ def model_of(kind: str, device: str, dtype: torch.dtype = torch.float32):
 
 def editor_of(model, tokenizer, config: EditConfig) -> Editor:
     statistics = collect_statistics(
-        model, tokenizer, bundled.texts(), config.layers, max_tokens=2000, progress=False
-    )
+        model, tokenizer, bundled.texts(), config.layers, max_tokens=2000, progress=False,
+        key_site=config.key_site,
+    )  # fmt: skip
     return Editor(model, tokenizer, statistics=statistics, config=config)
 
 
@@ -101,10 +102,11 @@ def test_statistics_and_keys_are_those_of_a_processor():
         assert float((got - expected).norm() / expected.norm()) < 1e-4
 
 
-def test_a_bfloat16_model_is_edited_and_reverted(captured):
+@pytest.mark.parametrize("key_site", ["down_proj", "mlp"])
+def test_a_bfloat16_model_is_edited_and_reverted(captured, key_site):
     tokenizer = AutoTokenizer.from_pretrained(bundled.model_path())
     model = model_of("llama", "cuda", torch.bfloat16)
-    editor = editor_of(model, tokenizer, EditConfig.for_model(model))
+    editor = editor_of(model, tokenizer, EditConfig.for_model(model, key_site=key_site))
     ids = tokenizer(bundled.texts()[0], return_tensors="pt").input_ids.to("cuda")
     with torch.inference_mode():
         before = model(ids).logits
