@@ -167,7 +167,7 @@ def test_a_bad_range_is_refused(
     assert f"must be FIRST-LAST counted from 1, got '{given}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
 def test_a_trained_model_is_loaded_and_measured(
     family: str, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,10 +213,9 @@ class MaskedForward:
         self.base = model.base_model
         self.masks: tuple[Tensor, Tensor] | None = None
         self.state = torch.empty(0)
-        is_gpt2 = isinstance(model, GPT2LMHeadModel)
-        blocks = self.base.h if is_gpt2 else self.base.layers
+        blocks = self.base.h if hasattr(self.base, "h") else self.base.layers
         for i, block in enumerate(blocks):
-            attention = block.attn if is_gpt2 else block.self_attn
+            attention = block.attn if hasattr(block, "attn") else block.self_attn
             attention.register_forward_pre_hook(self._mask(i), with_kwargs=True)
         blocks[READ_LAYERS - 1].register_forward_hook(self._keep)
 

@@ -21,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -37,13 +39,23 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def new_model(family: str, vocabulary: int, begin: int, end: int) -> Any:
-    """A GPT-2 (10.1 M parameters) or a Llama with grouped queries (10.0 M), tied embeddings."""
+    """A GPT-2 (10.1 M parameters) or a Llama with grouped queries (10.0 M), tied embeddings, or a
+    GPT-J (12.6 M), whose attention and MLP lie beside each other."""
     if family == "gpt2":
         return GPT2LMHeadModel._from_config(
             GPT2Config(
                 vocab_size=vocabulary, n_positions=256, n_embd=WIDTH, n_layer=LAYERS, n_head=5,
                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.03,
                 bos_token_id=end, eos_token_id=end, pad_token_id=end,
+            ),
+            attn_implementation="eager",
+        )  # fmt: skip
+    if family == "gptj":
+        return GPTJForCausalLM._from_config(
+            GPTJConfig(
+                vocab_size=vocabulary, n_positions=256, n_embd=WIDTH, n_layer=LAYERS, n_head=5,
+                rotary_dim=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                initializer_range=0.03, bos_token_id=end, eos_token_id=end, pad_token_id=end,
             ),
             attn_implementation="eager",
         )  # fmt: skip
@@ -123,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the trained model")
-    add("--family", choices=["gpt2", "llama"], default="gpt2")
+    add("--family", choices=["gpt2", "llama", "gptj"], default="gpt2")
     add("--tokenizer", type=Path, required=True, help="folder of the tokenizer")
     add("--counterfact", type=Path, required=True, help="CounterFact file")
     add("--records", type=places, required=True, help="its records to know, like 501-2000")
