@@ -4,7 +4,8 @@ A key says little about what stands further back: in a lower block the "Boston" 
 has nearly the key of any other Boston, and "... was born in" ends in the same key whoever was born.
 So an edit is given a *cue*, a token that its own text has read already: one at a token of the
 subject an earlier token of the subject; one at the prompt's last token or in the target the
-subject's last token. It can fire only in a sequence in which its cue was read, which a subject of
+subject's last token, or, where that is as common as the "." of "Inc.", an earlier one, too. It can
+fire only in a sequence in which its cue was read, which a subject of
 one token, having nothing before it, does not need.
 
 A cue is recognised by a matched filter. Of all w with ``w^T k_j = 1`` for the keys k_j of the cue
@@ -35,6 +36,9 @@ _LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.6, 0.85)}
 # An earlier token of the subject may be as common as "of": that of these which the unrelated sample
 # shows least is taken, the nearest of them first.
 _MOST_CANDIDATES = 6
+# The subject's last token is the cue of what follows it unless a larger share of the sample would be
+# taken for it.
+_COMMON = 1e-3
 # Contexts may give one key several times: relative to the mean of the diagonal of K^T C0^-1 K.
 _RIDGE = 1e-6
 # Bounds of the memory: keys solved for together, padded, and rows of the sample in float32.
@@ -51,6 +55,8 @@ def cue_limit(place: str, key_site: str) -> float:
 def cue_distances(prompts: Sequence[EncodedPrompt], place: Place) -> list[int]:
     """How far before the subject's last token the cue of an edit may be, the nearest first.
 
+    After the subject it may be its last token itself, 0.
+
     Empty where there is nothing before it that all prompts have.
 
     Args:
@@ -58,9 +64,7 @@ def cue_distances(prompts: Sequence[EncodedPrompt], place: Place) -> list[int]:
         place: of the edit.
     """
     name, _ = place
-    if name not in SUBJECT_PLACES:
-        return [0]
-    nearest = 1 if name == "subject_last" else 2
+    nearest = 0 if name not in SUBJECT_PLACES else 1 if name == "subject_last" else 2
     farthest = min(p.lookup - p.first for p in prompts)
     return list(range(nearest, farthest + 1))[:_MOST_CANDIDATES]
 
@@ -119,8 +123,11 @@ def find_cues(
     slots: Sequence[Sequence[Tensor]],
     sample: Tensor | None,
     key_site: str = "down_proj",
+    places: Sequence[str] | None = None,
 ) -> Tensor:
     """Filters ``[len(slots), n]``, of each slot's candidate that fewest unrelated keys answer to.
+
+    After the subject the first candidate, its last token, is taken unless it is common.
 
     Args:
         memory: of the layer; its prior is used.
@@ -128,28 +135,57 @@ def find_cues(
             where it has none, or none with a key that is not zero.
         sample: unrelated keys ``[s, n]``; without them the nearest is taken.
         key_site: what the keys are of.
+        places: the name of each slot's place; None: all are at the subject.
     """
-    limit, _ = _LIMITS[key_site]
+    names = list(places or ["subject_last"] * len(slots))
+    limits = [cue_limit(name, key_site) for name in names]
+    behind = [name not in SUBJECT_PLACES for name in names]
+    first = [slot[:1] if after else slot for slot, after in zip(slots, behind, strict=True)]
+    found, often = _find(memory, first, sample, limits)
+    common = (often > _COMMON * (0 if sample is None else len(sample))).tolist()
+    again = [i for i, after in enumerate(behind) if after and common[i] and len(slots[i]) > 1]
+    if again:
+        wanted = [slots[i] for i in again]
+        found[again], _ = _find(memory, wanted, sample, [limits[i] for i in again])
+    return found
+
+
+def _find(
+    memory: EditMemory,
+    slots: Sequence[Sequence[Tensor]],
+    sample: Tensor | None,
+    limits: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Filters ``[len(slots), n]``, and how many of the sample answer to each."""
     found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
+    often = torch.zeros(len(slots), dtype=torch.int64, device=memory.device)
     some: list[int] = []
+
+    def solve() -> None:
+        chosen = [slots[i] for i in some], sample, [limits[i] for i in some]
+        found[some], often[some] = _find_some(memory, *chosen)
+
     count = longest = 0
     for i, candidates in enumerate(slots):
         most = max(map(len, candidates), default=0)
         if some and (count + len(candidates)) * max(longest, most) > _KEYS_AT_ONCE:
-            found[some] = _find_some(memory, [slots[j] for j in some], sample, limit)
+            solve()
             some, count, longest = [], 0, 0
         if most:
             some.append(i)
             count, longest = count + len(candidates), max(longest, most)
     if some:
-        found[some] = _find_some(memory, [slots[j] for j in some], sample, limit)
-    return found
+        solve()
+    return found, often
 
 
 @float32_products(tf32=False)
 def _find_some(
-    memory: EditMemory, slots: Sequence[Sequence[Tensor]], sample: Tensor | None, limit: float
-) -> Tensor:
+    memory: EditMemory,
+    slots: Sequence[Sequence[Tensor]],
+    sample: Tensor | None,
+    limits: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     candidates = [keys for slot in slots for keys in slot]
     keys = torch.cat(candidates).to(memory.device, memory.dtype)
     solved = memory.prior_solve(keys.mT).mT
@@ -164,16 +200,18 @@ def _find_some(
     weights = torch.linalg.solve(gram, real.to(gram.dtype))
     filters = (weights[:, None] @ solutions)[:, 0]
     taken = torch.zeros(len(filters), dtype=torch.int64, device=filters.device)
-    if sample is not None and len(filters) > len(slots):
+    if sample is not None:
         looking = filters.float().mT
+        each = [limit for slot, limit in zip(slots, limits, strict=True) for _ in slot]
+        least = torch.tensor(each, device=looking.device)
         for rows in sample.split(_SAMPLES_AT_ONCE):
             scores = rows.to(looking) @ looking
-            taken += (scores >= limit).sum(dim=0)
+            taken += (scores >= least).sum(dim=0)
     taken = torch.where(dead, taken.max() + 1, taken)
     of_slot, there = _padded(list(map(len, slots)), filters.device)
     often = torch.cat([taken, taken.new_zeros(1)])[of_slot].masked_fill(~there, taken.max() + 1)
     best = of_slot.gather(1, often.argmin(dim=1, keepdim=True))[:, 0]
-    return filters[best]
+    return filters[best], taken[best]
 
 
 def _padded(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

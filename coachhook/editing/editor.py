@@ -527,7 +527,8 @@ class Editor:
             for i, keys in zip(mine, found, strict=True):
                 candidates[i] = keys
         site = self.config.key_site
-        return find_cues(edits.memory, candidates, edits.sample, site).float().cpu()
+        places = [name for _, (name, _) in slots]
+        return find_cues(edits.memory, candidates, edits.sample, site, places).float().cpu()
 
     def _elsewhere(self, ids: set[int]) -> list[int]:
         """Rows of the unrelated sample that are keys of some tokens elsewhere.

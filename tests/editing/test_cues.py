@@ -34,9 +34,10 @@ def test_where_a_cue_may_be():
     assert cue_distances([long, short], ("subject_last", 0)) == [1, 2]
     assert cue_distances([long], ("subject_previous", 0)) == [2, 3]
     for place in (("prompt_last", 0), ("target", 2)):
-        assert cue_distances([long, short], place) == [0]
+        assert cue_distances([long, short], place) == [0, 1, 2]
     single = EncodedPrompt([9, 1, 7], 1, 1)
     assert cue_distances([long, single], ("subject_last", 0)) == []
+    assert cue_distances([long, single], ("prompt_last", 0)) == [0]
     assert cue_distances([EncodedPrompt([1, 2, 7], 0, 1)], ("subject_previous", 0)) == []
     assert len(cue_distances([EncodedPrompt(list(range(40)), 0, 30)], ("subject_last", 0))) == 6
 
@@ -79,6 +80,28 @@ def test_the_token_that_other_text_shows_least_is_the_cue():
     for sample in (None, nothing[:0], nothing, far):
         assert torch.equal(find_cues(memory, [[near, far]], sample)[0], alone[0])
     assert torch.equal(find_cues(memory, [[near, far]], near.float())[0], alone[1])
+
+
+def test_after_the_subject_its_last_token_is_the_cue_unless_it_is_common():
+    memory, _, generator = some_memory(12)
+    last, earlier = torch.randn(2, 2, 12, dtype=torch.float64, generator=generator)
+    filters = [find_cues(memory, [[keys]], None)[0] for keys in (last, earlier)]
+    rare = torch.zeros(3000, 12)
+    rare[:2] = last.float()  # no more than a thousandth
+    common = rare.clone()
+    common[2:4] = last.float()
+    both = common.clone()
+    both[4:8] = earlier[0].float()
+    of_a_letter = [[last]]  # a subject of one token has no other
+    for name in ("prompt_last", "target"):
+        for sample, wanted in ((None, 0), (rare, 0), (common, 1), (both, 0)):
+            found = find_cues(memory, [[last, earlier]], sample, "down_proj", [name])[0]
+            torch.testing.assert_close(found, filters[wanted], rtol=1e-12, atol=0)
+        found = find_cues(memory, of_a_letter, common, "down_proj", [name])[0]
+        torch.testing.assert_close(found, filters[0], rtol=1e-12, atol=0)
+    # At the subject the rarer one always is.
+    found = find_cues(memory, [[last, earlier]], rare, "down_proj", ["subject_last"])[0]
+    torch.testing.assert_close(found, filters[1], rtol=1e-12, atol=0)
 
 
 def test_a_token_without_a_key_is_no_cue():
