@@ -4,9 +4,9 @@ A key says little about what stands further back: in a lower block the "Boston" 
 has nearly the key of any other Boston, and "... was born in" ends in the same key whoever was born.
 So an edit is given a *cue*, a token that its own text has read already: one at a token of the
 subject an earlier token of the subject; one at the prompt's last token or in the target the
-subject's last token, or, where that is as common as the "." of "Inc.", an earlier one, too. It can
-fire only in a sequence in which its cue was read, which a subject of
-one token, having nothing before it, does not need.
+subject's last token, or, where that is as common in text as the "." of "Inc.", an earlier one in
+its place. It can fire only in a sequence in which its cue was read, which a subject of one token,
+having nothing before it, does not need.
 
 A cue is recognised by a matched filter. Of all w with ``w^T k_j = 1`` for the keys k_j of the cue
 in the request's prompts and elsewhere, that of least response ``w^T C0 w`` to the keys of text, C0
@@ -36,8 +36,8 @@ _LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.6, 0.85)}
 # An earlier token of the subject may be as common as "of": that of these which the unrelated sample
 # shows least is taken, the nearest of them first.
 _MOST_CANDIDATES = 6
-# The subject's last token is the cue of what follows it unless a larger share of the sample would be
-# taken for it.
+# The subject's last token is the cue of what follows it unless more of the sample would be taken for
+# it, as a share.
 _COMMON = 1e-3
 # Contexts may give one key several times: relative to the mean of the diagonal of K^T C0^-1 K.
 _RIDGE = 1e-6
