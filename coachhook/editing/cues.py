@@ -36,8 +36,8 @@ _LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.6, 0.85)}
 # An earlier token of the subject may be as common as "of": that of these which the unrelated sample
 # shows least is taken, the nearest of them first.
 _MOST_CANDIDATES = 6
-# The subject's last token is the cue of what follows it unless more of the sample would be taken for
-# it, as a share.
+# After the subject its last token is the cue, unless a larger share of the sample would be taken
+# for it.
 _COMMON = 1e-3
 # Contexts may give one key several times: relative to the mean of the diagonal of K^T C0^-1 K.
 _RIDGE = 1e-6
