@@ -123,7 +123,7 @@ def suggest_layers(
         raise ValueError("suggest_layers: requests must not be empty, got none")
     if attached_hooks(model) is not None:
         raise ValueError("suggest_layers: model must have no hooks, got some; detach them")
-    description = describe(model)
+    description = describe(model, overrides.get("key_site", "down_proj"))
     editable = [layer.index for layer in description.layers]
     candidates = sorted(set(editable if layers is None else layers))
     if not candidates:

@@ -63,6 +63,20 @@ def test_keys_are_addressed_by_their_centred_direction():
     assert _addressed(own, keys, [0, 1, 0], ["a", "b"]) == 1.0
 
 
+@pytest.mark.parametrize("key_site", ["down_proj", "mlp"])
+def test_keys_are_read_where_they_would_be_edited(model, tokenizer, facts, key_site, monkeypatch):
+    widths = []
+
+    def noted(own, keys, owners, subjects):
+        widths.append((own.shape[1], keys.shape[1]))
+        return _addressed(own, keys, owners, subjects)
+
+    monkeypatch.setattr("coachhook.evaluation.layers._addressed", noted)
+    settings = {"target_steps": 2, "key_site": key_site}
+    suggest_layers(model, tokenizer, facts, layers=[1], progress=False, **settings)
+    assert widths == [(describe(model, key_site).layer(1).in_features,) * 2]
+
+
 def test_facts_about_one_subject_may_share_its_key(model, tokenizer, facts):
     # A subject at the start of the text has the same key in every prompt.
     first = EditRequest("{} speaks", "Ann Art", "Dutch", paraphrases=["Ann Art says"])
