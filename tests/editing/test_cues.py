@@ -337,21 +337,3 @@ def test_a_common_token_is_known_after_any_word(make_editor, requests):
     without = elsewhere @ editor._cues(slots, layer, 0)[0]
     assert with_sample == pytest.approx([1] * len(rows), abs=0.05)
     assert (without < 0.9).any()
-
-
-def test_a_full_stop_of_the_subject_is_not_taken_for_any_other(bundled):
-    model, tokenizer, statistics = bundled
-    model = copy.deepcopy(model)
-    editor = Editor(model, tokenizer, statistics=statistics)
-    editor.edit([EditRequest("The seat of {} is", "Velma Inc.", "Zeeland Hills")])
-    places = [PLACES[place] for _, place in editor.batches[1].slots]
-    assert "target" in places
-
-    def fired(text):
-        with editor.hooks.record() as records:
-            logits(model, tokenizer, text)
-        return bool(records[0][2][0, 1:].any())
-
-    assert fired("The seat of Velma Inc. is Zeeland Hills")
-    assert not fired("It rained. They saw Zeeland Hills. The seat of all is Zeeland Hills")
-    editor.detach()
