@@ -177,7 +177,10 @@ def test_a_trained_model_is_loaded_and_measured(
     run = ["train", *data, "--out", str(out), "--tokenizer", str(bundled.model_path())]
     monkeypatch.setattr(sys, "argv", [*run, "--family", family, "--passes", "1"])
     train.main()
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading.values()), "a weight was not saved"
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert model.config.model_type == family
     with torch.no_grad():

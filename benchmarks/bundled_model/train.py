@@ -361,7 +361,7 @@ def save_plain(model: Any, out: Path, dtype: str) -> None:
     tensors = {
         name: tensor.detach().to(torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings
     }
     weights = out / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})

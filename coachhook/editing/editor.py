@@ -107,9 +107,11 @@ class Editor:
         config: EditConfig | None = None,
     ) -> None:
         check_whole("Editor", model)
-        check_kind("Editor: statistics", statistics, Statistics)
         if config is None:
-            config = EditConfig.for_model(model, key_site=statistics.key_site)
+            config = EditConfig.for_model(
+                model, key_site=getattr(statistics, "key_site", "down_proj")
+            )
+        check_kind("Editor: statistics", statistics, Statistics)
         check_kind("Editor: config", config, EditConfig)
         description = describe(model, config.key_site)
         check_layers(config, description)
