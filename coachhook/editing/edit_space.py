@@ -332,6 +332,10 @@ class EditSpace:
         """``G^-1 right`` for right [N, r]."""
         return solve_both(self.root, right)
 
+    def follows(self, other: EditSpace) -> bool:
+        """Whether this space is the other with keys appended, in one go."""
+        return self._origin is not None and self._origin() is other
+
     def coefficients(self, known: tuple[EditSpace, Tensor] | None = None) -> Tensor:
         """``G^-1 Y^T`` [N, n]; O(N^2 k + N n k) from those before the last k keys were appended.
 
@@ -343,7 +347,7 @@ class EditSpace:
         """
         if known is not None and known[0] is self:
             return known[1]
-        if known is None or self._origin is None or self._origin() is not known[0]:
+        if known is None or not self.follows(known[0]):
             return self.solve(self.solved)
         old = len(known[0])
         border = self.root[old:, :old].mT

@@ -201,15 +201,16 @@ def _memory(
     if (rows := segments.get(f"{prefix}rows")) is None:  # before version 3, or published
         kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
     else:
-        names = [name for name in ("factor", "base") if f"{prefix}{name}" in tensors]
+        names = [name for name in ("factor", "initial", "base") if f"{prefix}{name}" in tensors]
         kept = {name: tensors[f"{prefix}{name}"] for name in names}
         n, m = packed_order(kept["factor"].numel()), entry["out_features"]
         kept |= read_rows(f"{prefix}rows", rows, tensors, n, m, kept["factor"].dtype)
         pieces = [(i, values["folded"][i][1]) for i in values["kept"]]
         kept |= read_folded(f"{prefix}folded", segments[f"{prefix}folded"], pieces, tensors)
         values["rows"] = [count for _, count in rows]
-    if "factor" in kept and kept["factor"].dim() == 1:  # in version 1 it was square
-        kept["factor"] = unpack_triangle(kept["factor"], kept["factor"].dtype)
+    for name in ("factor", "initial"):
+        if name in kept and kept[name].dim() == 1:  # in version 1 it was square
+            kept[name] = unpack_triangle(kept[name], kept[name].dtype)
     return kept, values
 
 

@@ -36,9 +36,12 @@ def logs_of(state: EditState) -> dict[str, Log]:
                 name = f"{prefix}.memory.{part}"
                 logs[name] = single(name, tensors[part], tensors[part].contiguous())
             continue
-        prior, base, space, pieces = memory.contents()
-        name = f"{prefix}.memory.factor"
-        logs[name] = single(name, prior, partial(pack_lower, prior.factor, memory.dtype))
+        prior, base, space, pieces, initial = memory.contents()
+        for part, factored in (("factor", prior), ("initial", initial)):
+            if factored is not None:
+                name = f"{prefix}.memory.{part}"
+                packed = partial(pack_lower, factored.factor, memory.dtype)
+                logs[name] = single(name, factored, packed)
         if base is not None:
             logs[f"{prefix}.memory.base"] = single(f"{prefix}.memory.base", base, base.contiguous())
         logs[f"{prefix}.memory.rows"] = _rows(f"{prefix}.memory.rows", space)

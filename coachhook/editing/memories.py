@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from torch import nn
 
 from coachhook.editing.config import EditConfig
@@ -12,6 +10,11 @@ from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.published import PublishedMemory
 from coachhook.models import EditableLayer, ModelDescription, describe, get_submodule, weight_of
 from coachhook.statistics import Statistics
+
+
+def most_keys(features: int) -> int:
+    """Keys of the membership scope beside the prior; more would outgrow its factor."""
+    return max(features, 4096)
 
 
 def check_site(
@@ -54,6 +57,8 @@ def new_memory(
             covariance = regularized_prior(covariance, 1.0, config.ridge)
         return PublishedMemory(covariance, config.covariance_weight, frozen)
     prior = regularized_prior(covariance, config.covariance_weight, config.ridge)
-    # Coefficients need every key; nothing may be folded into the prior.
-    max_keys = sys.maxsize if config.scope == "membership" else config.max_keys
-    return EditMemory(prior, layer.out_features, max_keys=max_keys)
+    if config.scope != "membership":
+        return EditMemory(prior, layer.out_features, max_keys=config.max_keys)
+    # Coefficients need every key, folded or not; cues are those of the prior without keys.
+    most = most_keys(layer.in_features)
+    return EditMemory(prior, layer.out_features, max_keys=most, keep_prior=True)

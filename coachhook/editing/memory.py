@@ -22,7 +22,7 @@ by C2 to verify). Delta is the same before and after a fold, to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from coachhook.editing.captured import appended
 from coachhook.editing.edit_space import EditSpace, relative_targets
+from coachhook.editing.folded import Folded, check_state, folded_pieces, folded_tensors, rows_of
 from coachhook.editing.prior import (
     FactoredPrior,
     check_columns,
@@ -52,16 +53,6 @@ _LEAST_MAX_KEYS = 64
 # kernels take; where keys outweigh the prior, few at a time keep two to four digits more.
 _FOLD_COLUMNS = {"cpu": 128, "cuda": 64}
 _CAREFUL_FOLD_COLUMNS = 8
-
-
-@dataclass(frozen=True, eq=False)
-class _Folded:
-    """Keys that moved into the prior, by row, on the CPU; None where they were not kept."""
-
-    batch: int
-    count: int
-    keys: Tensor | None
-    targets: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +78,8 @@ class EditMemory:
             once.
         keep_folded: keep keys and targets of folded batches on the CPU, n + m numbers for each key,
             so that they can still be taken back.
+        keep_prior: keep the factor of C0 when keys are folded, n^2 numbers more, so that
+            :meth:`prior_solve` and :meth:`prior` go on speaking of C0.
         backend: of the Cholesky ops.
 
     Whatever ``max_keys``, all keys are folded once they determine directions that the prior leaves
@@ -110,18 +103,18 @@ class EditMemory:
     _base: Tensor | None  # B [m, n]; None where nothing is folded
     _space: EditSpace
     _live: tuple[tuple[int, int], ...]  # (batch, keys) beside the prior, oldest first
-    _folded: tuple[_Folded, ...]
+    _folded: tuple[Folded, ...]
     _next: int
     _spoilt: float  # relative error of Delta from folded keys that were taken back, about
     max_keys: int
     keep_folded: bool
-
-    # A space and its coefficients, so that those after the next append follow from them.
+    _initial: FactoredPrior | None  # of C0, where keys are folded and it is kept
+    # A space and the coefficients of all keys, so that those after an append follow from them.
     _known: tuple[EditSpace, Tensor] | None = None
 
     _STATE = (
         *("_prior", "_base", "_space", "_live", "_folded", "_next", "_known"),
-        *("_spoilt", "max_keys", "keep_folded"),
+        *("_initial", "_spoilt", "max_keys", "keep_folded", "keep_prior"),
     )
 
     @torch.inference_mode(False)
@@ -133,6 +126,7 @@ class EditMemory:
         dtype: torch.dtype = torch.float64,
         max_keys: int | None = None,
         keep_folded: bool = True,
+        keep_prior: bool = False,
         backend: str = "auto",
     ) -> None:
         if dtype not in (torch.float64, torch.float32):
@@ -154,6 +148,7 @@ class EditMemory:
             self._prior, factor.new_empty(0, n), factor.new_empty(0, out_features)
         )
         self._live, self._folded, self._next, self._spoilt = (), (), 1, 0.0
+        self._initial, self.keep_prior = None, keep_prior
         self.max_keys = max(n // 4, _LEAST_MAX_KEYS) if max_keys is None else max_keys
         self.keep_folded = keep_folded
         self._backend = backend
@@ -281,6 +276,12 @@ class EditMemory:
     def _fold(self, keys: int) -> None:
         space, base = self._space, self._base
         space.check_foldable(keys)
+        known = None
+        if self._known is not None and self.keep_folded and space.is_well_conditioned:
+            # The sum of prior and keys stays the same, and with it every key's coefficients.
+            known = self._coefficients()
+        if self.keep_prior and self._initial is None:
+            self._initial, self._owns_factor = self._prior, False
         step = _FOLD_COLUMNS.get(self.device.type, 128)
         if space.outweighs_prior:
             # Only here may a later part fail; the original is needed then.
@@ -298,7 +299,7 @@ class EditMemory:
             if moved:
                 kept = slice(first, first + moved)
                 pieces.append(
-                    _Folded(
+                    Folded(
                         batch,
                         moved,
                         space.keys[kept].cpu().clone() if self.keep_folded else None,
@@ -312,6 +313,8 @@ class EditMemory:
         self._folded += tuple(pieces)
         self._live = tuple(rest)
         self._rebuild(space.keys[keys:].clone(), space.targets[keys:].clone())
+        if known is not None:
+            self._known = self._space, known
 
     @float32_products(tf32=False)
     def delta(self) -> Tensor:
@@ -348,29 +351,44 @@ class EditMemory:
         q, _ = torch.linalg.qr(self._all_rows("factored")[1].mT)
         return q, q.mT @ self.delta()
 
-    def contents(self) -> tuple[FactoredPrior, Tensor | None, EditSpace, tuple[Any, ...]]:
+    def contents(self) -> tuple[Any, ...]:
         """Objects of which at least one is another after every change, and none after a restore."""
-        return self._prior, self._base, self._space, self._folded
+        return self._prior, self._base, self._space, self._folded, self._initial
 
     @float32_products(tf32=False)
     def pair(self) -> tuple[Tensor, Tensor]:
         """``Delta = V A^T`` with the targets V [m, N] and ``A = C^-1 K``, A^T [N, n].
 
         C is the prior plus all keys. The N columns are those of :meth:`column_batches`. Folded keys
-        are included, at the price of two triangular solves for each.
+        are included; where the pair before the last append is not known, at the price of two
+        triangular solves for each.
 
         Raises:
             ValueError: keys were folded and not kept.
         """
-        space = self._space
-        coefficients = space.coefficients(self._known)
-        self._known = space, coefficients
-        if not self._folded:
-            return space.targets.mT.contiguous(), coefficients
-        keys, targets = self._all_rows("pair")
-        folded = keys[: self.num_folded]
-        outer = self._prior.solve_both(folded.mT).mT - (folded @ space.solved.mT) @ coefficients
-        return targets.mT.contiguous(), torch.cat([outer, coefficients])
+        targets = self._all_rows("pair")[1] if self._folded else self._space.targets
+        return targets.mT.contiguous(), self._coefficients()
+
+    def _coefficients(self) -> Tensor:
+        """A^T [N, n] of all keys, folded ones first."""
+        space, known, first = self._space, self._known, self.num_folded
+        if known is not None and known[0] is space:
+            return known[1]
+        if known is None or not space.follows(known[0]):
+            found = space.coefficients()
+            if first:
+                keys, _ = rows_of("pair", self._folded, self.device)
+                outer = self._prior.solve_both(keys.mT).mT - (keys @ space.solved.mT) @ found
+                found = torch.cat([outer, found])
+        else:
+            found = space.coefficients((known[0], known[1][first:]))
+            if first:
+                # As old keys beside the prior, folded ones lose (A^T K) a for new rows a of A^T.
+                outer, old = known[1][:first], len(known[0])
+                weights = outer @ space.keys[old:].mT
+                found = torch.cat([torch.addmm(outer, weights, found[old:], alpha=-1), found])
+        self._known = space, found
+        return found
 
     @float32_products(tf32=False)
     def coefficients_of(self, keys: Tensor) -> Tensor:
@@ -388,15 +406,18 @@ class EditMemory:
         Raises:
             ValueError: keys were folded and not kept.
         """
-        prior = self._factor.tril() @ self._factor.tril().mT
-        keys = self._rows_of("prior", self._folded)[0] if self._folded else None
-        return prior if keys is None else torch.addmm(prior, keys.mT, keys, alpha=-1)
+        factor = (self._prior if self._initial is None else self._initial).factor.tril()
+        prior = factor @ factor.mT
+        if not self._folded or self._initial is not None:
+            return prior
+        keys, _ = rows_of("prior", self._folded, self.device)
+        return torch.addmm(prior, keys.mT, keys, alpha=-1)
 
     @float32_products(tf32=False)
     def prior_solve(self, keys: Tensor) -> Tensor:
-        """``C^-1 K`` [n, k] for keys K [n, k], C being the prior and the keys folded into it."""
+        """``C^-1 K`` [n, k] for K [n, k]; without ``keep_prior`` C has the folded keys in it."""
         rows = self._by_row("prior_solve", "keys", keys, self.in_features)
-        return self._prior.solve_both(rows.mT)
+        return (self._prior if self._initial is None else self._initial).solve_both(rows.mT)
 
     def keys(self) -> Tensor:
         """All keys K [n, N], in the order of :meth:`column_batches`.
@@ -468,9 +489,9 @@ class EditMemory:
         tensors |= {"solved": space.solved, "root": space.root}
         if self._base is not None:
             tensors["base"] = self._base
-        for i, piece in enumerate(self._folded):
-            if piece.keys is not None and piece.targets is not None:
-                tensors |= {f"folded.{i}.keys": piece.keys, f"folded.{i}.targets": piece.targets}
+        if self._initial is not None:
+            tensors["initial"] = self._initial.factor
+        tensors |= folded_tensors(self._folded)
         values = {
             "live": [list(run) for run in self._live],
             "folded": [[piece.batch, piece.count] for piece in self._folded],
@@ -478,6 +499,7 @@ class EditMemory:
             "spoilt": self._spoilt,
             "max_keys": self.max_keys,
             "keep_folded": self.keep_folded,
+            "keep_prior": self.keep_prior,
         }
         return tensors, values
 
@@ -501,35 +523,21 @@ class EditMemory:
         """Replaces the state by one from :meth:`state_dict`; see :meth:`from_state_dict`."""
         live = tuple((int(batch), int(count)) for batch, count in values["live"])
         counts = [(int(batch), int(count)) for batch, count in values["folded"]]
-        factor = tensors["factor"]
-        n, m, total = len(factor), tensors["targets"].shape[-1], sum(count for _, count in live)
-        shapes = {"factor": (n, n), "keys": (total, n), "targets": (total, m)}
-        shapes |= {"solved": (total, n), "root": (total, total)}
-        if counts:
-            shapes["base"] = (m, n)
-        for i, (_, count) in enumerate(counts):
-            if f"folded.{i}.keys" in tensors:
-                shapes |= {f"folded.{i}.keys": (count, n), f"folded.{i}.targets": (count, m)}
-        for name, shape in shapes.items():
-            if tuple(tensors[name].shape) != shape or tensors[name].dtype != factor.dtype:
-                raise ValueError(
-                    f"load_state_dict: {name} must be {factor.dtype} {list(shape)}, "
-                    f"got {tensors[name].dtype} {list(tensors[name].shape)}"
-                )
+        total = sum(count for _, count in live)
+        check_state("load_state_dict", tensors, total, counts)
         parts = tensors["keys"], tensors["solved"], tensors["targets"], tensors["root"]
         state = {
-            "_prior": FactoredPrior(factor),
+            "_prior": FactoredPrior(tensors["factor"]),
             "_base": tensors["base"] if counts else None,
             "_space": EditSpace.of(*parts, [Rows(int(x)) for x in values.get("rows", [total])]),
             "_live": live,
-            "_folded": tuple(
-                _Folded(*run, tensors.get(f"folded.{i}.keys"), tensors.get(f"folded.{i}.targets"))
-                for i, run in enumerate(counts)
-            ),
+            "_folded": folded_pieces(tensors, counts),
             "_next": int(values["next"]),
             "_spoilt": float(values.get("spoilt", 0.0)),
             "max_keys": int(values["max_keys"]),
             "keep_folded": bool(values["keep_folded"]),
+            "keep_prior": bool(values.get("keep_prior", False)),
+            "_initial": FactoredPrior(tensors["initial"]) if "initial" in tensors else None,
         }
         self.restore(MemorySnapshot(self, state))
 
@@ -549,9 +557,9 @@ class EditMemory:
                 setattr(self, name, value)
             raise
 
-    def _unfold(self, pieces: list[_Folded]) -> None:
+    def _unfold(self, pieces: list[Folded]) -> None:
         """Subtracts folded keys from prior and base; the edit space is stale afterwards."""
-        keys, targets = self._rows_of("remove", pieces)
+        keys, targets = rows_of("remove", pieces, self.device)
         self._owns_factor = False
         gap = self._prior.share_left(keys.mT)
         factor = self._writable_factor()
@@ -565,6 +573,9 @@ class EditMemory:
             self._base = torch.addmm(self._base, residual.mT, solved.mT, alpha=-1)
         else:
             self._base = None
+        if not self._folded and self._initial is not None:
+            # What was never there left no rounding either.
+            self._prior, self._initial, self._owns_factor = self._initial, None, False
 
     def _rebuild(self, keys: Tensor, targets: Tensor) -> None:
         """Puts these keys, by row, beside the prior; folds them where that is no use."""
@@ -572,20 +583,8 @@ class EditMemory:
         if not self._space.is_well_conditioned:
             self.fold(self.num_keys)
 
-    def _rows_of(self, op: str, pieces: Iterable[_Folded]) -> tuple[Tensor, Tensor]:
-        keys, targets = [], []
-        for piece in pieces:
-            if piece.keys is None or piece.targets is None:
-                raise ValueError(
-                    f"{op}: batch {piece.batch} must have its keys at hand, got one folded into "
-                    "the prior without them; fold with keep_folded=True, or set a larger max_keys"
-                )
-            keys.append(piece.keys.to(self.device))
-            targets.append(piece.targets.to(self.device))
-        return torch.cat(keys), torch.cat(targets)
-
     def _all_rows(self, op: str) -> tuple[Tensor, Tensor]:
-        keys, targets = self._rows_of(op, self._folded)
+        keys, targets = rows_of(op, self._folded, self.device)
         return torch.cat([keys, self._space.keys]), torch.cat([targets, self._space.targets])
 
     def _writable_factor(self) -> Tensor:

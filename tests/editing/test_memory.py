@@ -305,11 +305,16 @@ STEPS = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(steps=STEPS, max_keys=st.sampled_from(CAPS), seed=st.integers(0, 2**31))
-def test_any_history_equals_what_is_left(steps, max_keys, seed):
+@given(
+    steps=STEPS,
+    max_keys=st.sampled_from(CAPS),
+    seed=st.integers(0, 2**31),
+    carried=st.booleans(),
+)
+def test_any_history_equals_what_is_left(steps, max_keys, seed, carried):
     n, m = 24, 5
     prior, root = spd(n, 1e3, seed)
-    memory = EditMemory(prior, m, max_keys=max_keys)
+    memory = EditMemory(prior, m, max_keys=max_keys, keep_prior=carried)
     left: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for index, (step, number) in enumerate(steps):
         if step == "append":
@@ -321,7 +326,11 @@ def test_any_history_equals_what_is_left(steps, max_keys, seed):
             del left[batch]
         elif step == "fold":
             memory.fold(min(number, memory.num_keys))
+        if carried:  # from step to step
+            memory.pair()
     assert memory.batches == list(left)
+    if carried:
+        torch.testing.assert_close(memory.prior(), prior, rtol=1e-9, atol=1e-9)
     assert memory.num_keys + memory.num_folded == sum(k.shape[1] for k, _ in left.values())
     expected = joint(prior, list(left.values())) if left else torch.zeros(m, n, dtype=F64)
     torch.testing.assert_close(memory.delta(), expected, rtol=0, atol=1e-9)
