@@ -280,7 +280,7 @@ class EditMemory:
         if self._known is not None and self.keep_folded and space.is_well_conditioned:
             # The sum of prior and keys stays the same, and with it every key's coefficients.
             known = self._coefficients()
-        if self.keep_prior and self._initial is None:
+        if self.keep_prior and not self._folded:
             self._initial, self._owns_factor = self._prior, False
         step = _FOLD_COLUMNS.get(self.device.type, 128)
         if space.outweighs_prior:
