@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def most_keys(features: int) -> int:
+    """Keys of the membership scope beside the prior; more would outgrow its factor."""
+    return max(features, 4096)
+
+
 @dataclass(frozen=True, eq=False)
 class Folded:
     """Keys that moved into the prior, by row, on the CPU; None where they were not kept."""

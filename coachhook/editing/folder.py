@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from coachhook._version import __version__
 from coachhook.editing.config import EditConfig
+from coachhook.editing.folded import most_keys
 from coachhook.editing.logs import logs_of, read_folded, read_rows
 from coachhook.editing.memory import EditMemory
 from coachhook.editing.published import PublishedMemory
@@ -176,6 +177,10 @@ def load_state(
         kind = PublishedMemory if state.config.state_dtype == "float32" else EditMemory
         for key, entry in manifest["layers"].items():
             kept, values = _memory(manifest, key, tensors)
+            if state.config.scope == "membership" and not values["folded"]:
+                # Folders of before kept all keys beside the prior.
+                most = min(values["max_keys"], most_keys(kept["keys"].shape[1]))
+                values |= {"max_keys": most, "keep_prior": True}
             if model is not None:
                 device = memory_device(model, int(key))
                 # Keys in the prior stay on the CPU, wherever the memory is.

@@ -5,16 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from coachhook.editing.config import EditConfig
+from coachhook.editing.folded import most_keys
 from coachhook.editing.folder import memory_device
 from coachhook.editing.memory import EditMemory, regularized_prior
 from coachhook.editing.published import PublishedMemory
 from coachhook.models import EditableLayer, ModelDescription, describe, get_submodule, weight_of
 from coachhook.statistics import Statistics
-
-
-def most_keys(features: int) -> int:
-    """Keys of the membership scope beside the prior; more would outgrow its factor."""
-    return max(features, 4096)
 
 
 def check_site(

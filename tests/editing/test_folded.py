@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coachhook import Editor
-from coachhook.editing import EditMemory, memories
+from coachhook.editing import EditMemory, folder, memories
 
 
 @pytest.fixture
@@ -136,6 +136,7 @@ def test_edits_whose_keys_are_folded_are_those_of_others(
     for a, b in zip(small._state.pair(layer), usual._state.pair(layer), strict=True):
         assert _relative(a, b) < 1e-4
     small.save(tmp_path / "edits")
+    usual.save(tmp_path / "before")
     for editor in (small, usual):
         editor.edit(requests[12:14])
     wanted = small._state.pair(layer)
@@ -152,3 +153,13 @@ def test_edits_whose_keys_are_folded_are_those_of_others(
     for a, b in zip(again._state.pair(layer), wanted, strict=True):
         assert _relative(a, b) < 1e-6
     again.detach()
+    # A folder in which nothing was folded, as before, is folded from the next edit on.
+    monkeypatch.setattr(folder, "most_keys", lambda features: 20)
+    later = Editor.load(model, tokenizer, tmp_path / "before")
+    unfolded = later._state.layers[layer].memory
+    assert unfolded.num_folded == 0 and unfolded.num_keys > 20
+    later.edit(requests[12:14])
+    assert unfolded.num_folded > 0 and unfolded.num_keys <= 20
+    for a, b in zip(later._state.pair(layer), wanted, strict=True):
+        assert _relative(a, b) < 1e-4
+    later.detach()
