@@ -124,8 +124,8 @@ class EditConfig:
         max_rank: largest rank of a factored correction; above it storage is dense. None is the
             break-even. Not for the membership scope either.
         max_keys: keys kept beside the prior before the oldest are folded into it; None is the
-            memory's own rule. Not for the membership scope, which needs all keys, nor for
-            ``state_dtype="float32"``.
+            memory's own rule. Not for the membership scope, which keeps all keys whether folded or
+            not, nor for ``state_dtype="float32"``.
         false_fire: the share of unrelated tokens that may fire. In the population scope alpha does
             not fall below the score that goes with it; in the membership scope without cues a
             further place is taken only where its key keeps to it.
