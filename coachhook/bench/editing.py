@@ -70,9 +70,8 @@ def edit_case(
     tokenizer = AutoTokenizer.from_pretrained(bundled.model_path())
     config = EditConfig.for_model(model)
     # More tokens than features, or the prior would rest on its ridge.
-    width = max(
-        describe(model, config.key_site).layer(index).in_features for index in config.layers
-    )
+    description = describe(model, config.key_site)
+    width = max(description.layer(index).in_features for index in config.layers)
     statistics = collect_statistics(
         model,
         tokenizer,

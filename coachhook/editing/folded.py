@@ -24,22 +24,22 @@ class Folded:
     targets: Tensor | None
 
 
-def rows_of(op: str, pieces: Iterable[Folded], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Keys [N, n] and targets [N, m] of some pieces, at least one.
+def rows_of(op: str, pieces: Iterable[Folded], name: str, device: torch.device) -> list[Tensor]:
+    """The "keys" or "targets" of each piece, by row.
 
     Raises:
         ValueError: those of a piece were not kept.
     """
-    keys, targets = [], []
+    found = []
     for piece in pieces:
-        if piece.keys is None or piece.targets is None:
+        rows = getattr(piece, name)
+        if rows is None:
             raise ValueError(
                 f"{op}: batch {piece.batch} must have its keys at hand, got one folded into "
                 "the prior without them; fold with keep_folded=True, or set a larger max_keys"
             )
-        keys.append(piece.keys.to(device))
-        targets.append(piece.targets.to(device))
-    return torch.cat(keys), torch.cat(targets)
+        found.append(rows.to(device))
+    return found
 
 
 def folded_tensors(pieces: Iterable[Folded]) -> dict[str, Tensor]:

@@ -348,7 +348,7 @@ class EditMemory:
         if self._base is None:
             q, r = torch.linalg.qr(space.targets.mT)
             return q, space.solve(r.mT).mT @ space.solved
-        q, _ = torch.linalg.qr(self._all_rows("factored")[1].mT)
+        q, _ = torch.linalg.qr(self._all_rows("factored", "targets").mT)
         return q, q.mT @ self.delta()
 
     def contents(self) -> tuple[Any, ...]:
@@ -366,8 +366,7 @@ class EditMemory:
         Raises:
             ValueError: keys were folded and not kept.
         """
-        targets = self._all_rows("pair")[1] if self._folded else self._space.targets
-        return targets.mT.contiguous(), self._coefficients()
+        return self._all_rows("pair", "targets").mT.contiguous(), self._coefficients()
 
     def _coefficients(self) -> Tensor:
         """A^T [N, n] of all keys, folded ones first."""
@@ -377,7 +376,7 @@ class EditMemory:
         if known is None or not space.follows(known[0]):
             found = space.coefficients()
             if first:
-                keys, _ = rows_of("pair", self._folded, self.device)
+                keys = self._folded_rows("pair", "keys")
                 outer = self._prior.solve_both(keys.mT).mT - (keys @ space.solved.mT) @ found
                 found = torch.cat([outer, found])
         else:
@@ -410,7 +409,7 @@ class EditMemory:
         prior = factor @ factor.mT
         if not self._folded or self._initial is not None:
             return prior
-        keys, _ = rows_of("prior", self._folded, self.device)
+        keys = self._folded_rows("prior", "keys")
         return torch.addmm(prior, keys.mT, keys, alpha=-1)
 
     @float32_products(tf32=False)
@@ -425,8 +424,7 @@ class EditMemory:
         Raises:
             ValueError: keys were folded and not kept.
         """
-        rows = self._all_rows("keys")[0] if self._folded else self._space.keys
-        return rows.mT
+        return self._all_rows("keys", "keys").mT
 
     def column_batches(self) -> Tensor:
         """Batch number of each column of :meth:`pair`, int64 [N] on the CPU, oldest first."""
@@ -559,7 +557,8 @@ class EditMemory:
 
     def _unfold(self, pieces: list[Folded]) -> None:
         """Subtracts folded keys from prior and base; the edit space is stale afterwards."""
-        keys, targets = rows_of("remove", pieces, self.device)
+        both = (rows_of("remove", pieces, name, self.device) for name in ("keys", "targets"))
+        keys, targets = map(torch.cat, both)
         self._owns_factor = False
         gap = self._prior.share_left(keys.mT)
         factor = self._writable_factor()
@@ -583,9 +582,13 @@ class EditMemory:
         if not self._space.is_well_conditioned:
             self.fold(self.num_keys)
 
-    def _all_rows(self, op: str) -> tuple[Tensor, Tensor]:
-        keys, targets = rows_of(op, self._folded, self.device)
-        return torch.cat([keys, self._space.keys]), torch.cat([targets, self._space.targets])
+    def _folded_rows(self, op: str, name: str) -> Tensor:
+        return torch.cat(rows_of(op, self._folded, name, self.device))
+
+    def _all_rows(self, op: str, name: str) -> Tensor:
+        rows: Tensor = getattr(self._space, name)
+        folded = rows_of(op, self._folded, name, self.device)
+        return torch.cat([*folded, rows]) if folded else rows
 
     def _writable_factor(self) -> Tensor:
         """The factor, taken from its prior, or, where it is shared, a copy."""

@@ -27,7 +27,7 @@ def folded(make_editor, requests):
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_taking_a_folded_batch_back(folded, batch):
     editor, memory, layer = folded
-    keys, targets = (x.mT for x in memory._all_rows("test"))
+    keys, targets = (memory._all_rows("test", name).mT for name in ("keys", "targets"))
     inside = keys[:, : memory.num_folded]
     prior = memory._factor @ memory._factor.T - inside @ inside.T
     left = memory.column_batches() != batch
