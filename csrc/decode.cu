@@ -188,6 +188,8 @@ Status check(const DecodeParams& p) {
                     "null unless with own and without groups", 1);
   COACHHOOK_REQUIRE((p.cues == nullptr) == (p.limits == nullptr), kOp, "limits",
                     "given with cues, and not without", p.limits != nullptr);
+  COACHHOOK_REQUIRE(p.reaches == nullptr || p.cues != nullptr, kOp, "reaches", "null without cues",
+                    1);
   COACHHOOK_REQUIRE(p.seen == nullptr || p.cues != nullptr, kOp, "seen", "null without cues", 1);
   COACHHOOK_REQUIRE(!largest || p.lift != nullptr, kOp, "lift", "non-null with reduction=max", 0);
   COACHHOOK_REQUIRE(largest == (gate.scope == Scope::kDirect), kOp, "scope",

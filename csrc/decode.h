@@ -49,9 +49,11 @@ struct DecodeParams {
   // wait for, or null; see coachhook/ops/hooked_linear/cues.py.
   const void* cues = nullptr;
   int64_t cues_row_stride = 0;
-  const float* limits = nullptr;  // [features], with cues
-  // [sequences, 1 + features] columns read, and that at which each cue was first seen; or null
-  int32_t* seen = nullptr;
+  const float* limits = nullptr;     // [features], with cues
+  const int32_t* reaches = nullptr;  // [features], with cues; or null
+  // [sequences, 1 + 2 features] columns read, that at which each cue was first seen, and in which
+  // of the last ones it was; or null
+  int64_t* seen = nullptr;
 
   const void* mean = nullptr;  // population scope: float64 or float32
   const void* std = nullptr;

@@ -1,6 +1,6 @@
 // Membership with a correction of its own for each edit: any number of edits, with cues or without.
 //
-//   c_e, first column at which the cue of e was seen      decode_select_kernel
+//   c_e, columns at which the cue of e was seen           decode_select_kernel
 //   largest of the armed ones in each tile of edits
 //   z, fired; y = P + column of the winner where fired     decode_take_kernel
 //
@@ -20,6 +20,10 @@ struct OwnTraits {
 };
 
 constexpr int32_t kNever = 0x7fffffff;
+// Columns that a register of seen cues knows, and its mask; see
+// coachhook/ops/hooked_linear/cues.py.
+constexpr int32_t kRegister = 63;
+constexpr int64_t kRegisterMask = 0x7fffffffffffffff;
 
 // The same result in every thread. `scratch` holds one element per warp and is free again on
 // return.
@@ -42,10 +46,14 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
   const int64_t sequence = blockIdx.y;
   wait_for_previous_kernel();
   const Span span = sequence_span(gate, sequence);
-  int32_t* seen = p.seen == nullptr ? nullptr : p.seen + sequence * (p.features + 1);
-  const int32_t read = seen == nullptr ? 0 : seen[0];
-  int32_t first = seen == nullptr || !exists ? kNever : seen[1 + edit];
+  int64_t* seen = p.seen == nullptr ? nullptr : p.seen + sequence * (1 + 2 * p.features);
+  const int32_t read = seen == nullptr ? 0 : static_cast<int32_t>(seen[0]);
+  int32_t first = seen == nullptr || !exists ? kNever : static_cast<int32_t>(seen[1 + edit]);
   const float limit = p.cues == nullptr || !exists ? -INFINITY : p.limits[edit];
+  const int32_t reach = p.reaches == nullptr || !exists ? kRegister : p.reaches[edit];
+  const bool bounded = reach < kRegister;
+  const int64_t window = kRegisterMask >> (kRegister - 1 - (bounded && reach > 0 ? reach : 0));
+  int64_t recent = seen == nullptr || !bounded ? 0 : seen[1 + p.features + edit];
 
   for (int64_t token = span.begin; token < span.end; ++token) {
     Best best = {-INFINITY, static_cast<int>(edit)};
@@ -54,18 +62,22 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
       if (p.cues != nullptr) {
         const int32_t column = read + static_cast<int32_t>(token - span.begin);
         const bool real = gate.mask == nullptr || gate.mask[token] != 0;
-        if (real && column < first &&
-            (limit == -INFINITY || sum_of_splits(plan.cues, gate.rows, token, edit) >= limit)) {
-          first = column;
-        }
-        armed = first <= column;
+        const bool reached =
+            real && (bounded || column < first) &&
+            (limit == -INFINITY || sum_of_splits(plan.cues, gate.rows, token, edit) >= limit);
+        if (reached && column < first) first = column;
+        recent = ((recent << 1) & kRegisterMask) | (reached ? 1 : 0);
+        armed = bounded ? (recent & window) != 0 : first <= column;
       }
       if (armed) best.value = sum_of_splits(plan.hook, gate.rows, token, edit);
     }
     best = block_best(best, scratch);
     if (threadIdx.x == 0) plan.best[token * plan.best_tiles + blockIdx.x] = best;
   }
-  if (seen != nullptr && exists) seen[1 + edit] = first;
+  if (seen != nullptr && exists) {
+    seen[1 + edit] = first;
+    if (bounded) seen[1 + p.features + edit] = recent;
+  }
 }
 
 template <typename TY>
@@ -111,7 +123,7 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
     for (int64_t i = threadIdx.x; i < gate.sequences; i += OwnTraits::kThreads) {
       const Span span = sequence_span(gate, i);
       if (span.end > span.begin) {
-        p.seen[i * (p.features + 1)] += static_cast<int32_t>(span.end - span.begin);
+        p.seen[i * (1 + 2 * p.features)] += span.end - span.begin;
       }
     }
   }

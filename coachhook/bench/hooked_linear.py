@@ -19,6 +19,7 @@ from coachhook.ops.hooked_linear import decode, products
 from coachhook.ops.hooked_linear.cues import blank_state
 
 ALPHA = 2.2
+CUE_REACH = 40  # columns for which an edit of a prompt's end stays armed
 CUE_LIMIT = 4.0  # responses to a cue have a standard deviation of 1
 
 
@@ -104,6 +105,7 @@ class Layer:
                 cues=self.s.flip(0).contiguous(),
                 limits=torch.full((len(self.s),), CUE_LIMIT, device=self.s.device),
                 state=blank_state(batch, len(self.s), self.s.device),
+                reaches=torch.full((len(self.s),), CUE_REACH, device=self.s.device).int(),
             )
         if name == "population":
             return Population(self.mean, self.std)

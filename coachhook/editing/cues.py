@@ -15,6 +15,10 @@ being the prior:
     w = C0^-1 K (K^T C0^-1 K)^-1 1.
 
 It depends on no other edit, so it is computed once and stays as it is while batches come and go.
+
+An edit stays armed for some tokens after its cue: those of a subject stand together, and what is
+said of it follows soon. Else more and more edits would be armed in a long text, by whatever is like
+one of their cues somewhere in it.
 """
 
 from __future__ import annotations
@@ -36,6 +40,10 @@ _LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.6, 0.85)}
 # An earlier token of the subject may be as common as "of": that of these which the unrelated sample
 # shows least is taken, the nearest of them first.
 _MOST_CANDIDATES = 6
+# A cue is at most seven tokens before another token of the subject. What is said of the subject may
+# follow further behind.
+_REACH_IN_SUBJECT = 8
+_REACH = 40
 # After the subject its last token is the cue, unless a larger share of the sample would be taken
 # for it.
 _COMMON = 1e-3
@@ -67,6 +75,23 @@ def cue_distances(prompts: Sequence[EncodedPrompt], place: Place) -> list[int]:
     nearest = 0 if name not in SUBJECT_PLACES else 1 if name == "subject_last" else 2
     farthest = min(p.lookup - p.first for p in prompts)
     return list(range(nearest, farthest + 1))[:_MOST_CANDIDATES]
+
+
+def cue_reach(prompts: Sequence[EncodedPrompt], place: Place, target: Sequence[int]) -> int:
+    """For how many tokens after its cue an edit may fire: as far as it is from it in its prompts,
+    and as far as other words may put it.
+
+    Args:
+        prompts: of one request.
+        place: of the edit.
+        target: ids of the request's target.
+    """
+    name, _ = place
+    if name in SUBJECT_PLACES:
+        return _REACH_IN_SUBJECT
+    there = [(p.position(place, target), p.lookup) for p in prompts]
+    farthest = max((at - lookup for at, lookup in there if at is not None), default=0)
+    return max(_REACH, farthest + _MOST_CANDIDATES)
 
 
 def candidate_keys(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from coachhook.editing.beginnings import Beginnings
 from coachhook.editing.config import EditConfig, check_layers
-from coachhook.editing.cues import candidate_keys, cue_distances, find_cues
+from coachhook.editing.cues import candidate_keys, cue_distances, cue_reach, find_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.leaning import leaned_on
@@ -444,6 +444,9 @@ class Editor:
             slots += leaned_on(self._state, record.requests, encoded, earlier, about, read_at)
         record.slots += [(r, tuple(config.places).index(place[0])) for r, place in slots[own:]]
         record.endings = [self._endings(encoded[r], place) for r, place in slots]
+        if config.uses_cues:
+            requested = [(encoded[r], place) for r, place in slots]
+            record.reaches = [cue_reach(e.prompts, place, e.target) for e, place in requested]
         contexts = [
             prompt.at(place, encoded[request].target)
             for request, place in slots

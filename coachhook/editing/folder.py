@@ -42,7 +42,7 @@ from coachhook.store import (
 
 KIND = "edits"
 # Of a hook's tensors those that follow from the records.
-_OF_RECORDS = ("cues", "limits")
+_OF_RECORDS = ("cues", "limits", "reaches")
 _FIELDS = {
     "fingerprint": str,
     "model": str,
@@ -277,8 +277,8 @@ def load_payloads(
         for key, entry in manifest["layers"].items():
             prefix = f"layer.{key}.hook."
             kept = {k.removeprefix(prefix): tensors[k] for k in tensors if k.startswith(prefix)}
-            if entry["kind"] == "pair" and (cues := records.cues(int(key))) is not None:
-                kept |= {"cues": cues[0], "limits": cues[1]}
+            if entry["kind"] == "pair":
+                kept |= records.cues(int(key)) or {}
             population = entry["population"]
             payloads[int(key)] = HookPayload(
                 entry["kind"],

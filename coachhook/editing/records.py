@@ -34,6 +34,8 @@ class BatchRecord:
             the slots.
         cues: layer index -> filter of each slot's cue, float32 ``[len(slots), n]``; a row of zeros
             where an edit needs none. See :mod:`coachhook.editing.cues`.
+        reaches: for how many tokens after its cue each slot's edit may fire, see
+            :func:`~coachhook.editing.cues.cue_reach`; empty: for ever, as before there were such.
     """
 
     requests: list[EditRequest]
@@ -46,6 +48,7 @@ class BatchRecord:
     endings: list[list[Ending]] = field(default_factory=list)
     anchors: dict[int, list[int]] = field(default_factory=dict)
     cues: dict[int, Tensor] = field(default_factory=dict)
+    reaches: list[int] = field(default_factory=list)
 
     def cued(self, layer: int) -> list[bool]:
         """Which slots have a cue."""
@@ -106,6 +109,7 @@ class BatchRecord:
             "groups": {str(k): v for k, v in self.groups.items()},
             "endings": self.endings,
             "anchors": {str(k): v for k, v in self.anchors.items()},
+            "reaches": self.reaches,
         }
 
     @classmethod
@@ -125,4 +129,5 @@ class BatchRecord:
             [[tuple(ending) for ending in slot] for slot in record["endings"]],
             {int(k): list(v) for k, v in record.get("anchors", {}).items()},
             cues or {},
+            list(record.get("reaches", [])),
         )

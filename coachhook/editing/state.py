@@ -24,6 +24,7 @@ from coachhook.errors import NotPositiveDefiniteError
 from coachhook.hooks import HookedLinear
 from coachhook.ops import Membership, Population, gate_scores, hook_output
 from coachhook.ops._precision import float32_products
+from coachhook.ops.hooked_linear.cues import NEVER
 
 # Above this share of m the factors hold more numbers than Delta, and hardly run faster: hooks keep
 # both in float32, so the gate reads r n numbers or m n. Times: docs/kernels/hooked_linear.md.
@@ -49,8 +50,8 @@ class HookPayload:
 
     Attributes:
         kind: "empty", "dense", "factored" or "pair".
-        tensors: "delta", or "left" and "right" (Q and S, or V and A^T), and with cues "cues" and
-            "limits", see :meth:`EditState.cues`.
+        tensors: "delta", or "left" and "right" (Q and S, or V and A^T), and with cues "cues",
+            "limits" and "reaches", see :meth:`EditState.cues`.
         alpha: threshold of the gate.
         population: mean and standard deviation for the population scope.
     """
@@ -84,6 +85,7 @@ class HookPayload:
                 correction=config.correction,  # type: ignore[arg-type]
                 cues=self.tensors.get("cues"),
                 limits=self.tensors.get("limits"),
+                reaches=self.tensors.get("reaches"),
             )
         else:
             hook.clear()
@@ -95,6 +97,7 @@ class _About:
     endings: list[Ending]
     # Of the batch that wrote it last; None where it needs none.
     cue: Tensor | None = None
+    reach: int = NEVER
 
 
 @dataclass
@@ -318,16 +321,17 @@ class EditState:
             return present
         # Whether an edit is armed depends on what was read before the key.
         near = reached.any(dim=0)
-        cues = limits = None
+        cues = limits = reaches = None
         if (known := self.cues(layer)) is not None:
-            cues, limits = (x[near.cpu()].to(keys) for x in known)
+            cues, limits = (known[name][near.cpu()].to(keys) for name in ("cues", "limits"))
+            reaches = known["reaches"][near.cpu()].to(keys.device)
         x = keys[rows, None] if inputs is None else inputs(rows.tolist()).to(keys)
         added, _ = hook_output(
             present.new_zeros(*x.shape[:2], present.shape[1]),
             x,
             (v[:, near], at[near]),
             config.alpha,
-            scope=Membership(correction="own", cues=cues, limits=limits),
+            scope=Membership(correction="own", cues=cues, limits=limits, reaches=reaches),
         )
         present[rows] = added[:, -1]
         return present
@@ -381,9 +385,7 @@ class EditState:
             return HookPayload("empty", {}, alpha, population)
         if config.scope == "membership":
             left, right = self.pair(layer)
-            tensors = {"left": left, "right": right}
-            if (cues := self.cues(layer)) is not None:
-                tensors |= {"cues": cues[0], "limits": cues[1]}
+            tensors = {"left": left, "right": right} | (self.cues(layer) or {})
             return HookPayload("pair", tensors, alpha)
         m = edits.memory.out_features
         limit = config.max_rank if config.max_rank is not None else int(BREAK_EVEN * m)
@@ -524,13 +526,14 @@ class EditState:
                 about = found.setdefault(group, _About(self.config.places[place], []))
                 about.endings.extend(ends)
                 about.cue = batch.cues[layer][i] if cued else None
+                about.reach = batch.reaches[i] if cued and batch.reaches else NEVER
         return dict(sorted(found.items()))
 
-    def cues(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Filter ``[E, n]`` and limit ``[E]`` of the cue of each row of the membership pair.
+    def cues(self, layer: int) -> dict[str, Tensor] | None:
+        """What the rows of the membership pair wait for; None where none waits.
 
-        Both float32 and on the CPU; a limit of -inf where an edit needs no cue. None where none
-        does.
+        "cues" float32 ``[E, n]``, "limits" float32 ``[E]``, -inf where an edit needs no cue, and
+        "reaches" int32 ``[E]``, on the CPU.
         """
         about = list(self._about(layer).values())
         known = [a.cue for a in about if a.cue is not None]
@@ -539,7 +542,12 @@ class EditState:
         nothing, site = torch.zeros_like(known[0]), self.config.key_site
         filters = torch.stack([nothing if a.cue is None else a.cue for a in about])
         limits = [-torch.inf if a.cue is None else cue_limit(a.place, site) for a in about]
-        return filters, torch.tensor(limits, dtype=torch.float32)
+        reaches = [min(a.reach, NEVER) for a in about]
+        return {
+            "cues": filters,
+            "limits": torch.tensor(limits, dtype=torch.float32),
+            "reaches": torch.tensor(reaches, dtype=torch.int32),
+        }
 
     def _columns(self, layer: int) -> _Columns:
         """What the columns of the memory are."""

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.ops.hooked_linear.cues import NEVER, blank_state, cut_back_
+from coachhook.ops.hooked_linear.cues import (
+    blank_state,
+    cut_back_,
+    forget_,
+    pass_over_,
+    state_width,
+)
 
 _ATTRIBUTE = "_coachhook_gate"
 _REARRANGING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
@@ -92,7 +98,7 @@ class GateState:
 
     Attributes:
         moments: (count, mean, M2), float64 ``[B, 3]``: the prompt's for ``sequence``, the running
-            ones for ``prefix``. For ``membership`` the cues seen, int32 ``[B, edits + 1]``.
+            ones for ``prefix``. For ``membership`` the cues seen, int64 ``[B, 1 + 2 edits]``.
         histories: what ``prefix`` needs to be taken back, per layer.
         versions: which edits the cues seen are of, 0-dim, per layer and scope.
     """
@@ -123,7 +129,7 @@ class GateState:
         return self.moments[key]
 
     def cues(self, key: Key, rows: int, edits: int, version: Tensor) -> Tensor:
-        """State of a layer's cues ``[B, edits + 1]``, begun anew where the edits are others.
+        """State of a layer's cues ``[B, 1 + 2 edits]``, begun anew where the edits are others.
 
         Args:
             key: layer and scope.
@@ -136,12 +142,12 @@ class GateState:
             ValueError: it was kept for another number of rows.
         """
         kept = self.get(key, rows)
-        if kept is None or kept.shape[1] != edits + 1:
+        if kept is None or kept.shape[1] != state_width(edits):
             self.moments[key] = blank_state(rows, edits, version.device)
             self.versions[key] = version.clone()
             return self.moments[key]
         known = _writable(self.versions, key)
-        kept[:, 1:].masked_fill_(known != version, NEVER)
+        forget_(kept, known != version)
         known.copy_(version)
         return kept
 
@@ -177,7 +183,7 @@ class GateState:
         for key, kept in list(self.moments.items()):
             layer, kind = key
             if kind == "membership":
-                _writable(self.moments, key)[:, 0].add_(columns)
+                pass_over_(_writable(self.moments, key), columns)
             elif kind == "prefix" and layer in self.histories:
                 history = self.history(layer, kept)
                 history.append(kept.new_full((kept.shape[0], columns), float("nan")))

@@ -224,9 +224,13 @@ class HookedLinear(nn.Module):
         return self._store.correction
 
     def cues(self) -> dict[str, Tensor]:
-        """``cues [N, n]`` and ``limits [N]`` as :class:`Membership` takes them; {} where none."""
+        """``cues [N, n]``, ``limits`` and ``reaches [N]`` as :class:`Membership` takes them.
+
+        {} where there are none.
+        """
         known = self._store.key_cues()
-        return {} if known is None else dict(zip(("cues", "limits"), known, strict=True))
+        names = ("cues", "limits", "reaches")
+        return {} if known is None else dict(zip(names, known, strict=True))
 
     def set_delta(self, delta: Tensor) -> None:
         """Store ``Delta [m, n]`` densely, copied into the hook's buffers.
@@ -257,12 +261,14 @@ class HookedLinear(nn.Module):
         correction: Correction = "sum",
         cues: Tensor | None = None,
         limits: Tensor | None = None,
+        reaches: Tensor | None = None,
     ) -> None:
         """Store ``Delta = V A^T``, copied, for the scope ``membership``.
 
-        An edit with a cue fires only from the first real token of its sequence on with
-        ``cues[e] . x >= limits[e]``. What was seen is kept beside a KV cache, as are the statistics
-        of the scope ``prefix``; setting a pair forgets it, also for caches in use.
+        An edit with a cue fires only at a real token of its sequence with
+        ``cues[e] . x >= limits[e]`` and in the ``reaches[e]`` columns after it. What was seen is
+        kept beside a KV cache, as are the statistics of the scope ``prefix``; setting a pair
+        forgets it, also for caches in use.
 
         Args:
             v: V ``[m, N]``, one target per key.
@@ -272,6 +278,8 @@ class HookedLinear(nn.Module):
                 edit that fired (``"own"``).
             cues: ``[N, n]``, floating, one cue per edit; with ``"own"`` and without groups only.
             limits: ``[N]``, floating, comes with cues; -inf for an edit that waits for nothing.
+            reaches: int32 ``[N]``, may come with cues; 63 and more: to the sequence's end, as
+                without.
 
         Raises:
             TypeError: not floating-point tensors.
@@ -279,7 +287,7 @@ class HookedLinear(nn.Module):
                 range, an unknown correction, cues where there can be none, more rows than were
                 reserved, or cues where the rows were reserved without.
         """
-        self._store.set_pair(v, at, groups, correction, cues, limits)
+        self._store.set_pair(v, at, groups, correction, cues, limits, reaches)
         self._note_fit()
 
     def clear(self) -> None:
@@ -439,7 +447,8 @@ class HookedLinear(nn.Module):
                 return Membership(store.key_groups(), store.correction)
             if known is None:
                 known = self._seen_cues(tokens)
-            return Membership(None, "own", *cues, known)
+            filters, limits, reaches = cues
+            return Membership(None, "own", filters, limits, known, reaches)
         if self.scope == "population":
             return Population(store.mean, store.std)
         state = self.context.gate_state(kept=not self.include_padding)

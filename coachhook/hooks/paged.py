@@ -2,12 +2,16 @@
 
 The keys and values of a request lie in blocks of the cache, and so does what was seen of its cues:
 
-    armed[block, e] = whether e was armed at the last token that was written to the block
+    ages[block, e] = at the last token that was written to the block, how many tokens of its
+                     request ago e's cue was seen, plus 1; 0: not at all, 255: 254 ago or more
 
 A request goes on from the block of the token before its next one. So blocks that requests share,
 requests that are forked, or thrown out and read again, and blocks that are given to others need no
 bookkeeping: nothing is read of a block but what a token of the request's own text left there.
-Everything happens on the device, in shapes that follow the arguments' shapes alone.
+Of a cue in a forward of several blocks, what lies more than 62 tokens before the request's last is
+known by its first column alone. At the blocks that end there it counts as seen as late as that
+allows: who goes on from them may see an edit fire that no longer would, and loses none. Everything
+happens on the device, in shapes that follow the arguments' shapes alone.
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ import torch
 from torch import Tensor
 
 from coachhook.hooks.cache_state import is_cache
-from coachhook.ops.hooked_linear.cues import blank_state
+from coachhook.ops.hooked_linear.cues import NEVER, REGISTER, blank_state, firsts, registers
 
 _ATTRIBUTE = "_coachhook_cues"
 # Methods that copy blocks when a request is forked, of transformers 5.24 and of earlier ones.
 _COPYING = ("perform_cache_copy", "copy_cache")
+# The largest age that a byte holds.
+_OLDEST = 255
 _NEEDED = ("cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index")
 
 
@@ -109,7 +115,7 @@ class PagedCues:
 
     Attributes:
         blocks: how it lays out its blocks.
-        armed: bool ``[blocks + 1, edits]`` by layer; the last row takes what nobody reads.
+        ages: uint8 ``[blocks + 1, edits]`` by layer; the last row takes what nobody reads.
         versions: int64 ``[blocks + 1]`` by layer: of which edits that was noted.
 
     Raises:
@@ -125,22 +131,22 @@ class PagedCues:
                 "got a cache whose blocks are offloaded to the CPU; leave it out, or use edits "
                 "without cues (EditConfig.cues=False)"
             )
-        self.armed: dict[int, Tensor] = {}
+        self.ages: dict[int, Tensor] = {}
         self.versions: dict[int, Tensor] = {}
 
     def tables(self, layer: int, edits: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """What is kept for a layer, begun anew where the number of edits is another."""
-        if layer not in self.armed or self.armed[layer].shape[1] != edits:
+        if layer not in self.ages or self.ages[layer].shape[1] != edits:
             rows = self.blocks.count + 1
             # A manager may outlive the mode it was started in.
             with torch.inference_mode(False):
-                self.armed[layer] = torch.zeros(rows, edits, dtype=torch.bool, device=device)
+                self.ages[layer] = torch.zeros(rows, edits, dtype=torch.uint8, device=device)
                 self.versions[layer] = torch.full((rows,), -1, device=device)
-        return self.armed[layer], self.versions[layer]
+        return self.ages[layer], self.versions[layer]
 
     def copy_blocks(self, source: list[int], target: list[int]) -> None:
         """Take along what belongs to blocks that are copied."""
-        for table in (*self.armed.values(), *self.versions.values()):
+        for table in (*self.ages.values(), *self.versions.values()):
             index = torch.tensor([target, source], device=table.device)
             table.index_copy_(0, index[0], table.index_select(0, index[1]))
 
@@ -197,7 +203,8 @@ class PagedForward:
 
     @torch.compiler.disable
     def open(self, layer: int, edits: int, version: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the requests ``[B + 1]``, and the state of their cues ``[B, edits + 1]``.
+        """Bounds of the requests ``[B + 1]``, and the state of their cues
+        ``[B, 1 + 2 edits]``.
 
         Args:
             layer: index of the hooked layer.
@@ -209,23 +216,26 @@ class PagedForward:
             ValueError: blocks are moved in a way that cannot be followed.
         """
         cues = _cues_of(self._cache)
-        armed, versions = cues.tables(layer, edits, version.device)
+        ages, versions = cues.tables(layer, edits, version.device)
         places = self._located(cues).to(version.device)
         known = places.going_on & (versions[places.before] == version)
         state = blank_state(known.shape[0], edits, version.device)
-        state[:, 0] = 1  # what was armed before was so at column 0
-        state[:, 1:].masked_fill_(armed[places.before] & known[:, None], 0)
+        age = (ages[places.before] * known[:, None]).long()
+        # As if as many columns had been read as an age can tell of.
+        state[:, 0] = _OLDEST
+        firsts(state).copy_(torch.where(age > 0, _OLDEST - age, NEVER))
+        within = (age > 0) & (age <= REGISTER)
+        registers(state).copy_(torch.where(within, 1 << (age - 1).clamp(0, REGISTER - 1), 0))
         return places.bounds, state
 
     @torch.compiler.disable
     def close(self, layer: int, state: Tensor, version: Tensor) -> None:
         """Note at the blocks what ``state`` says after the forward."""
         cues = _cues_of(self._cache)
-        armed, versions = cues.armed[layer], cues.versions[layer]
+        ages, versions = cues.ages[layer], cues.versions[layer]
         places = self._located(cues).to(version.device)
-        now = state[:, 1:][places.request] <= places.column[:, None]
-        armed.index_copy_(0, places.target, now)
-        versions.index_copy_(0, places.target, version.expand(now.shape[0]))
+        ages.index_copy_(0, places.target, _ages(state, places))
+        versions.index_copy_(0, places.target, version.expand(places.target.shape[0]))
         self._seen.add(layer)
 
     @torch.compiler.disable
@@ -234,15 +244,33 @@ class PagedForward:
         cues: PagedCues | None = getattr(self._cache, _ATTRIBUTE, None)
         if cues is None:
             return
-        for layer, armed in cues.armed.items():
+        for layer, ages in cues.ages.items():
             if layer in self._seen:
                 continue
             versions = cues.versions[layer]
-            places = self._located(cues).to(armed.device)
-            was = armed[places.before] & places.going_on[:, None]
+            places = self._located(cues).to(ages.device)
+            was = (ages[places.before] * places.going_on[:, None])[places.request].long()
+            older = torch.where(was > 0, (was + places.column[:, None]).clamp(max=_OLDEST), 0)
             noted = versions[places.before]
-            armed.index_copy_(0, places.target, was[places.request])
+            ages.index_copy_(0, places.target, older.to(torch.uint8))
             versions.index_copy_(0, places.target, noted[places.request])
+
+
+def _ages(state: Tensor, places: _Places) -> Tensor:
+    """Age uint8 ``[N, edits]`` of each cue at each token of a forward, from the state after it.
+
+    A register tells of the last tokens of a request. A cue seen before them counts as seen at the
+    latest one that it does not tell of.
+    """
+    first, register = firsts(state)[places.request], registers(state)[places.request]
+    column = places.column[:, None] + (_OLDEST - 1)
+    left = state[:, 0][places.request][:, None] - 1 - column  # tokens of the request that follow
+    shown = register >> left.clamp(0, REGISTER - 1)
+    latest = (shown & -shown).clamp(min=1).to(torch.float64).log2().round().long() + 1
+    unknown = (REGISTER - left + 1).clamp(min=1)  # the youngest that the register cannot tell of
+    age = torch.where(left < REGISTER, torch.where(shown == 0, unknown, latest), 1)
+    oldest = (column - first + 1).clamp(1, _OLDEST)
+    return torch.where(first <= column, torch.minimum(age, oldest), 0).to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from coachhook.ops.hooked_linear.cues import NEVER
+
 Kind = Literal["empty", "dense", "factored", "pair"]
 Correction = Literal["sum", "own"]
 
@@ -38,12 +40,12 @@ class HookStorage(nn.Module):
     """Delta ``[m, n]`` of one layer in preallocated buffers that are updated in place.
 
     ``left [m, capacity]`` and ``right [capacity, n]`` hold the factors (Q, S) or the pair
-    (V, A^T), ``dense [m, n]`` holds Delta itself, ``cues [capacity, n]`` and ``limits [capacity]``
-    what the edits of a pair wait for; what is not in use takes no memory. The capacity
-    at least doubles whenever it is exceeded. After :meth:`reserve` it is fixed, and readers get the
-    whole capacity: unused rows are zero (and never armed) and change nothing, so that a compiled or
-    captured graph stays valid from batch to batch. ``version`` is another number after each change
-    of Delta, in a tensor for the same reason.
+    (V, A^T), ``dense [m, n]`` holds Delta itself, ``cues [capacity, n]``, ``limits [capacity]``
+    and ``reaches [capacity]`` what the edits of a pair wait for; what is not in use takes no
+    memory. The capacity at least doubles whenever it is exceeded. After :meth:`reserve` it is
+    fixed, and readers get the whole capacity: unused rows are zero (and never armed) and change
+    nothing, so that a compiled or captured graph stays valid from batch to batch. ``version`` is
+    another number after each change of Delta, in a tensor for the same reason.
 
     Args:
         in_features: n.
@@ -59,6 +61,7 @@ class HookStorage(nn.Module):
     groups: Tensor
     cues: Tensor
     limits: Tensor
+    reaches: Tensor
     version: Tensor
     alpha: Tensor
     mean: Tensor
@@ -87,6 +90,7 @@ class HookStorage(nn.Module):
             self.register_buffer("groups", torch.zeros(0, dtype=torch.int64, device=device))
             self.register_buffer("cues", torch.zeros(0, n, dtype=dtype, device=device))
             self.register_buffer("limits", torch.zeros(0, dtype=dtype, device=device))
+            self.register_buffer("reaches", torch.zeros(0, dtype=torch.int32, device=device))
             self.register_buffer("version", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
@@ -120,11 +124,13 @@ class HookStorage(nn.Module):
             return self.groups
         return self.groups[: self.rank] if self.grouped else None
 
-    def key_cues(self) -> tuple[Tensor, Tensor] | None:
-        """Cue ``[r, n]`` and limit ``[r]`` of each key of the pair; None where no edit has one."""
+    def key_cues(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Cue ``[r, n]``, limit ``[r]`` and reach int32 ``[r]`` of each key; None without cues."""
         if self.reserved_cues:
-            return self.cues, self.limits
-        return (self.cues[: self.rank], self.limits[: self.rank]) if self.cued else None
+            return self.cues, self.limits, self.reaches
+        if not self.cued:
+            return None
+        return self.cues[: self.rank], self.limits[: self.rank], self.reaches[: self.rank]
 
     def delta(self) -> Tensor:
         """A fresh Delta ``[m, n]``; zeros when empty."""
@@ -208,10 +214,12 @@ class HookStorage(nn.Module):
         correction: Correction = "sum",
         cues: Tensor | None = None,
         limits: Tensor | None = None,
+        reaches: Tensor | None = None,
     ) -> None:
         """Copy in ``Delta = V A^T``, V ``[m, N]`` and A^T ``[N, n]``, one row per key.
 
-        Cues ``[N, n]`` come with limits ``[N]``, with the correction "own" and without groups.
+        Cues ``[N, n]`` come with limits ``[N]``, with the correction "own" and without groups;
+        integer reaches ``[N]`` may come with them.
         """
         rank = self._check_factors("set_pair", ("V", "At"), v, at)
         if correction not in ("sum", "own"):
@@ -227,9 +235,9 @@ class HookStorage(nn.Module):
                     f"set_pair: groups must lie in 0..{rank - 1}, got {int(groups.min())} to "
                     f"{int(groups.max())}"
                 )
-        self._check_cues("set_pair", rank, cues, limits)
+        self._check_cues("set_pair", rank, cues, limits, reaches)
         self._check_room("set_pair", cues is not None, groups is not None, correction)
-        self._fill("pair", v, at, groups, correction, cues, limits)
+        self._fill("pair", v, at, groups, correction, cues, limits, reaches)
 
     @torch.no_grad()
     def set_dtype(self, dtype: torch.dtype) -> None:
@@ -250,6 +258,7 @@ class HookStorage(nn.Module):
             tensors["groups"] = self.groups[:rank]
         if self.cued:
             tensors |= {"cues": self.cues[:rank], "limits": self.limits[:rank]}
+            tensors["reaches"] = self.reaches[:rank]
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         return StoredHook(self.kind, rank, self.grouped, self.correction, copies, self.cued)
 
@@ -270,9 +279,9 @@ class HookStorage(nn.Module):
             if stored.kind == "pair":
                 self._check_room("restore", stored.cued, stored.grouped, stored.correction)
             groups = tensors["groups"] if stored.grouped else None
-            cues, limits = tensors.get("cues"), tensors.get("limits")
+            cues = [tensors.get(name) for name in ("cues", "limits", "reaches")]
             left, right = tensors["left"], tensors["right"]
-            self._fill(stored.kind, left, right, groups, stored.correction, cues, limits)
+            self._fill(stored.kind, left, right, groups, stored.correction, *cues)
         self.correction = stored.correction
         for name in ("alpha", "mean", "std"):
             getattr(self, name).copy_(tensors[name])
@@ -287,6 +296,7 @@ class HookStorage(nn.Module):
         correction: Correction,
         cues: Tensor | None = None,
         limits: Tensor | None = None,
+        reaches: Tensor | None = None,
     ) -> None:
         rank = right.shape[0]
         if rank == 0:
@@ -304,6 +314,10 @@ class HookStorage(nn.Module):
             self._make_room_for_cues()
             self.cues[:rank].copy_(cues)
             self.limits[:rank].copy_(limits)
+            if reaches is None:
+                self.reaches[:rank].fill_(NEVER)
+            else:
+                self.reaches[:rank].copy_(reaches)
         elif self.reserved_cues:
             self._arm_rows(rank)
         elif self.cues.shape[0]:
@@ -324,16 +338,19 @@ class HookStorage(nn.Module):
         # The coefficient of a blank row is 0, which may be the largest: it is never armed.
         self.cues[rank:].zero_()
         self.limits[rank:].fill_(float("inf"))
+        self.reaches[rank:].fill_(NEVER)
 
     def _allocate_cues(self, capacity: int) -> None:
         with torch.inference_mode(False):
             self.cues = self.right.new_zeros(capacity, self.in_features)
             self.limits = self.right.new_zeros(capacity)
+            self.reaches = self.right.new_zeros(capacity, dtype=torch.int32)
 
     def _arm_rows(self, rank: int) -> None:
         """Cues of edits that wait for none."""
         self.cues[:rank].zero_()
         self.limits[:rank].fill_(float("-inf"))
+        self.reaches[:rank].fill_(NEVER)
 
     @torch.no_grad()
     def _make_room_for_cues(self) -> None:
@@ -358,10 +375,10 @@ class HookStorage(nn.Module):
         right[:kept].copy_(self.right[:kept])
         groups[:kept].copy_(self.groups[:kept])
         if self.cues.shape[0]:
-            cues, limits = self.cues, self.limits
+            before = self.cues, self.limits, self.reaches
             self._allocate_cues(capacity)
-            self.cues[:kept].copy_(cues[:kept])
-            self.limits[:kept].copy_(limits[:kept])
+            for new, old in zip((self.cues, self.limits, self.reaches), before, strict=True):
+                new[:kept].copy_(old[:kept])
         self.left, self.right, self.groups = left, right, groups
         self._blank_rows(kept)
 
@@ -376,7 +393,25 @@ class HookStorage(nn.Module):
             )
         return rank
 
-    def _check_cues(self, op: str, rank: int, cues: Tensor | None, limits: Tensor | None) -> None:
+    def _check_cues(
+        self,
+        op: str,
+        rank: int,
+        cues: Tensor | None,
+        limits: Tensor | None,
+        reaches: Tensor | None,
+    ) -> None:
+        if reaches is not None:
+            if cues is None:
+                raise ValueError(f"{op}: reaches must be None without cues, got a tensor")
+            if not isinstance(reaches, Tensor):
+                got = type(reaches).__name__
+                raise TypeError(f"{op}: reaches must be an int32 tensor, got {got}")
+            if reaches.dtype != torch.int32 or reaches.shape != (rank,):
+                raise ValueError(
+                    f"{op}: reaches must be int32 [{rank}], got {reaches.dtype} "
+                    f"{list(reaches.shape)}"
+                )
         if cues is None and limits is None:
             return
         for name, value, other in (("cues", cues, "limits"), ("limits", limits, "cues")):

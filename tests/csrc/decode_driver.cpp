@@ -52,7 +52,7 @@ int main() {
   const Bytes cu_seqlens = read_array(), mask = read_array(), mean = read_array();
   const Bytes std = read_array(), alpha = read_array(), state = read_array();
   const Shifted cues = read_shifted(offset);
-  const Bytes limits = read_array(), seen = read_array();
+  const Bytes limits = read_array(), reaches = read_array(), seen = read_array();
   p.x = x.data;
   p.weight = weight.data;
   p.projection = projection.data;
@@ -70,7 +70,8 @@ int main() {
   p.cues = cues.data;
   p.cues_row_stride = p.projection_row_stride;
   p.limits = reinterpret_cast<const float*>(limits.get());
-  p.seen = reinterpret_cast<int32_t*>(seen.get());
+  p.reaches = reinterpret_cast<const int32_t*>(reaches.get());
+  p.seen = reinterpret_cast<int64_t*>(seen.get());
 
   const size_t y_size = p.gate.rows * p.out_features * coachhook::size_of(p.y_dtype);
   const Bytes z = unwritten(p.gate.rows * 4), y = unwritten(y_size);
@@ -82,6 +83,6 @@ int main() {
   write(p.y, y_size);
   write(z.get(), p.gate.rows * 4);
   if (state) write(state.get(), p.gate.sequences * 24);
-  if (seen) write(seen.get(), p.gate.sequences * (p.features + 1) * 4);
+  if (seen) write(seen.get(), p.gate.sequences * (1 + 2 * p.features) * 8);
   return 0;
 }

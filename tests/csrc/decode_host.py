@@ -95,7 +95,8 @@ class Decode:
             *(None if self.cu_seqlens is None else self.cu_seqlens.int(), self.mask, mean, std),
             torch.tensor(self.alpha, dtype=torch.float32),
             None if membership else getattr(scope, "state", None),
-            *(_wide(getattr(scope, "cues", None), self.padding), getattr(scope, "limits", None)),
+            _wide(getattr(scope, "cues", None), self.padding),
+            *(getattr(scope, name, None) for name in ("limits", "reaches")),
             scope.state if membership else None,
         )
         return struct.pack(f"<{len(header)}q", *header) + b"".join(map(_bytes, arrays))
@@ -111,7 +112,7 @@ def decode(host: Host, case: Decode, order: int = 0) -> tuple[Tensor, Tensor]:
     state = getattr(case.scope, "state", None)
     if isinstance(case.scope, Membership):
         if state is not None:
-            after = torch.frombuffer(out, dtype=torch.int32, offset=size + 4 * case.tokens)
+            after = torch.frombuffer(out, dtype=torch.int64, offset=size + 4 * case.tokens)
             state.copy_(after.view(state.shape))
     elif state is not None:
         after = torch.frombuffer(out, dtype=torch.float64, offset=size + 4 * case.tokens)

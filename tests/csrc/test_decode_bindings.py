@@ -28,7 +28,7 @@ from coachhook.ops import (
 )
 from coachhook.ops.hooked_linear import cuda, decode, products
 from tests.ops.gate_oracle import arming, oracle, threshold
-from tests.ops.test_cues import make_edits, random_state
+from tests.ops.test_cues import make_edits, make_reaches, random_state
 from tests.tolerances import tol
 
 # The package, which the function of the same name hides.
@@ -131,8 +131,10 @@ def test_edits_that_add_their_own_after_a_cue(edits: int, dtype: torch.dtype) ->
     mask = torch.arange(6) > torch.tensor([[-1], [2], [6]])
     for stored in {dtype, torch.float32}:
         delta, cues, limits = make_edits(x, 21, edits, stored)
-        for state in (None, random_state(3, edits)):
-            scope = Membership(None, "own", cues, limits, state)
+        some = make_reaches(edits)
+        kept = random_state(3, edits), random_state(3, edits, reaches=some)
+        for state, reaches in ((None, None), (kept[0], None), (None, some), (kept[1], some)):
+            scope = Membership(None, "own", cues, limits, state, reaches)
             check(x, weight, bias, delta, scope, mask=mask)
     other = Membership(None, "own", cues.to(torch.float64), limits)
     assert not decode.takes(x, delta, None, other, x.dtype)

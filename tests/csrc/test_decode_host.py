@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.csrc.decode_host import Decode, decode, truth
 from tests.csrc.host import SANITIZE, Host, KernelFailure, build
 from tests.csrc.test_gate_host import mutated
 from tests.ops.gate_oracle import arming
-from tests.ops.test_cues import make_edits, random_state
+from tests.ops.test_cues import make_edits, make_reaches, random_state
 from tests.tolerances import tol
 
 ORDERS = (0, 1, 7, 23)
@@ -151,8 +152,9 @@ def waiting(case: Decode, state: bool = True) -> Decode:
     """The same with edits that add their own after a cue, some of which was read before."""
     edits, dtype = case.delta[1].shape[0], case.delta[1].dtype
     case.delta, cues, limits = make_edits(case.x, case.out_features, edits, dtype)
-    kept = random_state(case.sequences(), edits) if state else None
-    case.scope = Membership(None, "own", cues, limits.float(), kept)
+    reaches = make_reaches(edits)
+    kept = random_state(case.sequences(), edits, reaches=reaches) if state else None
+    case.scope = Membership(None, "own", cues, limits.float(), kept, reaches)
     return case
 
 
@@ -196,7 +198,7 @@ def test_how_a_sequence_is_cut_does_not_change_what_is_armed(host: Host) -> None
     whole = decode(host, case)
     parts = []
     for cut in (slice(0, 5), slice(5, 6), slice(6, 12)):
-        scope = Membership(None, "own", case.scope.cues, case.scope.limits, state)
+        scope = replace(case.scope, state=state)
         parts.append(decode(host, Decode(case.x[:, cut], case.delta, scope, case.base[:, cut])))
     assert same(whole, tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True)))
     assert torch.equal(state, case.scope.state)

@@ -9,7 +9,7 @@ import torch
 
 from coachhook import EditConfig, Editor, EditRequest, attach
 from coachhook.editing import EditMemory
-from coachhook.editing.cues import cue_distances, cue_limit, find_cues
+from coachhook.editing.cues import cue_distances, cue_limit, cue_reach, find_cues
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import PLACES, EncodedPrompt
 from coachhook.editing.records import BatchRecord
@@ -40,6 +40,25 @@ def test_where_a_cue_may_be():
     assert cue_distances([long, single], ("prompt_last", 0)) == [0]
     assert cue_distances([EncodedPrompt([1, 2, 7], 0, 1)], ("subject_previous", 0)) == []
     assert len(cue_distances([EncodedPrompt(list(range(40)), 0, 30)], ("subject_last", 0))) == 6
+
+
+def test_how_far_an_edit_reaches():
+    prompts = [EncodedPrompt([9, 1, 2, 3, 4, 7], 1, 4), EncodedPrompt([1, 2, 3, 4, 7], 0, 3)]
+    for name in ("subject_last", "subject_previous"):
+        assert cue_reach(prompts, (name, 0), [5, 6]) == 8
+        # Wherever the cue may be.
+        farthest = max(cue_distances([EncodedPrompt(list(range(40)), 0, 30)], (name, 0)))
+        assert farthest <= cue_reach(prompts, (name, 0), [5, 6])
+    for name in ("prompt_last", "target", "target_last"):
+        assert cue_reach(prompts, (name, 0), [5, 6]) == 40
+    # A prompt that goes on for long after its subject is reached in any of its contexts.
+    far = [*prompts, EncodedPrompt(list(range(60)), 2, 9)]
+    reach = {"prompt_last": 50 + 6, "target": 51 + 6, "target_last": 52 + 6}
+    for name, wanted in reach.items():
+        assert cue_reach(far, (name, 0), [5, 6]) == wanted
+        away = cue_distances(far, (name, 0))[-1]
+        at = far[2].position((name, 0), [5, 6])
+        assert at - (far[2].lookup - away) <= wanted
 
 
 def some_memory(n, seed=0):
@@ -176,7 +195,8 @@ def test_edits_with_and_without_cues_in_a_payload(state):
     assert state.cues(0) is None and "cues" not in state.payload(0).tensors
     write(state, axis(1), axis(2))
     write(state, axis(3), axis(4), place="prompt_last")
-    filters, limits = state.cues(0)
+    cues = state.cues(0)
+    filters, limits = cues["cues"], cues["limits"]
     assert filters.tolist() == torch.stack([0 * axis(0), axis(2), axis(4)]).float().tolist()
     site = "down_proj"
     wanted = [-torch.inf, cue_limit("subject_last", site), cue_limit("prompt_last", site)]
@@ -184,9 +204,14 @@ def test_edits_with_and_without_cues_in_a_payload(state):
     for site in ("down_proj", "mlp"):
         assert 0 < cue_limit("subject_last", site) < cue_limit("prompt_last", site) < 1
     tensors = state.payload(0).tensors
-    assert torch.equal(tensors["cues"], filters) and torch.equal(tensors["limits"], limits)
+    assert all(torch.equal(tensors[name], cue) for name, cue in cues.items())
+    # Of edits of before there were reaches: for ever.
+    assert cues["reaches"].tolist() == [2**31 - 1] * 3
+    state.batches[2].reaches, state.batches[3].reaches = [8], [10**12]
+    assert state.payload(0).tensors["reaches"].tolist() == [2**31 - 1, 8, 2**31 - 1]
+    assert state.payload(0).tensors["reaches"].dtype == torch.int32
     state.remove(2)
-    assert state.cues(0)[0].shape == (2, N)
+    assert state.cues(0)["cues"].shape == (2, N)
 
 
 def test_thresholds_of_edits_with_cues(state):
@@ -301,10 +326,11 @@ def test_a_folder_keeps_cues(written, bundled, requests, tmp_path):
     again = Editor.load(fresh, tokenizer, tmp_path / "edits")
     try:
         layer = again.config.layers[0]
-        for new, old in zip(again._state.cues(layer), editor._state.cues(layer), strict=True):
-            assert torch.equal(new, old)
+        new, old = (e._state.cues(layer) for e in (again, editor))
+        assert new.keys() == old.keys() and all(torch.equal(new[k], old[k]) for k in new)
+        assert {8, 40} <= set(old["reaches"].tolist())
         again.revert(2)
-        assert len(again._state.cues(layer)[1]) < len(editor._state.cues(layer)[1])
+        assert len(again._state.cues(layer)["limits"]) < len(old["limits"])
         assert not answer(fresh, tokenizer, requests[5].text).startswith(requests[5].target_new)
         assert answer(fresh, tokenizer, requests[1].text).startswith(requests[1].target_new)
     finally:

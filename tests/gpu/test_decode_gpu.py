@@ -24,7 +24,7 @@ from coachhook.ops import (
 )
 from coachhook.ops.hooked_linear import decode, products
 from tests.ops.gate_oracle import arming, oracle, threshold
-from tests.ops.test_cues import make_edits, random_state
+from tests.ops.test_cues import make_edits, make_reaches, random_state
 from tests.tolerances import tol
 
 pytestmark = pytest.mark.gpu
@@ -64,8 +64,8 @@ def to_gpu(value):
     if isinstance(value, Population):
         return Population(to_gpu(value.mean), to_gpu(value.std))
     if isinstance(value, Membership):
-        cues = (to_gpu(value.cues), to_gpu(value.limits), to_gpu(value.state))
-        return Membership(to_gpu(value.groups), value.correction, *cues)
+        given = value.cues, value.limits, value.state, value.reaches
+        return Membership(to_gpu(value.groups), value.correction, *map(to_gpu, given))
     if isinstance(value, (Sequence, Prefix)) and value.state is not None:
         return type(value)(value.state.cuda())
     return value.cuda() if isinstance(value, Tensor) else value
@@ -127,8 +127,14 @@ def test_edits_wait_for_their_cues(edits: int, dtype: torch.dtype, frozen: str) 
         x, weight, bias, _ = layer(dtype, *tokens)
         for stored in {dtype, torch.float32}:
             delta, cues, limits = make_edits(x, M, edits, stored)
-            for state in (None, random_state(tokens[0], edits)):
-                scope = Membership(None, "own", cues, limits, state)
+            some = make_reaches(edits)
+            kept = random_state(tokens[0], edits, reaches=some)
+            for state, reaches in (
+                (None, some),
+                (random_state(tokens[0], edits), None),
+                (kept, some),
+            ):
+                scope = Membership(None, "own", cues, limits, state, reaches)
                 check(x, weight, bias, delta, scope, mask=mask, fused=fused)
                 if state is None:
                     continue
@@ -205,16 +211,18 @@ def test_a_graph_follows_what_changes_in_place(kind: str, dtype: torch.dtype, fr
     state = torch.zeros(rows, 3, device="cuda", dtype=torch.float64)
     mean, std = torch.full((rows,), 14.0, device="cuda"), torch.full((rows,), 5.0, device="cuda")
     before = torch.tensor([5.0, 14.0, 90.0], device="cuda", dtype=torch.float64)
+    reaches = None
     if kind == "cued":
-        before = random_state(rows, RANK).cuda()
-        state = before.clone()
+        reaches = make_reaches(RANK)
+        before = random_state(rows, RANK, reaches=reaches).cuda()
+        state, reaches = before.clone(), reaches.cuda()
     limits = torch.full((RANK,), 0.5, device="cuda")
     scope = {
         "sequence": Sequence(state),
         "prefix": Prefix(state),
         "population": Population(mean, std),
         "membership_own": Membership(correction="own"),
-        "cued": Membership(None, "own", s.flip(0).contiguous(), limits, state),
+        "cued": Membership(None, "own", s.flip(0).contiguous(), limits, state, reaches),
     }[kind]
 
     def call() -> tuple[Tensor, Tensor]:
@@ -252,7 +260,7 @@ def test_nothing_waits_for_the_device(frozen: str) -> None:
     alpha = torch.tensor(1.0, device="cuda")
     state = torch.zeros(4, 3, device="cuda")
     limits, seen = torch.zeros(RANK, device="cuda"), random_state(4, RANK).cuda()
-    cued = Membership(None, "own", delta[1], limits, seen)
+    cued = Membership(None, "own", delta[1], limits, seen, make_reaches(RANK).cuda())
     scopes = (Sequence(), Sequence(state), Prefix(state), Population(3.0, 1.0), Membership(), cued)
     calls = [(scope, a) for scope in scopes for a in (alpha, 1.0)]
     torch.cuda.synchronize()

@@ -49,8 +49,8 @@ def scope_to_gpu(scope: Scope) -> Scope:
     if isinstance(scope, Population):
         return Population(to_gpu(scope.mean), to_gpu(scope.std))
     if isinstance(scope, Membership):
-        cues = (to_gpu(scope.cues), to_gpu(scope.limits), to_gpu(scope.state))
-        return Membership(to_gpu(scope.groups), scope.correction, *cues)
+        given = scope.cues, scope.limits, scope.state, scope.reaches
+        return Membership(to_gpu(scope.groups), scope.correction, *map(to_gpu, given))
     return scope
 
 

@@ -15,6 +15,8 @@ from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 # "cued" is the scope "membership" with edits that have cues.
 SCOPES = ("sequence", "prefix", "population", "membership", "cued")
 RANK = 4
+# One for ever, one for some tokens, and one at its cue and the next token alone.
+REACHES = torch.tensor([2**31 - 1, 2**31 - 1, 8, 1], dtype=torch.int32)
 LAYERS = (0, 1)
 
 
@@ -30,7 +32,7 @@ def fill(hooks: HookSet, scope: str, size: float = 5.0) -> None:
         elif scope == "cued":
             cues = torch.randn(RANK, n, generator=generator, dtype=torch.float64)
             limits = torch.tensor([-torch.inf, 0.1, 0.2, 0.3])
-            layer.set_pair(q * 4 * size, s, None, "own", cues, limits)
+            layer.set_pair(q * 4 * size, s, None, "own", cues, limits, REACHES)
         else:
             layer.set_factored(q, s)
         layer.set_scope("membership" if scope == "cued" else scope)
@@ -71,7 +73,7 @@ def calibrate(model: Any, hooks: HookSet, ids: torch.Tensor, share: float = 0.3)
             scores = inputs(model, layer, input_ids=ids) @ stored["cues"].T
             limits = [-torch.inf, *(_gap(column, share / 5) for column in scores.T[1:])]
             edits = (stored["left"], stored["right"], None, "own", stored["cues"])
-            layer.set_pair(*edits, torch.tensor(limits, dtype=torch.float64))
+            layer.set_pair(*edits, torch.tensor(limits, dtype=torch.float64), REACHES)
         with torch.no_grad(), hooks.record() as records:
             model(ids)
         layer.set_alpha(_gap(torch.cat([z.flatten() for i, z, _ in records if i == index]), share))

@@ -38,7 +38,12 @@ def edits(count: int, dtype: torch.dtype = torch.float32) -> dict:
     return {"v": v, "at": at, "correction": "own", "cues": cues, "limits": limits}
 
 
-def waiting(model, *pairs: tuple[int, int], ids: torch.Tensor = IDS) -> HookSet:
+def waiting(
+    model,
+    *pairs: tuple[int, int],
+    ids: torch.Tensor = IDS,
+    reaches: torch.Tensor | None = None,
+) -> HookSet:
     """Layer 0 with one edit per (cue, place), columns of IDS: it fires there if its cue was read.
 
     Cue and key are filters that are 1 at their token of IDS and 0 at the others of ``ids``.
@@ -49,7 +54,7 @@ def waiting(model, *pairs: tuple[int, int], ids: torch.Tensor = IDS) -> HookSet:
         filters = torch.linalg.pinv(inputs(model, layer, input_ids=ids)).T
     cues, places = (filters[list(columns)] for columns in zip(*pairs, strict=True))
     v = torch.randn(layer.out_features, len(pairs), dtype=torch.float64) * 9
-    layer.set_pair(v, places, None, "own", cues, torch.full((len(pairs),), 0.5))
+    layer.set_pair(v, places, None, "own", cues, torch.full((len(pairs),), 0.5), reaches)
     layer.set_scope("membership")
     layer.set_alpha(0.5)
     layer.state = "validated"
@@ -100,6 +105,22 @@ def test_an_edit_fires_only_after_its_cue() -> None:
         hooks.detach()
 
 
+@pytest.mark.parametrize("cuts", [(), (4, 7, 8), tuple(range(1, 12))])
+def test_an_edit_waits_for_a_cue_that_was_read_soon_before(cuts: tuple[int, ...]) -> None:
+    model = tiny("llama").double()
+    pairs = (3, 9), (4, 9), (4, 7), (6, 10)
+    # What is 6 columns before is out of reach of the first.
+    reaches = torch.tensor([5, 5, 3, 2**31 - 1], dtype=torch.int32)
+    hooks = waiting(model, *pairs[:1], reaches=reaches[:1])
+    assert read(model, hooks, *cuts) == []
+    hooks.detach()
+    hooks = waiting(model, *pairs, reaches=reaches)
+    assert read(model, hooks, *cuts) == [7, 9, 10]
+    with torch.no_grad(), hooks.record() as records:
+        model(IDS, use_cache=False)
+    assert fired_at(records) == [7, 9, 10]
+
+
 def test_nothing_armed_is_minus_infinity_and_below_every_threshold() -> None:
     model = tiny("llama").double()
     with torch.no_grad():
@@ -116,7 +137,7 @@ def test_nothing_armed_is_minus_infinity_and_below_every_threshold() -> None:
 
 def test_a_cache_cut_back_forgets_the_cues_behind_the_cut_alone() -> None:
     model = tiny("llama").double()
-    hooks = waiting(model, (6, 10), (3, 9))
+    hooks = waiting(model, (6, 10), (3, 9), reaches=torch.tensor([2**31 - 1, 6]).int())
 
     def after(*crops: int) -> list[int]:
         cache = transformers.DynamicCache()
@@ -143,7 +164,7 @@ def test_a_cache_cut_back_forgets_the_cues_behind_the_cut_alone() -> None:
             cache.crop(crop)
         seen.append(state_of(cache).moments[0, "membership"].tolist())
     never = 2**31 - 1
-    assert seen == [[[7, 6, 3]], [[6, never, 3]], [[3, never, never]]]
+    assert seen == [[[7, 6, 3, 0, 8]], [[6, never, 3, 0, 4]], [[3, never, never, 0, 0]]]
 
 
 @pytest.mark.parametrize("change", ["same", "other", "more", "restore", "clear", "reserve"])
@@ -190,7 +211,8 @@ def test_a_batch_of_prompts_and_the_rows_of_its_cache() -> None:
     with torch.no_grad():
         cache = model(rows[:, :5]).past_key_values
     never = 2**31 - 1
-    assert state_of(cache).moments[0, "membership"].tolist() == [[5, 3], [5, never], [5, 3]]
+    seen = state_of(cache).moments[0, "membership"].tolist()
+    assert seen == [[5, 3, 0], [5, never, 0], [5, 3, 0]]
     pickled = pickle.loads(pickle.dumps(cache))
     pickled.reorder_cache(torch.tensor([1, 1, 0]))
     with torch.no_grad(), hooks.record() as records:
@@ -386,6 +408,12 @@ def test_what_is_refused_changes_nothing() -> None:
         ({"cues": given["cues"] / 0}, ValueError, "cues must be finite, got NaN or infinity"),
         ({"cues": given["cues"].long()}, TypeError, "cues must be a floating-point tensor"),
         ({"limits": torch.rand(3)}, ValueError, r"limits must be \[4\], got \[3\]"),
+        (
+            {"reaches": torch.zeros(3)},
+            ValueError,
+            r"reaches must be int32 \[\d\], got torch.float32 \[3\]",
+        ),
+        ({"reaches": [8] * 4}, TypeError, "reaches must be an int32 tensor, got list"),
         ({"limits": nan}, ValueError, r"limits must be numbers or -inf \(always armed\), got NaN"),
         ({"limits": [0.0] * 4}, TypeError, "limits must be a floating-point tensor, got list"),
         ({"correction": "sum"}, ValueError, "correction must be 'own'.*got 'sum'; give every"),

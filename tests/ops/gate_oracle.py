@@ -68,9 +68,10 @@ def arming(
 ) -> tuple[list[list[bool]], Tensor]:
     """Which edits are armed at each token of a sequence, and the state after the call.
 
-    The scope's state is read, not written.
+    The scope's state is read, not written. Of every edit all columns that are known to have shown
+    its cue are kept; the state after the call is what they come to.
     """
-    never = 2**31 - 1
+    never, most = 2**31 - 1, 62
     tokens = x.reshape(-1, x.shape[-1]).double()
     seen = (tokens @ scope.cues.double().T).tolist()
     limits = scope.limits.double().tolist()
@@ -78,19 +79,39 @@ def arming(
     places = columns(x, cu_seqlens)
     rows = x.shape[0] if x.dim() == 3 else 1
     rows = rows if cu_seqlens is None else len(cu_seqlens) - 1
-    if scope.state is None:
-        after = [[0, *[never] * len(limits)] for _ in range(rows)]
-    else:
-        after = scope.state.tolist()
-    before = [row[0] for row in after]
+    count = len(limits)
+    reaches = [never] * count if scope.reaches is None else scope.reaches.tolist()
+    read, shown = [0] * rows, [[set() for _ in limits] for _ in range(rows)]
+    for row, (number, *known) in enumerate([] if scope.state is None else scope.state.tolist()):
+        read[row] = number
+        for edit, (first, register) in enumerate(zip(known[:count], known[count:], strict=True)):
+            shown[row][edit] |= {first} - {never}
+            shown[row][edit] |= {number - 1 - bit for bit in range(63) if register >> bit & 1}
+    before = list(read)
     armed = []
     for t, (row, column) in enumerate(places):
+        at = before[row] + column
+        armed.append([])
         for edit, limit in enumerate(limits):
             if real[t] and (limit == -math.inf or seen[t][edit] >= limit):
-                after[row][1 + edit] = min(after[row][1 + edit], before[row] + column)
-        after[row][0] += 1
-        armed.append([first <= before[row] + column for first in after[row][1:]])
-    return armed, torch.tensor(after, dtype=torch.int32).view(rows, len(limits) + 1)
+                shown[row][edit].add(at)
+            reach = reaches[edit] if reaches[edit] <= most else at
+            armed[-1].append(any(at - reach <= one <= at for one in shown[row][edit]))
+        read[row] += 1
+    after = [
+        [
+            read[row],
+            *(min(one, default=never) for one in shown[row]),
+            *(
+                sum(1 << read[row] - 1 - at for at in one if read[row] - 1 - at <= most)
+                if reach <= most
+                else 0
+                for one, reach in zip(shown[row], reaches, strict=True)
+            ),
+        ]
+        for row in range(rows)
+    ]
+    return armed, torch.tensor(after, dtype=torch.int64).view(rows, 1 + 2 * count)
 
 
 def _winner(coefficients: list[float], scope: Membership) -> tuple[int, float]:

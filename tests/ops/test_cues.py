@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from coachhook.ops import (
     hooked_linear,
 )
 from coachhook.ops.hooked_linear import decode
-from coachhook.ops.hooked_linear.cues import NEVER, blank_state, cut_back_
+from coachhook.ops.hooked_linear.cues import (
+    NEVER,
+    blank_state,
+    cut_back_,
+    firsts,
+    forget_,
+    pass_over_,
+)
 from tests.ops.gate_oracle import arming, oracle, threshold
 from tests.tolerances import tol
 
@@ -67,11 +75,22 @@ def make_edits(x, m, count, dtype):
     return delta, cues, limits
 
 
-def random_state(rows, count, read=20):
+def make_reaches(count):
+    """Of every kind: none, some, the most that registers know, and all."""
+    kinds = [2, 62, NEVER, 0, 63, 5]
+    return torch.tensor([kinds[i % len(kinds)] for i in range(count)], dtype=torch.int32)
+
+
+def random_state(rows, count, read=20, reaches=None):
     """As after ``read`` tokens: some cues were seen, at columns before, some were not."""
-    state = torch.randint(0, read, (rows, count + 1), dtype=torch.int32)
-    state[torch.rand(rows, count + 1) < 0.7] = NEVER
+    state = blank_state(rows, count, torch.device("cpu"))
     state[:, 0] = read
+    for row in state:
+        for edit in torch.arange(count)[torch.rand(count) < 0.3].tolist():
+            columns = {int(column) for column in torch.randint(0, read, (3,))}
+            row[1 + edit] = min(columns)
+            if reaches is not None and reaches[edit] < 63:
+                row[1 + count + edit] = sum(1 << read - 1 - column for column in columns)
     return state
 
 
@@ -87,8 +106,15 @@ def test_matches_the_loop(backend, dtype, layout, seed):
     weight, bias = (torch.randn(m, n) / math.sqrt(n)).to(dtype), torch.randn(m).to(dtype)
     delta, cues, limits = make_edits(x, m, count, dtype)
     base = x.double() @ weight.double().T + bias.double()
-    for state in (None, blank_state(rows, count, x.device), random_state(rows, count)):
-        scope = Membership(None, "own", cues, limits, state)
+    some = make_reaches(count)
+    for state, reaches in (
+        (None, None),
+        (None, some),
+        (blank_state(rows, count, x.device), some),
+        (random_state(rows, count), None),
+        (random_state(rows, count, 20, some), some),
+    ):
+        scope = Membership(None, "own", cues, limits, state, reaches)
         z = oracle(base, x, delta, INF, mask, cu_seqlens, scope).z
         alpha = threshold(z)
         want = oracle(base, x, delta, alpha, mask, cu_seqlens, scope)
@@ -97,9 +123,9 @@ def test_matches_the_loop(backend, dtype, layout, seed):
         def run(function, *arguments, scope=scope, after=after):
             kept = scope.state
             if kept is not None:  # strides of any kind
-                wide = torch.full((rows, 2 * count + 2), 7, dtype=torch.int32)
+                wide = torch.full((rows, 4 * count + 2), 7, dtype=torch.int64)
                 wide[:, ::2] = kept
-                scope = Membership(None, "own", cues, limits, wide[:, ::2])
+                scope = replace(scope, state=wide[:, ::2])
             found = function(
                 *arguments, mask=mask, cu_seqlens=cu_seqlens, scope=scope, backend=backend
             )
@@ -136,13 +162,18 @@ def test_few_edits_wait_or_few_are_armed(backend, shape, dtype):
         chosen = torch.full_like(limits, others)
         index = torch.randperm(count)[:waiting]
         chosen[index] = limits[index]
-        for state in (None, random_state(shape[0], count)):
-            scope = Membership(None, "own", cues, chosen, state)
+        some = make_reaches(count)
+        for state, reaches in (
+            (None, None),
+            (random_state(shape[0], count), None),
+            (random_state(shape[0], count, 20, some), some),
+        ):
+            scope = Membership(None, "own", cues, chosen, state, reaches)
             _, after = arming(x, None, None, scope)
             z = oracle(base.double(), x, delta, INF, scope=scope).z
             alpha = threshold(z)
             want = oracle(base.double(), x, delta, alpha, scope=scope)
-            kept = Membership(None, "own", cues, chosen, None if state is None else state.clone())
+            kept = replace(scope, state=None if state is None else state.clone())
             y, z = hook_output(base, x, delta, alpha, scope=kept, backend=backend)
             bounds = tol("output", dtype, reduction=n + m, scale=float(want.y.abs().max()))
             torch.testing.assert_close(y.double(), want.y, **bounds)
@@ -153,9 +184,11 @@ def test_few_edits_wait_or_few_are_armed(backend, shape, dtype):
 
 @pytest.mark.parametrize("cuts", [[1] * 17, [5, 0, 12], [16, 1], [3, 3, 3, 8]])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_in_parts_and_at_once(backend, cuts, masked):
+def test_in_parts_and_at_once(backend, bounded, cuts, masked):
     m, n, count = 29, 23, 6
+    reaches = make_reaches(count) if bounded else None
     x = torch.randn(4, 17, n)
     mask = torch.rand(4, 17) < 0.6 if masked else torch.ones(4, 17, dtype=torch.bool)
     weight, bias = torch.randn(m, n), torch.randn(m)
@@ -163,7 +196,7 @@ def test_in_parts_and_at_once(backend, cuts, masked):
     whole, state = blank_state(4, count, x.device), blank_state(4, count, x.device)
 
     def run(x, mask, state):
-        scope = Membership(None, "own", cues, limits, state)
+        scope = Membership(None, "own", cues, limits, state, reaches)
         return hooked_linear(x, weight, bias, delta, 0.4, mask=mask, scope=scope, backend=backend)
 
     y, z = run(x, mask, whole)
@@ -184,13 +217,15 @@ def test_in_parts_and_at_once(backend, cuts, masked):
     assert not torch.equal(alone.nan_to_num(), z_parts.nan_to_num())
 
 
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_parts_continue_their_sequences(backend):
+def test_packed_parts_continue_their_sequences(backend, bounded):
     n, count = 23, 6
+    reaches = make_reaches(count) if bounded else None
     prompts = [torch.randn(4, n), torch.randn(0, n), torch.randn(7, n)]
     delta, cues, limits = make_edits(torch.cat(prompts), 5, count, torch.float32)
     state = blank_state(3, count, torch.device("cpu"))
-    scope = Membership(None, "own", cues, limits, state)
+    scope = Membership(None, "own", cues, limits, state, reaches)
     x1 = torch.cat([prompts[0][:3], prompts[2][:2]])
     x2 = torch.cat([prompts[0][3:], prompts[2][2:]])
     first, second = torch.tensor([0, 3, 3, 5]), torch.tensor([0, 1, 1, 6])
@@ -198,7 +233,7 @@ def test_packed_parts_continue_their_sequences(backend):
     z2 = gate_scores(x2, delta, cu_seqlens=second, scope=scope, backend=backend)
     for row, parts in ((0, (z1[:3], z2[:1])), (2, (z1[3:], z2[1:]))):
         alone = blank_state(1, count, torch.device("cpu"))
-        once = Membership(None, "own", cues, limits, alone)
+        once = Membership(None, "own", cues, limits, alone, reaches)
         z = gate_scores(prompts[row], delta, scope=once, backend=backend)
         score = tol("score", torch.float32, reduction=n, scale=5.0)
         torch.testing.assert_close(torch.cat(parts), z, equal_nan=True, **score)
@@ -259,7 +294,7 @@ def test_padding_neither_arms_nor_fires(backend):
     y, z = hook_output(torch.zeros(1, 4, 1), x, delta, 1.0, mask=mask, scope=scope, backend=backend)
     assert y.flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
     same(z, torch.tensor([[NAN, NAN, 2.0, NAN]]))
-    assert state.tolist() == [[4, 2]]
+    assert state.tolist() == [[4, 2, 0]]
 
 
 @pytest.mark.parametrize("content", [NAN, INF, 1e30])
@@ -342,17 +377,89 @@ def test_packed_without_tokens(backend):
 
 
 @pytest.mark.parametrize("cut", [1, 3, 6, 17])
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cut_back_state_is_that_of_the_shorter_sequence(backend, cut):
+def test_a_cut_back_state_is_that_of_the_shorter_sequence(backend, bounded, cut):
+    reaches = make_reaches(9) if bounded else None
     x, mask = torch.randn(5, 17, 23), torch.rand(5, 17) < 0.8
     delta, cues, limits = make_edits(x, 3, 9, x.dtype)
     states = [blank_state(5, 9, x.device) for _ in range(2)]
     for state, length in zip(states, (17, 17 - cut), strict=True):
-        scope = Membership(None, "own", cues, limits, state)
+        scope = Membership(None, "own", cues, limits, state, reaches)
         gate_scores(x[:, :length], delta, mask=mask[:, :length], scope=scope, backend=backend)
     assert not torch.equal(*states)
+    cut_back_(states[0], 0)
     cut_back_(states[0], cut)
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("cut", [23, 24, 50, 63, 64, 90])
+def test_a_deep_cut_takes_an_edit_from_none(cut):
+    """What follows a cut of c columns is exact for edits that reach 63 - c, and a superset else."""
+    x = torch.randn(6, 150, 13)
+    count = 8
+    delta, cues, limits = make_edits(x, 3, count, x.dtype)
+    limits = torch.full_like(limits, 1.5)  # met by a few tokens of a hundred
+    reaches = torch.tensor([0, 8, 39, 40, 41, 60, 62, NEVER], dtype=torch.int32)
+    states = [blank_state(6, count, x.device) for _ in range(2)]
+    armed = []
+    for state, length in zip(states, (110, 110 - cut), strict=True):
+        scope = Membership(None, "own", cues, limits, state, reaches)
+        gate_scores(x[:, :length], delta, scope=scope)
+        if length == 110:
+            cut_back_(state, cut)
+        after = Membership(None, "own", cues, limits, state.clone(), reaches)
+        armed.append(torch.tensor(arming(x[:, 110:], None, None, after)[0]).view(6, 40, count))
+    exact = (reaches <= 63 - cut) | (reaches == NEVER)
+    assert torch.equal(armed[0][..., exact], armed[1][..., exact])
+    assert (armed[0] >= armed[1]).all() and armed[1].any()
+    assert torch.equal(states[0][:, 0], states[1][:, 0])
+    assert torch.equal(firsts(states[0]), firsts(states[1]))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 62, 63, 200])
+def test_columns_passed_over_are_columns_of_padding(columns):
+    x, count = torch.randn(3, 20, 13), 7
+    delta, cues, limits = make_edits(x, 3, count, x.dtype)
+    reaches = make_reaches(count)
+    states = [blank_state(3, count, x.device) for _ in range(2)]
+    padding = torch.zeros(3, columns, dtype=torch.bool)
+    mask = torch.cat([torch.ones(3, 20, dtype=torch.bool), padding], dim=1)
+    wide = torch.cat([x, torch.randn(3, columns, 13)], dim=1)
+    scopes = [Membership(None, "own", cues, limits, state, reaches) for state in states]
+    gate_scores(x, delta, scope=scopes[0])
+    pass_over_(states[0], columns)
+    gate_scores(wide, delta, mask=mask, scope=scopes[1])
+    assert torch.equal(*states) and (firsts(states[0]) < NEVER).any()
+
+
+def test_forgetting_keeps_the_count():
+    state = random_state(3, 5, 20, make_reaches(5))
+    assert not torch.equal(state, blank_state(3, 5, state.device))
+    kept = state.clone()
+    forget_(state, torch.tensor(False))
+    assert torch.equal(state, kept)
+    forget_(state, torch.tensor(True))
+    want = blank_state(3, 5, state.device)
+    want[:, 0] = 20
+    assert torch.equal(state, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_edit_is_armed_as_far_as_it_reaches(backend):
+    x = torch.zeros(1, 70, 2)
+    x[0, :, 0], x[0, 2, 1] = 1.0, 1.0
+    delta = torch.ones(1, 1), torch.tensor([[1.0, 0.0]])
+    cue, limit = torch.tensor([[0.0, 1.0]]), torch.ones(1)
+    for reach, last in ((0, 2), (1, 3), (40, 42), (62, 64), (63, 69), (NEVER, 69), (-3, 2)):
+        reaches = torch.tensor([reach], dtype=torch.int32)
+        for size in (1, 7, 70):  # tokens a call
+            state = blank_state(1, 1, x.device)
+            scope = Membership(None, "own", cue, limit, state, reaches)
+            parts = x.split(size, 1)
+            z = [gate_scores(part, delta, scope=scope, backend=backend) for part in parts]
+            armed = (torch.cat(z, dim=1)[0] == 1).nonzero().flatten().tolist()
+            assert armed == list(range(2, last + 1)), (reach, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -419,7 +526,7 @@ def test_compiled_gradient():
     (want, want_state), (got, got_state) = found
     bounds = tol("output", torch.float32, reduction=19, scale=float(want.abs().max()))
     torch.testing.assert_close(got, want, **bounds)
-    assert torch.equal(got_state, want_state) and (got_state[:, 1:] != NEVER).any()
+    assert torch.equal(got_state, want_state) and (firsts(got_state) != NEVER).any()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -151,9 +151,33 @@ GATE_CASES = {
         "scope.cues must be a tensor with scope.limits, got None; give both",
     ),
     "cues_state_alone": (
-        {"scope": Membership(None, "own", state=torch.zeros(B, R + 1).int())},
+        {"scope": Membership(None, "own", state=torch.zeros(B, 2 * R + 1).long())},
         ValueError,
         "scope.state must be None without scope.cues, got Tensor; leave it out",
+    ),
+    "reaches_alone": (
+        {"scope": Membership(None, "own", reaches=torch.zeros(R).int())},
+        ValueError,
+        "scope.reaches must be None without scope.cues, got Tensor; leave it out",
+    ),
+    "reaches_shape": (
+        {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), None, torch.zeros(R + 1).int())},
+        ValueError,
+        r"scope.reaches must be \[2\], one reach per cue, got \[3\]",
+    ),
+    "reaches_dtype": (
+        {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), None, torch.zeros(R).long())},
+        TypeError,
+        "scope.reaches must be int32, got torch.int64",
+    ),
+    "reaches_device": (
+        {
+            "scope": Membership(
+                None, "own", PAIR[1], torch.zeros(R), None, torch.zeros(R, device="meta").int()
+            )
+        },
+        ValueError,
+        "scope.reaches must be on the device of x",
     ),
     "cues_list": (
         {"scope": Membership(None, "own", [[0.0]], torch.zeros(R))},
@@ -198,21 +222,23 @@ GATE_CASES = {
     "cues_state_dtype": (
         {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, R + 1))},
         TypeError,
-        "scope.state must be int32 with scope.cues, got torch.float32",
+        "scope.state must be int64 with scope.cues, got torch.float32",
     ),
     "cues_state_shape": (
-        {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, R).int())},
+        {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, R + 1).long())},
         ValueError,
-        r"scope.state must be \[2, 3\], a count and one column per cue, got \[2, 2\]",
+        r"scope.state must be \[2, 5\], a count and two columns per cue, got \[2, 3\]",
     ),
     "cues_state_packed": (
         {
             "x": X.view(-1, N),
             "cu_seqlens": offsets(0, 3, 5, 10),
-            "scope": Membership(None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, R + 1).int()),
+            "scope": Membership(
+                None, "own", PAIR[1], torch.zeros(R), torch.zeros(B, 2 * R + 1).long()
+            ),
         },
         ValueError,
-        r"scope.state must be \[3, 3\]",
+        r"scope.state must be \[3, 5\]",
     ),
     "backend": ({"backend": "cudnn"}, ValueError, "backend must be one of auto.*got 'cudnn'"),
 }

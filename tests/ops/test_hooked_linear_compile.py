@@ -17,13 +17,15 @@ from coachhook.ops import (
     hooked_linear,
 )
 from coachhook.ops.hooked_linear import _pack
+from coachhook.ops.hooked_linear.cues import blank_state
 
 M, N, RANK = 19, 12, 4
 CUES = torch.randn(RANK, N, generator=torch.Generator().manual_seed(1)) / 3
+REACHES = torch.tensor([2, 2**31 - 1, 1, 0], dtype=torch.int32)
 
 
 def fresh(rows):
-    return torch.tensor([0, *[2**31 - 1] * RANK], dtype=torch.int32).repeat(rows, 1)
+    return blank_state(rows, RANK, torch.device("cpu"))
 
 
 SCOPES = {
@@ -35,6 +37,9 @@ SCOPES = {
     "membership_own": lambda rows: Membership(torch.tensor([0, 0, 1, 1]), "own"),
     "membership_cues": lambda rows: Membership(
         None, "own", CUES, torch.tensor([-2.0, 0.5, 1.0, -torch.inf]), fresh(rows)
+    ),
+    "membership_reaches": lambda rows: Membership(
+        None, "own", CUES, torch.tensor([-2.0, 0.5, 1.0, 0.0]), fresh(rows), REACHES
     ),
     "ungated": lambda rows: Ungated(),
 }
@@ -184,7 +189,7 @@ def test_opcheck_packed_cues(layer):
     cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
     limits = torch.tensor([-2.0, 0.5, 1.0, -torch.inf])
     for state in (None, fresh(3)):
-        scope = Membership(None, "own", CUES, limits, state)
+        scope = Membership(None, "own", CUES, limits, state, None if state is None else REACHES)
         x, base = torch.randn(9, N), torch.randn(9, M)
         packed = _pack(x, delta, None, cu_seqlens, scope, "auto")
         opcheck(torch.ops.coachhook.hook_output, base, x, torch.tensor(0.5), *packed)
@@ -229,7 +234,7 @@ def test_fake_tensors_have_the_real_shapes(layer, name):
         x = torch.empty(3, 7, N)
         scope = SCOPES[name](3)
         if isinstance(scope, Membership):
-            given = (scope.groups, scope.cues, scope.limits, scope.state)
+            given = (scope.groups, scope.cues, scope.limits, scope.state, scope.reaches)
             groups, *cues = (None if t is None else mode.from_tensor(t) for t in given)
             scope = Membership(groups, scope.correction, *cues)
         y, z = hooked_linear(x, fakes[0], fakes[1], tuple(fakes[2:]), 1.0, scope=scope)

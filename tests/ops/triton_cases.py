@@ -28,6 +28,7 @@ from coachhook.ops import (
 )
 from coachhook.ops.hooked_linear import policy as launch
 from coachhook.ops.hooked_linear import products, reference, triton
+from coachhook.ops.hooked_linear.cues import blank_state
 from tests.ops.gate_oracle import oracle, threshold
 from tests.tolerances import tol
 
@@ -47,6 +48,7 @@ SCOPES = {
     "membership_groups": lambda rows: Membership(torch.tensor([0, 0, 2, 2, 2, 4, 5])),
     "membership_groups_own": lambda rows: Membership(torch.tensor([1, 3, 3, 0, 0, 0, 1]), "own"),
     "membership_cues": lambda rows: Membership(None, "own", *make_cues()),
+    "membership_reaches": lambda rows: Membership(None, "own", *make_cues(), None, make_reaches()),
     "ungated": lambda rows: Ungated(),
 }
 DENSE_SCOPES = ["prefix", "sequence", "population", "sequence", "population_rows", "ungated"]
@@ -63,6 +65,11 @@ def make_cues() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     cues = torch.randn(RANK, N, generator=generator) / math.sqrt(N)
     return cues, torch.tensor([-math.inf, 0.3, 0.9, 1.3, math.inf, -0.5, math.nan])
+
+
+def make_reaches() -> Tensor:
+    """How far after their cues the edits stay armed: all of it, not at all, or some columns."""
+    return torch.tensor([2**31 - 1, 0, 2, 63, 1, 62, 4], dtype=torch.int32)
 
 
 def make_layout(name: str, dtype: torch.dtype, n: int = N):
@@ -278,11 +285,11 @@ def test_cues_in_parts_and_at_once() -> None:
     x, mask, _, rows = make_layout("gaps", torch.float32)
     delta, (cues, limits) = make_pair(), make_cues()
     base = torch.randn(rows, 11, M)
-    never = torch.tensor([0, *[2**31 - 1] * RANK], dtype=torch.int32).repeat(rows, 1)
+    never = blank_state(rows, RANK, base.device)
     want, whole, cut = (never.clone() for _ in range(3))
 
     def run(hook, state, a=0, b=11):
-        scope = Membership(None, "own", cues, limits, state)
+        scope = Membership(None, "own", cues, limits, state, make_reaches())
         return hook(base[:, a:b], x[:, a:b], delta, 0.4, mask[:, a:b], None, scope)
 
     want_y, want_z = run(reference.hook_output, want)

@@ -94,7 +94,7 @@ def _run(op: str, backend: str, x: Tensor, *arguments: Any) -> Any:
 _GATE_SCHEMA = (
     "Tensor projection, Tensor? lift, Tensor? mask, Tensor? cu_seqlens, str scope, "
     "Tensor? mean, Tensor? std, Tensor? groups, Tensor? cues, Tensor? limits, "
-    "Tensor(a!)? state, str backend"
+    "Tensor? reaches, Tensor(a!)? state, str backend"
 )
 
 
@@ -107,7 +107,7 @@ def _pack(
     backend: str,
 ) -> tuple[Any, ...]:
     lift, projection = (None, delta) if isinstance(delta, Tensor) else delta
-    mean = std = groups = cues = limits = state = None
+    mean = std = groups = cues = limits = reaches = state = None
     if isinstance(scope, (Sequence, Prefix)):
         kind = "sequence" if isinstance(scope, Sequence) else "prefix"
         state = scope.state
@@ -115,10 +115,10 @@ def _pack(
         kind, mean, std = "population", _scalar(scope.mean, x), _scalar(scope.std, x)
     elif isinstance(scope, Membership):
         kind, groups = f"membership_{scope.correction}", scope.groups
-        cues, limits, state = scope.cues, scope.limits, scope.state
+        cues, limits, reaches, state = scope.cues, scope.limits, scope.reaches, scope.state
     else:
         kind = "ungated"
-    scope_tensors = mean, std, groups, cues, limits, state
+    scope_tensors = mean, std, groups, cues, limits, reaches, state
     return projection, lift, mask, cu_seqlens, kind, *scope_tensors, backend
 
 
@@ -137,6 +137,7 @@ def _unpack(
     groups: Tensor | None,
     cues: Tensor | None,
     limits: Tensor | None,
+    reaches: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Delta, Scope]:
     delta: Delta = projection if lift is None else (lift, projection)
@@ -149,7 +150,7 @@ def _unpack(
     if kind == "membership_sum":
         return delta, Membership(groups, "sum")
     if kind == "membership_own":
-        return delta, Membership(groups, "own", cues, limits, state)
+        return delta, Membership(groups, "own", cues, limits, state, reaches)
     return delta, Ungated()
 
 
@@ -167,10 +168,12 @@ def _hook_output_body(
     groups: Tensor | None,
     cues: Tensor | None,
     limits: Tensor | None,
+    reaches: Tensor | None,
     state: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    delta, scope = _unpack(projection, lift, kind, mean, std, groups, cues, limits, state)
+    tensors = mean, std, groups, cues, limits, reaches, state
+    delta, scope = _unpack(projection, lift, kind, *tensors)
     arguments = base_output, x, delta, alpha, mask, cu_seqlens, scope, False
     y, z = _run("hooked_linear", backend, x, *arguments)
     if y is base_output:  # an op must not return its input
@@ -195,10 +198,12 @@ def _gate_scores_body(
     groups: Tensor | None,
     cues: Tensor | None,
     limits: Tensor | None,
+    reaches: Tensor | None,
     state: Tensor | None,
     backend: str,
 ) -> Tensor:
-    delta, scope = _unpack(projection, lift, kind, mean, std, groups, cues, limits, state)
+    tensors = mean, std, groups, cues, limits, reaches, state
+    delta, scope = _unpack(projection, lift, kind, *tensors)
     return _run("gate_scores", backend, x, x, delta, mask, cu_seqlens, scope)
 
 

@@ -205,11 +205,12 @@ def _check_cues(op: str, given: Input, rows: int, keys: int, scope: Membership) 
                 raise ValueError(
                     f"{op}: scope.{name} must be a tensor with scope.{other}, got None; give both"
                 )
-        if state is not None:
-            raise ValueError(
-                f"{op}: scope.state must be None without scope.cues, got "
-                f"{_type_name(state)}; leave it out, or give cues and limits"
-            )
+        for name, value in (("state", state), ("reaches", scope.reaches)):
+            if value is not None:
+                raise ValueError(
+                    f"{op}: scope.{name} must be None without scope.cues, got "
+                    f"{_type_name(value)}; leave it out, or give cues and limits"
+                )
         return
     shape = _check_tensor(op, "scope.cues", cues, 2, device)
     _check_float(op, "scope.cues", cues)
@@ -224,6 +225,14 @@ def _check_cues(op: str, given: Input, rows: int, keys: int, scope: Membership) 
         raise ValueError(
             f"{op}: scope.limits must be [{int(keys)}], one limit per cue, got {_text(shape)}"
         )
+    if scope.reaches is not None:
+        shape = _check_tensor(op, "scope.reaches", scope.reaches, 1, device)
+        if scope.reaches.dtype != torch.int32:
+            raise TypeError(f"{op}: scope.reaches must be int32, got {scope.reaches.dtype}")
+        if shape[0] != keys:
+            raise ValueError(
+                f"{op}: scope.reaches must be [{int(keys)}], one reach per cue, got {_text(shape)}"
+            )
     if scope.correction != "own":
         raise ValueError(
             f"{op}: scope.correction must be 'own' with scope.cues, got {scope.correction!r}; "
@@ -236,12 +245,12 @@ def _check_cues(op: str, given: Input, rows: int, keys: int, scope: Membership) 
         )
     if state is not None:
         shape = _check_tensor(op, "scope.state", state, 2, device)
-        if state.dtype != torch.int32:
-            raise TypeError(f"{op}: scope.state must be int32 with scope.cues, got {state.dtype}")
-        if shape[0] != rows or shape[1] != keys + 1:
+        if state.dtype != torch.int64:
+            raise TypeError(f"{op}: scope.state must be int64 with scope.cues, got {state.dtype}")
+        if shape[0] != rows or shape[1] != 1 + 2 * keys:
             raise ValueError(
-                f"{op}: scope.state must be [{int(rows)}, {int(keys) + 1}], a count and one "
-                f"column per cue, got {_text(shape)}"
+                f"{op}: scope.state must be [{int(rows)}, {1 + 2 * int(keys)}], a count and two "
+                f"columns per cue, got {_text(shape)}"
             )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coachhook.ops.hooked_linear import pairs
-from coachhook.ops.hooked_linear.cues import armed_edits
+from coachhook.ops.hooked_linear.cues import REGISTER, armed_edits, firsts
 from coachhook.ops.hooked_linear.gate import NOISE_UNITS, Tokens, fires, scores
 from coachhook.ops.hooked_linear.reference import (
     Delta,
@@ -123,16 +123,17 @@ def _armed_features(
     tokens: Tokens,
     cues: Tensor,
     limits: Tensor,
-    state: Tensor | None,
+    scope: Membership,
 ) -> Tensor:
     """Features ``[N, edits]``, -inf for edits that are not armed; updates the state.
 
     Text names few edits' subjects: only products that a decision hangs on are formed.
     """
-    waiting = ~limits.isneginf()
+    waiting, state, reaches = ~limits.isneginf(), scope.state, scope.reaches
     if state is not None:
-        waiting = waiting & (state[:, 1:] >= state[:, :1]).any(dim=0)
-    armed = armed_edits(_features_of(flat, cues, waiting), tokens, limits, state)
+        open_ = (firsts(state) >= state[:, :1]).any(dim=0)
+        waiting &= open_ if reaches is None else open_ | (reaches < REGISTER)
+    armed = armed_edits(_features_of(flat, cues, waiting), tokens, limits, state, reaches)
     projection = delta if isinstance(delta, Tensor) else delta[1]
     features = _features_of(flat, projection, armed.any(dim=0))
     return features.masked_fill(~armed, float("-inf"))
@@ -149,7 +150,7 @@ def _scores(
     flat = x.flatten(0, -2)
     with torch.no_grad():
         if isinstance(scope, Membership) and scope.cues is not None and scope.limits is not None:
-            features = _armed_features(flat, delta, tokens, scope.cues, scope.limits, scope.state)
+            features = _armed_features(flat, delta, tokens, scope.cues, scope.limits, scope)
             return features, scores(features, tokens, scope), tokens
         features, norms = _features(flat, delta)
         return features, scores(features, tokens, scope, norms), tokens

@@ -1,13 +1,15 @@
 """Edits with a cue: which of them are armed at a token, and what was seen of their cues so far.
 
     reached[t, e] = cues[e] . x_t >= limits[e]     where t is real; always where limits[e] = -inf
-    first[b, e]   = first column of sequence b that reaches the limit, or that of its state
-    armed[t, e]   = first[b, e] <= column of t
+    armed[t, e]   = t, or a token at most reaches[e] columns before it, has reached e's limit;
+                    any token before it, where reaches[e] >= REGISTER
 
-The state of B sequences and N edits is int32 ``[B, N + 1]``: column 0 counts the tokens of each
-sequence that were read, padding included, and column 1 + e is ``first[b, e]``, :data:`NEVER` where
-no cue was seen. First columns instead of flags, so that a sequence can be cut back exactly. Nothing
-is read back to the host, no shape depends on data, and a minimum of integers has no order.
+The state of B sequences and N edits is int64 ``[B, 1 + 2 N]``. Column 0 counts the columns of each
+sequence that were read, padding included. Column 1 + e is the first of them that reached e's limit,
+:data:`NEVER` where none did. Column 1 + N + e is a shift register, whose bit i says whether the
+column i before the last one did; 0 where e reaches everywhere. Registers answer for the last
+columns, also when some are cut off; first columns answer whether there was one at all. Nothing is
+read back to the host, no shape depends on data, and minima and unions of integers have no order.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ from coachhook.ops.hooked_linear.gate import Tokens
 from coachhook.ops.hooked_linear.scopes import Membership, Scope
 
 NEVER = torch.iinfo(torch.int32).max
+# Further than any reach, and small enough to be added to.
+_FAR = 1 << 30
+# Columns that a register knows: the sign of its integer is not used.
+REGISTER = 63
+_ALL = (1 << REGISTER) - 1
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,78 +37,195 @@ def is_cued(scope: Scope) -> bool:
     return isinstance(scope, Membership) and scope.cues is not None
 
 
+def state_width(edits: int) -> int:
+    """Columns of the state of so many edits."""
+    return 1 + 2 * edits
+
+
 def blank_state(rows: int, edits: int, device: torch.device) -> Tensor:
-    """State int32 ``[rows, edits + 1]`` of sequences of which nothing was read."""
-    state = torch.full((rows, edits + 1), NEVER, dtype=torch.int32, device=device)
-    state[:, 0] = 0
+    """State int64 ``[rows, 1 + 2 edits]`` of sequences of which nothing was read."""
+    state = torch.zeros(rows, state_width(edits), dtype=torch.int64, device=device)
+    state[:, 1 : 1 + edits] = NEVER
     return state
+
+
+def firsts(state: Tensor) -> Tensor:
+    """First columns ``[B, edits]`` of a state, a view."""
+    return state[:, 1 : 1 + state.shape[1] // 2]
+
+
+def registers(state: Tensor) -> Tensor:
+    """Shift registers ``[B, edits]`` of a state, a view."""
+    return state[:, 1 + state.shape[1] // 2 :]
+
+
+@torch.no_grad()
+def forget_(state: Tensor, which: Tensor) -> None:
+    """Whatever was seen of the cues, in place, where ``which`` says so; the count stays.
+
+    Args:
+        state: the state.
+        which: bool, broadcast with ``[B, edits]``.
+    """
+    firsts(state).masked_fill_(which, NEVER)
+    registers(state).masked_fill_(which, 0)
+
+
+@torch.no_grad()
+def pass_over_(state: Tensor, columns: int) -> None:
+    """Count ``columns`` columns that nothing was read of, in place, as if they were padding."""
+    state[:, :1].add_(columns)
+    _shift_(registers(state), columns)
 
 
 @torch.no_grad()
 def cut_back_(state: Tensor, columns: int) -> None:
-    """Take the last ``columns`` columns of every sequence back, in place, as if never read."""
+    """Take the last ``columns`` columns of every sequence back, in place, as if never read.
+
+    What a register had shifted out is not known any more: where the cue was seen so early, it
+    counts as seen at the latest column that is not known. So a cut of c columns is exact for edits
+    that reach at most ``REGISTER - c`` columns, and disarms none of the others.
+    """
+    if columns == 0:
+        return
     count = state[:, :1].sub_(columns)
-    seen = state[:, 1:]
-    seen.masked_fill_(seen >= count, NEVER)
+    first, register = firsts(state), registers(state)
+    first.masked_fill_(first >= count, NEVER)
+    unknown = max(REGISTER - columns, 0)
+    if columns < REGISTER:
+        register.bitwise_right_shift_(columns)
+    else:
+        register.zero_()
+    register.bitwise_or_((first < count - unknown).to(register.dtype) << unknown)
 
 
-def _first_in_grid(reached: Tensor, tokens: Tokens, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """First columns ``[B, edits]`` and the tokens' columns ``[B or 1, T]`` of equal sequences."""
-    column = torch.arange(tokens.longest, dtype=torch.int32, device=reached.device)[None]
-    if state is not None:
-        column = column + state[:, :1]
-    edits = reached.shape[1]
-    if reached.shape[0] == 0:
-        return column.new_full((tokens.rows, edits), NEVER), column
-    grid = reached.view(tokens.rows, tokens.longest, edits)
-    return torch.where(grid, column[..., None], NEVER).amin(dim=1), column
+def _shift_(register: Tensor, columns: int) -> None:
+    if columns < REGISTER:
+        register.bitwise_left_shift_(columns).bitwise_and_(_ALL)
+    else:
+        register.zero_()
 
 
-def _first_packed(
-    reached: Tensor, tokens: Tokens, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """First columns ``[B, edits]``, and the columns and rows ``[N]`` of packed tokens."""
-    start, end = tokens.bounds(reached.device)
-    token = torch.arange(reached.shape[0], device=reached.device)
-    row = torch.bucketize(token, end, right=True).clamp(max=tokens.rows - 1)
-    column = (token - start[row]).to(torch.int32)
-    if state is not None:
-        column = column + state[:, 0][row]
+def _earlier(reached: Tensor, column: Tensor, by: int) -> Tensor:
+    """``reached [N, edits]`` of the token so many before each in its sequence, False before it."""
+    moved = torch.zeros_like(reached)
+    if by < reached.shape[0]:
+        torch.logical_and(reached[:-by], (column[by:] >= by)[:, None], out=moved[by:])
+    return moved
+
+
+def _within(reached: Tensor, column: Tensor, reaches: Tensor) -> Tensor:
+    """Whether some token of this call, at most ``reaches [edits]`` before, has reached the limit.
+
+    Windows whose lengths are powers of two follow from each other, and a window of any length is
+    one after another of these: ``log2 REGISTER`` steps, whatever the lengths are.
+    """
+    length = reaches.clamp(0, REGISTER - 1) + 1
+    window, found = reached, torch.zeros_like(reached)
+    size = 1
+    while True:
+        longer = window | _earlier(found, column, size)
+        found = torch.where((length & size).bool(), longer, found)
+        if 2 * size > REGISTER:
+            return found
+        window = window | _earlier(window, column, size)
+        size *= 2
+
+
+def _columns(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row and column ``[N]`` of each token in this call; first and past-the-end token of rows."""
+    start, end = tokens.bounds(device)
+    if tokens.cu_seqlens is None:
+        token = torch.arange(tokens.rows * tokens.longest, device=device)
+        row = token // max(tokens.longest, 1)
+    else:
+        token = torch.arange(tokens.longest, device=device)
+        row = torch.bucketize(token, end, right=True).clamp(max=tokens.rows - 1)
+    return row, (token - start[row]).to(torch.int32), start, end
+
+
+def _first(reached: Tensor, tokens: Tokens, row: Tensor, column: Tensor) -> Tensor:
+    """First columns ``[B, edits]`` of this call's tokens."""
     at = torch.where(reached, column[:, None], NEVER)
+    if tokens.cu_seqlens is None and reached.shape[0]:
+        return at.view(tokens.rows, tokens.longest, -1).amin(dim=1)
     first = at.new_full((tokens.rows, at.shape[1]), NEVER)
-    return first.scatter_reduce(0, row[:, None].expand_as(at), at, "amin"), column, row
+    return first.scatter_reduce(0, row[:, None].expand_as(at), at, "amin")
 
 
-def armed_edits(seen: Tensor, tokens: Tokens, limits: Tensor, state: Tensor | None) -> Tensor:
+def _since(register: Tensor) -> Tensor:
+    """How far before the next column the latest one is that a register knows, int32."""
+    lowest = (register & -register).clamp(min=1).to(torch.float64)  # a power of two: exact
+    return torch.where(register == 0, _FAR, lowest.log2().round() + 1).to(torch.int32)
+
+
+def armed_edits(
+    seen: Tensor,
+    tokens: Tokens,
+    limits: Tensor,
+    state: Tensor | None,
+    reaches: Tensor | None = None,
+) -> Tensor:
     """Which edits may fire at which tokens, bool ``[N, edits]``.
 
     Args:
         seen: scores of the cues ``[N, edits]``, ``x cues^T`` in the compute dtype.
         tokens: how the N tokens are cut into sequences.
         limits: floating ``[edits]``.
-        state: int32 ``[B, edits + 1]``, read, and updated in place; None starts every sequence
+        state: int64 ``[B, 1 + 2 edits]``, read, and updated in place; None starts every sequence
             unarmed.
+        reaches: int32 ``[edits]``; None: every earlier column counts.
     """
     # A token of NaN reaches no limit, except one that needs nothing to be seen.
     reached = (seen >= limits.to(seen.dtype)) | limits.isneginf()
     if tokens.real is not None:
         reached = reached & tokens.real[:, None]
-    row = None
-    if tokens.cu_seqlens is None:
-        first, column = _first_in_grid(reached, tokens, state)
-    else:
-        first, column, row = _first_packed(reached, tokens, state)
+    bounded = None if reaches is None else reaches < REGISTER
+    if state is not None and tokens.cu_seqlens is None and tokens.longest == 1:
+        return _armed_at_one(reached, state, reaches, bounded)
+    row, column, start, end = _columns(tokens, seen.device)
+    read = column if state is None else column + state[:, 0].to(torch.int32)[row]
+    first = _first(reached, tokens, row, read)
     if state is not None:
-        first = torch.minimum(first, state[:, 1:])
-        state[:, 1:].copy_(first)
-        if row is None:
-            state[:, 0].add_(tokens.longest)
-        else:
-            start, end = tokens.bounds(seen.device)
-            state[:, 0].add_((end - start).to(torch.int32))
-    if row is None:
-        return (first[:, None] <= column[..., None]).view(reached.shape)
-    return first[row] <= column[:, None]
+        first = torch.minimum(first, firsts(state).to(torch.int32))
+        firsts(state).copy_(first)
+        state[:, 0].add_(end - start)
+    armed = first[row] <= read[:, None]
+    if reaches is None or bounded is None:
+        return armed
+    recent = _within(reached, column, reaches)
+    if state is not None:
+        recent |= column[:, None] + _since(registers(state))[row] <= reaches
+        _read_on_(registers(state), reached & bounded, start, end, tokens.longest)
+    return torch.where(bounded, recent, armed)
+
+
+def _read_on_(register: Tensor, reached: Tensor, start: Tensor, end: Tensor, longest: int) -> None:
+    """Shift the sequences' tokens ``start`` to ``end`` of a call in."""
+    length = (end - start)[:, None]
+    kept = (register << length.clamp(max=REGISTER - 1)) & _ALL
+    register.copy_(torch.where(length < REGISTER, kept, 0))
+    if reached.shape[0]:
+        back = torch.arange(min(longest, REGISTER), device=reached.device)
+        at = end[:, None] - 1 - back
+        bits = reached[at.clamp(min=0)] & (at >= start[:, None])[..., None]
+        register.add_((bits.to(torch.int64) << back[:, None]).sum(dim=1))
+
+
+def _armed_at_one(
+    reached: Tensor, state: Tensor, reaches: Tensor | None, bounded: Tensor | None
+) -> Tensor:
+    """One token more of each sequence: what decoding waits for."""
+    first, register, read = firsts(state), registers(state), state[:, :1]
+    first.copy_(torch.where(reached, torch.minimum(first, read), first))
+    armed = first <= read
+    read.add_(1)
+    if reaches is None or bounded is None:
+        return armed
+    register.copy_(((register << 1) & _ALL) | (reached & bounded))
+    # Of a reach of 62 the shift ends at the sign, and less 1 all other bits are set.
+    window = (2 << reaches.clamp(0, REGISTER - 1).to(torch.int64)) - 1
+    return torch.where(bounded, (register & window) != 0, armed)
 
 
 def unless_unarmed_(fired: Tensor, z: Tensor, scope: Scope) -> Tensor:
@@ -126,5 +250,6 @@ def judged_features(
     if not isinstance(scope, Membership) or scope.cues is None or scope.limits is None:
         return features
     with torch.no_grad():
-        armed = armed_edits(product(flat, scope.cues), tokens, scope.limits, scope.state)
+        seen = product(flat, scope.cues)
+        armed = armed_edits(seen, tokens, scope.limits, scope.state, scope.reaches)
         return features.detach().masked_fill(~armed, float("-inf"))

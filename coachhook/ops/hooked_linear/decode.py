@@ -164,7 +164,7 @@ def run(
     if lift is not None:
         lift, lift_stride = _rows(lift)
 
-    groups = mean = std = state = kept = cues = limits = seen = None
+    groups = mean = std = state = kept = cues = limits = reaches = seen = None
     cues_stride = 0
     mean_is_double = std_is_double = True
     mean_stride = std_stride = 0
@@ -173,6 +173,7 @@ def run(
         if scope.cues is not None and scope.limits is not None:
             cues, cues_stride = _rows(scope.cues)
             limits = scope.limits.to(torch.float32).contiguous()
+            reaches = None if scope.reaches is None else scope.reaches.contiguous()
             if scope.state is not None:
                 seen = scope.state.contiguous()
     elif isinstance(scope, Population):
@@ -233,6 +234,7 @@ def run(
         cues=address(cues),
         cues_row_stride=cues_stride,
         limits=address(limits),
+        reaches=address(reaches),
         seen=address(seen),
         reduction=module.Reduction.max if largest else module.Reduction.norm,
         scope=getattr(module.Scope, _SCOPES[type(scope)]),

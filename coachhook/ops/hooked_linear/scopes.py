@@ -59,9 +59,9 @@ class Membership:
     The hook is given as the pair (V ``[m, N]``, A^T ``[N, n]``) with ``Delta = V A^T``. For an
     edited key, c is close to a unit vector, because ``A^T K = G^-1 (G - I)``.
 
-    With cues an edit fires only once it is *armed*: at the first real token of its sequence with
-    ``cues[e] . x >= limits[e]``, and at all later ones. z is the largest coefficient of the armed
-    edits, -inf where none is armed, and -inf never fires.
+    With cues an edit fires only where it is *armed*: at a real token of its sequence with
+    ``cues[e] . x >= limits[e]``, and at the ``reaches[e]`` columns after it, or all later ones. z
+    is the largest coefficient of the armed edits, -inf where none is armed, and -inf never fires.
 
     Attributes:
         groups: int64 ``[N]`` with values in 0..N-1: keys with one value belong to one edit, and
@@ -71,10 +71,14 @@ class Membership:
         cues: any floating dtype, ``[N, n]``, one row per edit; with ``"own"`` and without groups
             only. The products are formed as those of A^T. None: every edit is always armed.
         limits: any floating dtype, ``[N]``, with cues only; -inf: always armed, NaN: never.
-        state: int32 ``[B, N + 1]``, read, and updated in place: how many tokens (padding included)
-            of each sequence were read, then for every edit the index of the first one at which its
-            cue was seen, 2^31 - 1 where it was not. A new one is (0, 2^31 - 1, ...). With cues
-            only; None starts every sequence unarmed and keeps nothing.
+        state: int64 ``[B, 1 + 2 N]``, read, and updated in place: how many tokens (padding
+            included) of each sequence were read; for every edit the index of the first one at which
+            its cue was seen, 2^31 - 1 where it was not; and for every edit that reaches less than
+            63 columns a register, bit i of which says whether the cue was seen i columns before the
+            last one. A new one is (0, 2^31 - 1, ..., 0, ...). With cues only; None starts every
+            sequence unarmed and keeps nothing.
+        reaches: int32 ``[N]``, with cues only: for how many columns after its cue an edit stays
+            armed; 63 and more: for ever. None: all for ever.
     """
 
     groups: Tensor | None = None
@@ -82,6 +86,7 @@ class Membership:
     cues: Tensor | None = None
     limits: Tensor | None = None
     state: Tensor | None = None
+    reaches: Tensor | None = None
 
 
 @dataclass(frozen=True)
