@@ -399,7 +399,7 @@ class HookStorage(nn.Module):
         rank: int,
         cues: Tensor | None,
         limits: Tensor | None,
-        reaches: Tensor | None,
+        reaches: Any,
     ) -> None:
         if reaches is not None:
             if cues is None:
