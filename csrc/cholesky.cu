@@ -217,9 +217,10 @@ Status launch_rotations(const RotationParams& p, cudaStream_t stream) {
   const Status status = launched(kRotationsOp, "prefix_sums_kernel");
   if (!status.ok()) return status;
 
-  const dim3 grid(static_cast<unsigned>(panels + PanelTraits<kColumns>::kIdentities));
-  COACHHOOK_LAUNCH((panel_rotations_kernel<T, kColumns>), grid,
-                   dim3(PanelTraits<kColumns>::kThreads), stream, p);
+  using Traits = PanelTraits<kColumns>;
+  const bool paired = Traits::kPaired && panels > 1;
+  const dim3 grid(static_cast<unsigned>(panels + Traits::kIdentities + paired));
+  COACHHOOK_LAUNCH((panel_rotations_kernel<T, kColumns>), grid, dim3(Traits::kThreads), stream, p);
   return launched(kRotationsOp, "panel_rotations_kernel");
 }
 

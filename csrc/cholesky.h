@@ -15,7 +15,8 @@ constexpr int kArrivals = 4;       // counters for 64 rows of a solve
 
 // With X = L^-1 K the new factor is L G, G = chol(I + s X X^T). Per panel of 32 columns, from
 // P = sum of X_i^T X_i over the panels before it and R R^T = I + s P:
-//   Y = R^-1 X_j^T,  G_jj = chol(I + s Y^T Y),  W_j = s R^-T Y G_jj^-T.
+//   Y = R^-1 X_j^T,  G_jj = chol(I + s Y^T Y),  W_j = s R^-T Y G_jj^-T;
+// the same of panel 1 with more than 32 keys without R, see panel_rotations_kernel.
 // Arrays are contiguous and row-major. `columns` is the number k of keys rounded up to 32 or 64;
 // columns from k on are zero.
 struct RotationParams {
@@ -25,7 +26,9 @@ struct RotationParams {
   int64_t columns = 0;           // 32 or 64
   int sign = 1;                  // s
   const void* solved = nullptr;  // [32 panels, columns] X, zero below row n
-  void* sums = nullptr;          // [panels + 1, columns, columns] X_j^T X_j; becomes P, then all
+  // [panels + 1, columns, columns] X_j^T X_j; becomes P, then all. With 64 columns and more than
+  // one panel there is another entry, Z Z^T of the first 64 rows Z of X.
+  void* sums = nullptr;
   const void* factor = nullptr;  // L, of which the diagonal is checked
   int64_t diagonal_stride = 0;   // elements from one diagonal entry to the next
   double margin = 0.0;           // (1 - margin) I + s X^T X must be positive definite

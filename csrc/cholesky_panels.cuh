@@ -40,7 +40,8 @@ struct PanelTraits {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kBlocks = kColumns / kPanelWidth;
-  static constexpr int kIdentities = kBlocks;  // blocks of threads after the last panel
+  static constexpr int kIdentities = kBlocks;    // blocks of threads after the last panel
+  static constexpr bool kPaired = kBlocks == 2;  // panel 1 has two blocks of threads
   // With 34, rows of a block fall into different banks too; 64 keys leave no room for it.
   static constexpr int kPitch = kBlocks == 1 ? kPanelWidth + 2 : kPanelWidth;
   static constexpr int kSize = kPanelWidth * kPitch;
@@ -163,6 +164,12 @@ __device__ __forceinline__ void load_row(T (&row)[kPanelWidth], const T* from, i
 // One block for each panel; then kColumns / 32 blocks that factor (1 - margin) I + s X^T X, each of
 // them solving for 32 rows of its inverse. All of it is a chain of dependent steps, so a warp takes
 // each of them without barriers.
+//
+// P of panel 1 is of 32 rows of X, so with more keys it is singular, and where they outweigh L L^T
+// the I of I + P drowns in its rounding. (I - P of a downdate has no such trouble, but the same
+// form.) There the first 64 rows Z of X are taken as one panel would be: the second blocks of
+// chol(I + s Z Z^T) and of its solution for Z are G_11 and s W_1^T. It has two blocks of threads,
+// the last of all for the keys from 32 on.
 template <typename T, int kColumns>
 __global__ void __launch_bounds__(PanelTraits<kColumns>::kThreads)
     panel_rotations_kernel(const RotationParams p) {
@@ -178,14 +185,19 @@ __global__ void __launch_bounds__(PanelTraits<kColumns>::kThreads)
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const int64_t panels = (p.n + kWidth - 1) / kWidth;
-  const int64_t panel = blockIdx.x;
-  const bool is_panel = panel < panels;
+  const int64_t second = panels + Traits::kIdentities;  // block of threads of panel 1
+  const bool is_pair = Traits::kPaired && panels > 1 && (blockIdx.x == 1 || blockIdx.x == second);
+  const bool is_panel = blockIdx.x < panels && !is_pair;
+  const bool is_identity = !is_panel && !is_pair;
+  const int64_t panel = is_pair ? 1 : blockIdx.x;
+  // Which 32 rows of the inverse, or which 32 keys.
+  const int part = is_pair ? blockIdx.x == second : static_cast<int>(panel - panels);
   const T sign = static_cast<T>(p.sign);
-  const T diagonal = static_cast<T>(is_panel ? 1.0 : 1.0 - p.margin);
+  const T diagonal = static_cast<T>(is_identity ? 1.0 - p.margin : 1.0);
 
   bool good = true;
-  const T* sums = static_cast<const T*>(p.sums) +
-                  (is_panel ? panel : panels) * static_cast<int64_t>(kColumns * kColumns);
+  const int64_t entry = is_panel ? panel : panels + is_pair;
+  const T* sums = static_cast<const T*>(p.sums) + entry * static_cast<int64_t>(kColumns * kColumns);
 #pragma unroll
   for (int d = 0; d < kBlocks; ++d) {
 #pragma unroll
@@ -197,20 +209,21 @@ __global__ void __launch_bounds__(PanelTraits<kColumns>::kThreads)
       }
     }
   }
-  const T* solved = static_cast<const T*>(p.solved) + panel * kWidth * kColumns;
+  const T* solved = static_cast<const T*>(p.solved) + (is_pair ? 0 : panel * kWidth * kColumns);
 #pragma unroll 8
   for (int i = threadIdx.x; i < kWidth * kColumns; i += kThreads) {
-    const int r = i / kColumns, c = i % kColumns;
+    const int r = is_pair ? i % kWidth : i / kColumns, c = is_pair ? i / kWidth : i % kColumns;
     T value;
-    if (is_panel) {
-      value = solved[i];
-      good = good && is_finite(value);
+    if (is_identity) {
+      value = c == part * kWidth + r ? T(1) : T(0);
     } else {
-      value = c == static_cast<int>(panel - panels) * kWidth + r ? T(1) : T(0);
+      // Rows of X, or of its transpose.
+      value = solved[is_pair ? c * kColumns + part * kWidth + r : i];
+      good = good && is_finite(value);
     }
     rows[c * kPitch + r] = value;
   }
-  if (is_panel && threadIdx.x < kWidth) {
+  if (!is_identity && threadIdx.x < kWidth) {
     const int64_t i = panel * kWidth + threadIdx.x;
     if (i < p.n) good = good && is_pivot(static_cast<const T*>(p.factor)[i * p.diagonal_stride]);
   }
@@ -243,6 +256,24 @@ __global__ void __launch_bounds__(PanelTraits<kColumns>::kThreads)
     }
   }
 
+  T* rotations = static_cast<T*>(p.rotations) + panel * (kWidth + kColumns) * kWidth;
+  // Row r of G_jj, from its columns.
+  const auto store_corner = [&](const T* from, int r) {
+    T value = lane <= r ? from[lane * (kPitch - 1) + r] : T(0);
+    if (lane == r) value = T(1) / value;
+    good = good && is_finite(value);
+    rotations[r * kWidth + lane] = value;
+  };
+  if (is_pair) {
+    for (int r = warp; r < kWidth; r += Traits::kWarps) {
+      if (part == 0) store_corner(root(1, 1), r);
+      const T value = rows[kSize + lane * kPitch + r];
+      good = good && is_finite(value);
+      rotations[(kWidth + part * kWidth + r) * kWidth + lane] = sign * value;
+    }
+    if (!good) p.status[0] = 1;
+    return;
+  }
   if (is_panel) {
     constexpr int kShare = kWidth / Traits::kWarps;
     T sum[kShare] = {};
@@ -280,7 +311,6 @@ __global__ void __launch_bounds__(PanelTraits<kColumns>::kThreads)
     if (!(most * most <= static_cast<T>(p.pivot_limit) * least * least)) p.status[1] = 1;
   }
 
-  T* rotations = static_cast<T*>(p.rotations) + panel * (kWidth + kColumns) * kWidth;
   if (warp == 0) {
     if (kBlocks == 2) {
       T* own = rows + kSize + lane;
@@ -298,16 +328,11 @@ __global__ void __launch_bounds__(PanelTraits<kColumns>::kThreads)
         good = good && is_finite(value);
         rotations[(kWidth + c) * kWidth + lane] = sign * value;
       } else if (p.inverse != nullptr) {
-        static_cast<T*>(p.inverse)[((panel - panels) * kWidth + lane) * kColumns + c] = value;
+        static_cast<T*>(p.inverse)[(part * kWidth + lane) * kColumns + c] = value;
       }
     }
   } else if (is_panel) {
-    for (int r = warp - 1; r < kWidth; r += Traits::kWarps - 1) {
-      T value = lane <= r ? corner[lane * (kPitch - 1) + r] : T(0);
-      if (lane == r) value = T(1) / value;
-      good = good && is_finite(value);
-      rotations[r * kWidth + lane] = value;
-    }
+    for (int r = warp - 1; r < kWidth; r += Traits::kWarps - 1) store_corner(corner, r);
   }
   if (!good) p.status[0] = 1;
 }

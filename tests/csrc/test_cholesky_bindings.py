@@ -15,7 +15,7 @@ from torch import Tensor
 from coachhook.errors import NotPositiveDefiniteError
 from coachhook.ops.cholesky import cuda, reference
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
-from tests.ops.linalg_oracle import F64, batches, exact, relative, spd
+from tests.ops.linalg_oracle import F64, batches, exact, joint, outweighing, relative, spd
 from tests.tolerances import tol
 
 DTYPES = [torch.float32, torch.float64]
@@ -100,20 +100,21 @@ def test_layouts(native, layout):
     assert int(storage.isfinite().sum()) == n * (n + 1) // 2
 
 
+@pytest.mark.parametrize("k", [3, 60])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_failures_leave_the_factor(native, sign, dtype):
+def test_failures_leave_the_factor(native, sign, dtype, k):
     def fails(factor: Tensor, keys: Tensor, error: type[Exception], match: str) -> None:
         before = factor.clone()
         with pytest.raises(error, match="op: " + match):
             cuda.modify_("op", factor, keys, sign, native, solve=sign > 0)
         torch.testing.assert_close(factor, before, rtol=0, atol=0, equal_nan=True)
 
-    factor, keys = make(70, 3, dtype)
+    factor, keys = make(70, k, dtype)
     keys = keys * 1e-3
     for value in (float("nan"), float("inf")):
         bad = keys.clone()
-        bad[69, 2] = value
+        bad[69, k * 2 // 3] = value
         fails(factor, bad, ValueError, "keys must be finite, got 1 NaN or Inf")
     for value in (0.0, -1.0, float("nan"), float("inf")):
         bad = factor.clone()
@@ -150,6 +151,34 @@ def test_keys_that_outweigh_the_factor(native):
     assert relative(delta, exact(prior, made)) < 1e-9
 
 
+# Of k^T C^-1 k = 150 size^2, at most 1 / eps.
+@pytest.mark.parametrize(
+    "dtype, size", [(F64, 1e3), (F64, 1e6), (torch.float32, 30.0), (torch.float32, 1e2)], ids=str
+)
+@pytest.mark.parametrize("k", [33, 48, 64])
+def test_more_keys_than_a_panel_has_rows_that_outweigh_the_factor(native, dtype, size, k):
+    """The I of a singular ``I + P_1`` would drown in rounding, for an error of size^2 eps."""
+    factor, _ = make(150, 1, dtype)
+    keys = outweighing(factor, k, size).to(dtype)
+    after = square(factor) + keys.double() @ keys.double().mT
+    cuda.modify_("op", factor, keys, 1, native)
+    limit = tol("factor", dtype, reduction=150 + k, scale=float(after.abs().max()))
+    torch.testing.assert_close(square(factor), after, **limit)
+
+
+@pytest.mark.parametrize("k", [33, 48, 64])
+@pytest.mark.parametrize("other", [1.0, 1e-3], ids=["even", "uneven"])
+def test_solution_of_keys_that_outweigh_the_factor(native, k, other):
+    """From the old factor, or from the new one where some keys are small."""
+    factor, _ = make(150, 1)
+    keys, prior = outweighing(factor, k, 1e3), square(factor)
+    keys[:, k // 2 :] *= other
+    made = [(keys, torch.eye(k, dtype=F64))]
+    solution = cuda.modify_("op", factor, keys, 1, native, solve=True)
+    truth = exact(prior, made)
+    assert relative(solution.mT, truth) < 2 * relative(joint(prior, made), truth)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_that_begin_between_two_accesses(native, dtype):
     """Contiguous, so that nothing has to be copied for their strides; read by both solves."""
@@ -175,8 +204,9 @@ def test_no_keys_and_keys_from_the_factor(native):
     torch.testing.assert_close(square(factor), expected)
 
 
-def test_two_runs_give_the_same_bits(native):
-    factor, keys = make(70, 4)
+@pytest.mark.parametrize("k", [4, 48])
+def test_two_runs_give_the_same_bits(native, k):
+    factor, keys = make(70, k)
     runs = [factor.clone(), factor.clone()]
     solutions = [cuda.modify_("op", run, keys, 1, native, solve=True) for run in runs]
     assert torch.equal(*runs) and torch.equal(*solutions)

@@ -65,6 +65,11 @@ class Update:
         x = self.padded().reshape(self.panels, WIDTH, self.columns)
         return np.einsum("pik,pil->pkl", x, x)
 
+    def paired(self) -> np.ndarray:
+        """Z Z^T of the first two panels, where they are taken together: [0 or 1, 64, 64]."""
+        first = self.padded()[: 2 * WIDTH]
+        return (first @ first.T)[None][: self.columns > WIDTH and self.panels > 1]
+
     def dense(self) -> np.ndarray:
         """G [n, n] in float64."""
         x = self.solved.astype(np.float64)
@@ -115,8 +120,10 @@ def run_rotations(host: Host, case: Update, order: int = 0, inverse: bool = True
     c, panels, real = case.columns, case.panels, case.real
     header = (0, REALS[real], case.n, case.solved.shape[1], c, case.sign, case.n + 1, int(inverse))
     with np.errstate(over="ignore", invalid="ignore"):
-        # The last entry, the total, is for the kernel to write.
-        sums = np.concatenate([case.sums(), np.full((1, c, c), np.nan)]).astype(real)
+        # The entry of the total is for the kernel to write.
+        parts = [case.sums(), np.full((1, c, c), np.nan)]
+        parts += [case.paired()] if len(case.paired()) else []
+        sums = np.concatenate(parts).astype(real)
     arrays = (
         np.array([case.margin, case.pivot_limit]),
         case.padded().astype(real),
@@ -126,10 +133,10 @@ def run_rotations(host: Host, case: Update, order: int = 0, inverse: bool = True
     out = host._run(struct.pack("<8q", *header) + b"".join(map(_array, arrays)), order)
     status, out = np.frombuffer(out, np.int32, 2), out[8:]
     numbers = np.frombuffer(out, real)
-    parts = np.split(numbers, np.cumsum([(panels + 1) * c * c, panels * (WIDTH + c) * WIDTH]))
+    parts = np.split(numbers, np.cumsum([sums.size, panels * (WIDTH + c) * WIDTH]))
     return Rotations(
         status,
-        parts[0].reshape(panels + 1, c, c),
+        parts[0].reshape(-1, c, c)[: panels + 1],
         parts[1].reshape(panels, WIDTH + c, WIDTH),
         parts[2].reshape(-1, c),
     )
@@ -330,12 +337,15 @@ def check_rotations(case: Update, got: Rotations) -> None:
 
 @pytest.mark.parametrize("real", REALS)
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("n, k", [(1, 1), (32, 5), (300, 3), (75, 33), (70, 64)])
+@pytest.mark.parametrize(
+    "n, k", [(1, 1), (32, 5), (300, 3), (32, 33), (40, 41), (75, 33), (70, 64)]
+)
 def test_rotations(host: Host, real: str, sign: int, n: int, k: int) -> None:
-    case = make(n, k, real, sign)
+    # The margin is of the inverse alone.
+    case = make(n, k, real, sign, margin=0.01)
     got = run_rotations(host, case)
     check_rotations(case, got)
-    total = np.eye(case.columns) + sign * got.sums[-1].astype(np.float64)
+    total = (1 - case.margin) * np.eye(case.columns) + sign * got.sums[-1].astype(np.float64)
     np.testing.assert_allclose(
         got.inverse, np.linalg.inv(total), rtol=0, atol=limit(case, np.linalg.cond(total))
     )

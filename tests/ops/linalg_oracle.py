@@ -34,6 +34,22 @@ def batches(
     return made
 
 
+def outweighing(factor: Tensor, k: int, size: float, seed: int = 2) -> Tensor:
+    """Keys [n, k] for n >= 64 and k <= 64, ``size`` times as large as C = factor factor^T.
+
+    Of ``X = factor^-1 K`` the first 64 rows have orthogonal columns, and with k >= 32 the first 32
+    rows are orthogonal: nothing but the size of the keys makes a sum over rows ill conditioned.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthogonal(size: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=F64))[0]
+
+    solved = torch.randn(len(factor), k, generator=generator, dtype=F64)
+    solved[:64] = 8 * torch.block_diag(orthogonal(32), orthogonal(32))[:, :k] @ orthogonal(k)
+    return size * factor.to(F64) @ solved
+
+
 def joint(prior: Tensor, made: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Delta of all batches at once by a float64 LU solve, the published way."""
     keys, targets = (torch.cat(x, 1) for x in zip(*made, strict=True))

@@ -181,8 +181,14 @@ def rotations(
     """
     rows, columns = solved.shape
     by_panel = solved.view(rows // WIDTH, WIDTH, columns)
-    sums = solved.new_empty(len(by_panel) + 1, columns, columns)
-    torch.bmm(by_panel.mT, by_panel, out=sums[:-1])
+    panels = len(by_panel)
+    # With more keys than rows in the first panel the kernel takes it together with the second.
+    paired = columns > WIDTH and panels > 1
+    sums = solved.new_empty(panels + 1 + paired, columns, columns)
+    torch.bmm(by_panel.mT, by_panel, out=sums[:panels])
+    if paired:
+        first = solved[: 2 * WIDTH]
+        torch.mm(first, first.mT, out=sums[panels + 1])
     stacked = solved.new_empty(len(by_panel), WIDTH + columns, WIDTH)
     native.cholesky_rotations(
         real=_real(native, factor.dtype),
