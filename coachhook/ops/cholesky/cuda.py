@@ -57,8 +57,9 @@ def cholesky_downdate_(factor: Tensor, keys: Tensor) -> None:
 def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
     """CUDA form of :func:`coachhook.ops.cholesky_update_solve_`.
 
-    The solution shares X with the update, as on the CPU; where the pivots of ``I + X^T X`` say that
-    two solves with the new factor are more exact, these follow once the flags were read.
+    The solution shares X with the update, as on the CPU; where the pivots of ``I + X^T X``, or more
+    keys than rows, say that two solves with the new factor are more exact, these follow once the
+    flags were read.
     """
     op = "cholesky_update_solve_"
     result = modify_(op, factor, keys, 1, _extension(factor, keys), solve=True)
@@ -105,8 +106,9 @@ def modify_(
             form = _Torch(factor, keys, sign)
         else:
             form = _Native(factor, keys, sign, extension)
-        form.rotate(blocked, solve)
-        result = blocked.solve_transposed(form.shared()) if solve else None
+        shared = solve and keys.shape[1] <= keys.shape[0]
+        form.rotate(blocked, shared)
+        result = blocked.solve_transposed(form.shared()) if shared else None
         if result is not None and result.shape != keys.shape:
             result = result[:, : keys.shape[1]]
         if extension is None:
@@ -114,12 +116,12 @@ def modify_(
             form.apply_()
         else:
             form.apply_()
-            if capturing:
-                return None if result is None else form.masked(result)
-            uneven = form.read(op)
-        if result is not None and uneven:
+            uneven = False if capturing else form.read(op)
+        if solve and (uneven or not shared):
             updated = BlockedFactor(factor, blocked.rows, extension)
             result = updated.solve_transposed(updated.solve(keys))
+        if capturing and result is not None:
+            result = form.masked(result)
     return result
 
 
