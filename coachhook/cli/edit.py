@@ -80,7 +80,7 @@ _CHOICES = {
 }
 _SWITCHES = {
     "include_padding": "count padded positions in the gate's statistics",
-    "cues": "an edit fires only after its subject's earlier tokens, or its subject, were read",
+    "cues": "an edit fires only soon after its subject's earlier tokens, or its subject",
     "target_ends_word": "a target's last word must end with it: Lyon must not go on to Lyons",
 }
 _SAMPLES = 3

@@ -73,11 +73,12 @@ class EditConfig:
         alpha_ceiling: in the membership scope with the correction "own", an edit that some key of
             the unrelated sample comes near has its threshold raised to midway between that key's
             coefficient and its own, at most to this.
-        cues: in the membership scope with the correction "own", an edit fires only after its cue
-            was read in the same sequence: an earlier token of its subject, or, for one at the
-            prompt's last token or in the target, the subject itself. See
-            :mod:`coachhook.editing.cues`. Without cues a token is judged by itself, and nothing is
-            written at a prompt's last token, whose key the same words about others share.
+        cues: in the membership scope with the correction "own", an edit fires only where its cue
+            was read in the same sequence up to 8 tokens before, an earlier token of its subject,
+            or, for one at the prompt's last token or in the target, up to 40 tokens before, the
+            subject itself. See :mod:`coachhook.editing.cues`. Without cues a token is judged by
+            itself, and nothing is written at a prompt's last token, whose key the same words about
+            others share.
         alpha_cued: threshold of an edit that has a cue, whatever the unrelated sample says, at a
             token of the subject.
         alpha_answer: the same at the prompt's last token and in the target, whose cue is the whole
