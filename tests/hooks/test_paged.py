@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from coachhook.hooks import HookSet
-from coachhook.hooks.paged import PagedForward, is_paged
+from coachhook.hooks.paged import _OLDEST, PagedForward, _ages, _Places, is_paged
 from coachhook.ops.hooked_linear import checks
+from coachhook.ops.hooked_linear.cues import REGISTER, armed_edits, blank_state
+from coachhook.ops.hooked_linear.gate import Tokens
 
 from ..models.families import tiny
 from .support import RANK, fired, generate, hooked, padded, prompts, together
@@ -316,3 +318,35 @@ def test_nobody_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert waits() == plain
     assert len(plain) > 6
     assert fired(records) > 0
+
+
+def test_how_long_ago_cues_were_seen_at_every_token_of_a_forward() -> None:
+    """Of the last tokens exactly; else no later than it was, and as late as the register allows."""
+    length, reaches = 100, torch.tensor([8, 40, 2**31 - 1], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(3)
+    reached = torch.rand(length, 3, generator=generator) < 0.03
+    bounds = torch.tensor([0, length])
+    state = blank_state(1, 3, bounds.device)
+    state[:, 0] = _OLDEST
+    tokens = Tokens.of(reached, None, bounds)
+    armed_edits(reached.float(), tokens, torch.full((3,), 0.5), state, reaches)
+    nothing, token = torch.zeros(length, dtype=torch.int64), torch.arange(length)
+    places = _Places(bounds, nothing[:1], nothing[:1].bool(), nothing, token + 1, nothing)
+    ages = _ages(state, places).tolist()
+    exact = guessed = 0
+    for edit in range(3):
+        last = None
+        for t in range(length):
+            last = t if reached[t, edit] else last
+            if last is None:
+                assert ages[t][edit] == 0
+            elif edit == 2:
+                assert ages[t][edit] > 0
+            elif length - 1 - last < REGISTER:
+                assert ages[t][edit] == t - last + 1
+                exact += 1
+            else:
+                unknown = max(1, REGISTER + 1 - (length - 1 - t))
+                assert ages[t][edit] == min(t - last + 1, unknown)
+                guessed += ages[t][edit] < t - last + 1
+    assert exact > 20 and guessed > 5
