@@ -33,6 +33,7 @@ _ATTRIBUTE = "_coachhook_cues"
 _COPYING = ("perform_cache_copy", "copy_cache")
 # The largest age that a byte holds.
 _OLDEST = 255
+_TOKENS_AT_ONCE = 1024
 _NEEDED = ("cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index")
 
 
@@ -203,8 +204,7 @@ class PagedForward:
 
     @torch.compiler.disable
     def open(self, layer: int, edits: int, version: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the requests ``[B + 1]``, and the state of their cues
-        ``[B, 1 + 2 edits]``.
+        """Bounds of the requests ``[B + 1]``, and the state ``[B, 1 + 2 edits]`` of their cues.
 
         Args:
             layer: index of the hooked layer.
@@ -234,7 +234,10 @@ class PagedForward:
         cues = _cues_of(self._cache)
         ages, versions = cues.ages[layer], cues.versions[layer]
         places = self._located(cues).to(version.device)
-        ages.index_copy_(0, places.target, _ages(state, places))
+        # A long prompt's ages are worked out a part at a time: eight bytes for each of them.
+        parts = (x.split(_TOKENS_AT_ONCE) for x in (places.request, places.column, places.target))
+        for request, column, target in zip(*parts, strict=True):
+            ages.index_copy_(0, target, _ages(state, request, column))
         versions.index_copy_(0, places.target, version.expand(places.target.shape[0]))
         self._seen.add(layer)
 
@@ -249,22 +252,27 @@ class PagedForward:
                 continue
             versions = cues.versions[layer]
             places = self._located(cues).to(ages.device)
-            was = (ages[places.before] * places.going_on[:, None])[places.request].long()
+            was = (ages[places.before] * places.going_on[:, None])[places.request].int()
             older = torch.where(was > 0, (was + places.column[:, None]).clamp(max=_OLDEST), 0)
             noted = versions[places.before]
             ages.index_copy_(0, places.target, older.to(torch.uint8))
             versions.index_copy_(0, places.target, noted[places.request])
 
 
-def _ages(state: Tensor, places: _Places) -> Tensor:
-    """Age uint8 ``[N, edits]`` of each cue at each token of a forward, from the state after it.
+def _ages(state: Tensor, request: Tensor, column: Tensor) -> Tensor:
+    """Age uint8 ``[N, edits]`` of each cue at some tokens of a forward, from the state after it.
 
     A register tells of the last tokens of a request. A cue seen before them counts as seen at the
     latest one that it does not tell of.
+
+    Args:
+        state: of the cues, after the forward.
+        request: of each token ``[N]``.
+        column: of each token, see :class:`_Places`.
     """
-    first, register = firsts(state)[places.request], registers(state)[places.request]
-    column = places.column[:, None] + (_OLDEST - 1)
-    left = state[:, 0][places.request][:, None] - 1 - column  # tokens of the request that follow
+    first, register = firsts(state)[request], registers(state)[request]
+    column = column[:, None] + (_OLDEST - 1)
+    left = state[:, 0][request][:, None] - 1 - column  # tokens of the request that follow
     shown = register >> left.clamp(0, REGISTER - 1)
     latest = (shown & -shown).clamp(min=1).to(torch.float64).log2().round().long() + 1
     unknown = (REGISTER - left + 1).clamp(min=1)  # the youngest that the register cannot tell of

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from coachhook.hooks import HookSet
-from coachhook.hooks.paged import _OLDEST, PagedForward, _ages, _Places, is_paged
+from coachhook.hooks.paged import _OLDEST, PagedForward, _ages, is_paged
 from coachhook.ops.hooked_linear import checks
 from coachhook.ops.hooked_linear.cues import REGISTER, armed_edits, blank_state
 from coachhook.ops.hooked_linear.gate import Tokens
@@ -331,8 +331,7 @@ def test_how_long_ago_cues_were_seen_at_every_token_of_a_forward() -> None:
     tokens = Tokens.of(reached, None, bounds)
     armed_edits(reached.float(), tokens, torch.full((3,), 0.5), state, reaches)
     nothing, token = torch.zeros(length, dtype=torch.int64), torch.arange(length)
-    places = _Places(bounds, nothing[:1], nothing[:1].bool(), nothing, token + 1, nothing)
-    ages = _ages(state, places).tolist()
+    ages = _ages(state, nothing, token + 1).tolist()
     exact = guessed = 0
     for edit in range(3):
         last = None

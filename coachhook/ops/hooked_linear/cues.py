@@ -196,20 +196,27 @@ def armed_edits(
     recent = _within(reached, column, reaches)
     if state is not None:
         recent |= column[:, None] + _since(registers(state))[row] <= reaches
-        _read_on_(registers(state), reached & bounded, start, end, tokens.longest)
+        _read_on_(registers(state), reached & bounded, row, start, end)
     return torch.where(bounded, recent, armed)
 
 
-def _read_on_(register: Tensor, reached: Tensor, start: Tensor, end: Tensor, longest: int) -> None:
+def _read_on_(register: Tensor, reached: Tensor, row: Tensor, start: Tensor, end: Tensor) -> None:
     """Shift the sequences' tokens ``start`` to ``end`` of a call in."""
     length = (end - start)[:, None]
     kept = (register << length.clamp(max=REGISTER - 1)) & _ALL
     register.copy_(torch.where(length < REGISTER, kept, 0))
-    if reached.shape[0]:
-        back = torch.arange(min(longest, REGISTER), device=reached.device)
+    count = reached.shape[0]
+    if count <= REGISTER * len(start):
+        # Every bit has a place of its own, so that a sum is a union.
+        back = end[row] - 1 - torch.arange(count, device=row.device)
+        told = reached & ((back >= 0) & (back < REGISTER))[:, None]
+        register.index_add_(0, row, told.to(torch.int64) << back.clamp(0, REGISTER - 1)[:, None])
+    else:
+        # Few long sequences: their last tokens alone.
+        back = torch.arange(REGISTER, device=row.device)
         at = end[:, None] - 1 - back
-        bits = reached[at.clamp(min=0)] & (at >= start[:, None])[..., None]
-        register.add_((bits.to(torch.int64) << back[:, None]).sum(dim=1))
+        told = reached[at.clamp(min=0)] & (at >= start[:, None])[..., None]
+        register.add_((told.to(torch.int64) << back[:, None]).sum(dim=1))
 
 
 def _armed_at_one(
