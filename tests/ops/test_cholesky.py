@@ -14,7 +14,7 @@ from coachhook.ops import (
     cholesky_update_solve_,
 )
 from coachhook.ops.cholesky import _panels, cpu
-from tests.ops.linalg_oracle import F64, relative, spd
+from tests.ops.linalg_oracle import F64, exact, relative, spd
 from tests.tolerances import tol
 
 DTYPES = [torch.float32, torch.float64]
@@ -68,6 +68,30 @@ def test_update_solve_and_downdate(backend, dtype, n, k, nan_filled_memory):
         scale = float(after.abs().max()) * condition
         limit = tol("factor", dtype, reduction=n, scale=scale)
         torch.testing.assert_close(square(updated), before, **limit)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "n, k, condition, size, most",
+    [
+        (60, 30, 1e6, 5.0, 2e4),  # two solves: up to 8e6
+        (60, 58, 20.0, 500.0, 1e5),  # two solves: up to 7e7
+        (60, 50, 1e6, 0.5, 1e5),  # the solve that shares X: 8e4 to 6e5
+        (60, 60, 1e6, 0.5, 4e4),  # the same: 6e5
+        (2, 300, 20.0, 0.5, 20),  # the same: 7e3
+    ],
+)
+def test_the_more_exact_solve_is_made(backend, n, k, condition, size, most):
+    """Errors in eps, of the largest entry; the other way's are those beside the cases."""
+    if backend == "reference":
+        pytest.skip("the plain form solves with the new factor alone")
+    torch.manual_seed(1)
+    factor = torch.linalg.cholesky(spd(n, condition)[0])
+    keys = size * torch.randn(n, k, dtype=F64)
+    truth = exact(square(factor), [(keys, torch.eye(k, dtype=F64))]).mT
+    solution = cholesky_update_solve_(factor, keys, backend=backend)
+    error = float((solution - truth).abs().max() / truth.abs().max())
+    assert error < most * torch.finfo(F64).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -117,3 +117,19 @@ def check_gap(op: str, solved: Tensor) -> None:
             f"{gap:.3g} with X = L^-1 K, needed at least {least:.3g}; only keys that were added "
             "to this factor before can be taken out of it"
         )
+
+
+def shares_well(root: Tensor, factor: Tensor) -> Tensor:
+    """Whether the solve that shares X is more exact than two with the new factor; bool, 0-dim.
+
+    The error of the one grows with the condition of ``I + X^T X``, that of the other with that of
+    C'. The pivots of their factors bound both from below.
+
+    Args:
+        root: Cholesky factor of ``I + X^T X`` [k, k], of at most as many keys as rows: more always
+            depend on each other, of which even pivots do not tell.
+        factor: the new factor [n, n].
+    """
+    inner, outer = (x.diagonal().double().square() for x in (root, factor))
+    most = (outer.max() / outer.min()).clamp(min=PIVOT_LIMIT)
+    return inner.max() <= most * inner.min()

@@ -35,6 +35,7 @@ from coachhook.ops.cholesky._checks import (
     least_gap,
     not_positive_definite,
     overflow,
+    shares_well,
 )
 from coachhook.ops.cholesky.blocked import BlockedFactor, block_rows
 
@@ -57,9 +58,8 @@ def cholesky_downdate_(factor: Tensor, keys: Tensor) -> None:
 def cholesky_update_solve_(factor: Tensor, keys: Tensor) -> Tensor:
     """CUDA form of :func:`coachhook.ops.cholesky_update_solve_`.
 
-    The solution shares X with the update, as on the CPU; where the pivots of ``I + X^T X``, or more
-    keys than rows, say that two solves with the new factor are more exact, these follow once the
-    flags were read.
+    The solution shares X with the update, as on the CPU; where two solves with the new factor are
+    more exact, these follow once the flags were read.
     """
     op = "cholesky_update_solve_"
     result = modify_(op, factor, keys, 1, _extension(factor, keys), solve=True)
@@ -117,6 +117,8 @@ def modify_(
         else:
             form.apply_()
             uneven = False if capturing else form.read(op)
+        if shared and uneven:
+            uneven = not form.shares_well()
         if solve and (uneven or not shared):
             updated = BlockedFactor(factor, blocked.rows, extension)
             result = updated.solve_transposed(updated.solve(keys))
@@ -151,6 +153,13 @@ class _Form:
     def apply_(self) -> None:
         """Overwrite the factor."""
         raise NotImplementedError
+
+    def shares_well(self) -> bool:
+        """Whether the shared solution is the better one all the same, after :meth:`apply_`."""
+        wide = self.solved[:, : self.keys.shape[1]].double()
+        total = wide.mT @ wide
+        total.diagonal().add_(1)
+        return bool(shares_well(torch.linalg.cholesky_ex(total).L, self.factor))
 
     def read(self, op: str) -> bool:
         """Wait for the flags; raise where the update failed, else say whether pivots are uneven."""
