@@ -23,10 +23,11 @@ from coachhook.editing.config import EditConfig
 from coachhook.editing.folded import most_keys
 from coachhook.editing.logs import logs_of, read_folded, read_rows
 from coachhook.editing.memory import EditMemory
+from coachhook.editing.payload import HookPayload
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.segments import Written, arranged, read_segments
-from coachhook.editing.state import EditState, HookPayload, LayerEdits
+from coachhook.editing.state import EditState, LayerEdits
 from coachhook.editing.unrelated import SampleTokens
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.models import describe, get_submodule

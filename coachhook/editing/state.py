@@ -15,13 +15,13 @@ from torch import Tensor
 from coachhook.editing.config import EditConfig
 from coachhook.editing.cues import cue_limit
 from coachhook.editing.memory import EditMemory
+from coachhook.editing.payload import HookPayload
 from coachhook.editing.prompts import PLACES, SUBJECT_PLACES
 from coachhook.editing.published import PublishedMemory
 from coachhook.editing.records import BatchRecord
 from coachhook.editing.segments import Written
 from coachhook.editing.unrelated import Ending, SampleTokens
 from coachhook.errors import NotPositiveDefiniteError
-from coachhook.hooks import HookedLinear
 from coachhook.ops import Membership, Population, gate_scores, hook_output
 from coachhook.ops._precision import float32_products
 from coachhook.ops.hooked_linear.cues import NEVER
@@ -42,53 +42,6 @@ _LOWEST = 0.4
 # A prompt alone and in a padded batch differ in the last bits of a 16-bit model; the prompt that
 # sets the threshold must fire in both. The published code has no such margin.
 _MARGIN = 1e-3
-
-
-@dataclass(frozen=True)
-class HookPayload:
-    """What one layer's hook is set to.
-
-    Attributes:
-        kind: "empty", "dense", "factored" or "pair".
-        tensors: "delta", or "left" and "right" (Q and S, or V and A^T), and with cues "cues",
-            "limits" and "reaches", see :meth:`EditState.cues`.
-        alpha: threshold of the gate.
-        population: mean and standard deviation for the population scope.
-    """
-
-    kind: str
-    tensors: dict[str, Tensor]
-    alpha: float
-    population: tuple[float, float] | None = None
-
-    @property
-    def rank(self) -> int:
-        """Rows of the factor or pair; 0 where there is none."""
-        return self.tensors["right"].shape[0] if "right" in self.tensors else 0
-
-    def apply(self, hook: HookedLinear, config: EditConfig) -> None:
-        """Copies the payload into the hook's buffers."""
-        hook.set_scope(
-            config.scope,  # type: ignore[arg-type]
-            include_padding=config.counts_padding,
-            population=self.population,
-        )
-        hook.set_alpha(self.alpha)
-        if self.kind == "dense":
-            hook.set_delta(self.tensors["delta"])
-        elif self.kind == "factored":
-            hook.set_factored(self.tensors["left"], self.tensors["right"])
-        elif self.kind == "pair":
-            hook.set_pair(
-                self.tensors["left"],
-                self.tensors["right"],
-                correction=config.correction,  # type: ignore[arg-type]
-                cues=self.tensors.get("cues"),
-                limits=self.tensors.get("limits"),
-                reaches=self.tensors.get("reaches"),
-            )
-        else:
-            hook.clear()
 
 
 @dataclass

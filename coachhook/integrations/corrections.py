@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coachhook.editing.state import HookPayload
+from coachhook.editing.payload import HookPayload
 
 # Delta [m, n], or factors (left [m, r], right [r, n]) whose product it is; float64 on the CPU.
 Correction = Tensor | tuple[Tensor, Tensor]
