@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
   int32_t first = seen == nullptr || !exists ? kNever : static_cast<int32_t>(seen[1 + edit]);
   const float limit = p.cues == nullptr || !exists ? -INFINITY : p.limits[edit];
   const int32_t reach = p.reaches == nullptr || !exists ? kRegister : p.reaches[edit];
-  const bool bounded = reach < kRegister;
-  const int64_t window = kRegisterMask >> (kRegister - 1 - (bounded && reach > 0 ? reach : 0));
+  const bool bounded = reach < kRegister && limit != -INFINITY;
+  const int64_t window = (int64_t{1} << (bounded && reach > 0 ? reach : 0)) - 1;
   int64_t recent = seen == nullptr || !bounded ? 0 : seen[1 + p.features + edit];
 
   for (int64_t token = span.begin; token < span.end; ++token) {
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
             real && (bounded || column < first) &&
             (limit == -INFINITY || sum_of_splits(plan.cues, gate.rows, token, edit) >= limit);
         if (reached && column < first) first = column;
-        recent = ((recent << 1) & kRegisterMask) | (reached ? 1 : 0);
         armed = bounded ? (recent & window) != 0 : first <= column;
+        recent = ((recent << 1) & kRegisterMask) | (reached ? 1 : 0);
       }
       if (armed) best.value = sum_of_splits(plan.hook, gate.rows, token, edit);
     }

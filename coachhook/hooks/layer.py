@@ -265,10 +265,9 @@ class HookedLinear(nn.Module):
     ) -> None:
         """Store ``Delta = V A^T``, copied, for the scope ``membership``.
 
-        An edit with a cue fires only at a real token of its sequence with
-        ``cues[e] . x >= limits[e]`` and in the ``reaches[e]`` columns after it. What was seen is
-        kept beside a KV cache, as are the statistics of the scope ``prefix``; setting a pair
-        forgets it, also for caches in use.
+        An edit with a cue fires only in the ``reaches[e]`` columns after a real token of its
+        sequence with ``cues[e] . x >= limits[e]``. What was seen is kept beside a KV cache, as are
+        the statistics of the scope ``prefix``; setting a pair forgets it, also for caches in use.
 
         Args:
             v: V ``[m, N]``, one target per key.
@@ -278,8 +277,8 @@ class HookedLinear(nn.Module):
                 edit that fired (``"own"``).
             cues: ``[N, n]``, floating, one cue per edit; with ``"own"`` and without groups only.
             limits: ``[N]``, floating, comes with cues; -inf for an edit that waits for nothing.
-            reaches: int32 ``[N]``, may come with cues; 63 and more: to the sequence's end, as
-                without.
+            reaches: int32 ``[N]``, may come with cues; 63 and more: from the cue itself to the
+                sequence's end, as without.
 
         Raises:
             TypeError: not floating-point tensors.

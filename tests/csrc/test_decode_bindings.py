@@ -132,7 +132,7 @@ def test_edits_that_add_their_own_after_a_cue(edits: int, dtype: torch.dtype) ->
     for stored in {dtype, torch.float32}:
         delta, cues, limits = make_edits(x, 21, edits, stored)
         some = make_reaches(edits)
-        kept = random_state(3, edits), random_state(3, edits, reaches=some)
+        kept = random_state(3, edits), random_state(3, edits, reaches=some, limits=limits)
         for state, reaches in ((None, None), (kept[0], None), (None, some), (kept[1], some)):
             scope = Membership(None, "own", cues, limits, state, reaches)
             check(x, weight, bias, delta, scope, mask=mask)

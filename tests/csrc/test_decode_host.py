@@ -153,7 +153,8 @@ def waiting(case: Decode, state: bool = True) -> Decode:
     edits, dtype = case.delta[1].shape[0], case.delta[1].dtype
     case.delta, cues, limits = make_edits(case.x, case.out_features, edits, dtype)
     reaches = make_reaches(edits)
-    kept = random_state(case.sequences(), edits, reaches=reaches) if state else None
+    told = {"reaches": reaches, "limits": limits}
+    kept = random_state(case.sequences(), edits, **told) if state else None
     case.scope = Membership(None, "own", cues, limits.float(), kept, reaches)
     return case
 

@@ -128,7 +128,7 @@ def test_edits_wait_for_their_cues(edits: int, dtype: torch.dtype, frozen: str) 
         for stored in {dtype, torch.float32}:
             delta, cues, limits = make_edits(x, M, edits, stored)
             some = make_reaches(edits)
-            kept = random_state(tokens[0], edits, reaches=some)
+            kept = random_state(tokens[0], edits, reaches=some, limits=limits)
             for state, reaches in (
                 (None, some),
                 (random_state(tokens[0], edits), None),

@@ -81,6 +81,7 @@ def arming(
     rows = rows if cu_seqlens is None else len(cu_seqlens) - 1
     count = len(limits)
     reaches = [never] * count if scope.reaches is None else scope.reaches.tolist()
+    reaches = [never if limits[e] == -math.inf else reach for e, reach in enumerate(reaches)]
     read, shown = [0] * rows, [[set() for _ in limits] for _ in range(rows)]
     for row, (number, *known) in enumerate([] if scope.state is None else scope.state.tolist()):
         read[row] = number
@@ -95,8 +96,11 @@ def arming(
         for edit, limit in enumerate(limits):
             if real[t] and (limit == -math.inf or seen[t][edit] >= limit):
                 shown[row][edit].add(at)
-            reach = reaches[edit] if reaches[edit] <= most else at
-            armed[-1].append(any(at - reach <= one <= at for one in shown[row][edit]))
+            if reaches[edit] <= most:
+                near = range(at - reaches[edit], at)
+                armed[-1].append(any(one in near for one in shown[row][edit]))
+            else:
+                armed[-1].append(any(one <= at for one in shown[row][edit]))
         read[row] += 1
     after = [
         [

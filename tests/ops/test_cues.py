@@ -81,8 +81,10 @@ def make_reaches(count):
     return torch.tensor([kinds[i % len(kinds)] for i in range(count)], dtype=torch.int32)
 
 
-def random_state(rows, count, read=20, reaches=None):
+def random_state(rows, count, read=20, reaches=None, limits=None):
     """As after ``read`` tokens: some cues were seen, at columns before, some were not."""
+    if reaches is not None and limits is not None:
+        reaches = torch.where(limits == -INF, NEVER, reaches)
     state = blank_state(rows, count, torch.device("cpu"))
     state[:, 0] = read
     for row in state:
@@ -112,7 +114,7 @@ def test_matches_the_loop(backend, dtype, layout, seed):
         (None, some),
         (blank_state(rows, count, x.device), some),
         (random_state(rows, count), None),
-        (random_state(rows, count, 20, some), some),
+        (random_state(rows, count, 20, some, limits), some),
     ):
         scope = Membership(None, "own", cues, limits, state, reaches)
         z = oracle(base, x, delta, INF, mask, cu_seqlens, scope).z
@@ -166,7 +168,7 @@ def test_few_edits_wait_or_few_are_armed(backend, shape, dtype):
         for state, reaches in (
             (None, None),
             (random_state(shape[0], count), None),
-            (random_state(shape[0], count, 20, some), some),
+            (random_state(shape[0], count, 20, some, chosen), some),
         ):
             scope = Membership(None, "own", cues, chosen, state, reaches)
             _, after = arming(x, None, None, scope)
@@ -451,7 +453,15 @@ def test_an_edit_is_armed_as_far_as_it_reaches(backend):
     x[0, :, 0], x[0, 2, 1] = 1.0, 1.0
     delta = torch.ones(1, 1), torch.tensor([[1.0, 0.0]])
     cue, limit = torch.tensor([[0.0, 1.0]]), torch.ones(1)
-    for reach, last in ((0, 2), (1, 3), (40, 42), (62, 64), (63, 69), (NEVER, 69), (-3, 2)):
+    for reach, first, last in (
+        (-3, 3, 2),
+        (0, 3, 2),
+        (1, 3, 3),
+        (40, 3, 42),
+        (62, 3, 64),
+        (63, 2, 69),
+        (NEVER, 2, 69),
+    ):
         reaches = torch.tensor([reach], dtype=torch.int32)
         for size in (1, 7, 70):  # tokens a call
             state = blank_state(1, 1, x.device)
@@ -459,7 +469,7 @@ def test_an_edit_is_armed_as_far_as_it_reaches(backend):
             parts = x.split(size, 1)
             z = [gate_scores(part, delta, scope=scope, backend=backend) for part in parts]
             armed = (torch.cat(z, dim=1)[0] == 1).nonzero().flatten().tolist()
-            assert armed == list(range(2, last + 1)), (reach, size)
+            assert armed == list(range(first, last + 1)), (reach, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

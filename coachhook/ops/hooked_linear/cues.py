@@ -1,8 +1,8 @@
 """Edits with a cue: which of them are armed at a token, and what was seen of their cues so far.
 
     reached[t, e] = cues[e] . x_t >= limits[e]     where t is real; always where limits[e] = -inf
-    armed[t, e]   = t, or a token at most reaches[e] columns before it, has reached e's limit;
-                    any token before it, where reaches[e] >= REGISTER
+    armed[t, e]   = a token 1 to reaches[e] columns before t has reached e's limit; where
+                    reaches[e] >= REGISTER or limits[e] = -inf, any token before it, or t itself
 
 The state of B sequences and N edits is int64 ``[B, 1 + 2 N]``. Column 0 counts the columns of each
 sequence that were read, padding included. Column 1 + e is the first of them that reached e's limit,
@@ -115,13 +115,13 @@ def _earlier(reached: Tensor, column: Tensor, by: int) -> Tensor:
 
 
 def _within(reached: Tensor, column: Tensor, reaches: Tensor) -> Tensor:
-    """Whether some token of this call, at most ``reaches [edits]`` before, has reached the limit.
+    """Whether some token of this call, 1 to ``reaches [edits]`` before, has reached the limit.
 
     Windows whose lengths are powers of two follow from each other, and a window of any length is
     one after another of these: ``log2 REGISTER`` steps, whatever the lengths are.
     """
-    length = reaches.clamp(0, REGISTER - 1) + 1
-    window, found = reached, torch.zeros_like(reached)
+    length = reaches.clamp(0, REGISTER - 1)
+    window, found = _earlier(reached, column, 1), torch.zeros_like(reached)
     size = 1
     while True:
         longer = window | _earlier(found, column, size)
@@ -180,7 +180,7 @@ def armed_edits(
     reached = (seen >= limits.to(seen.dtype)) | limits.isneginf()
     if tokens.real is not None:
         reached = reached & tokens.real[:, None]
-    bounded = None if reaches is None else reaches < REGISTER
+    bounded = None if reaches is None else (reaches < REGISTER) & ~limits.isneginf()
     if state is not None and tokens.cu_seqlens is None and tokens.longest == 1:
         return _armed_at_one(reached, state, reaches, bounded)
     row, column, start, end = _columns(tokens, seen.device)
@@ -229,10 +229,10 @@ def _armed_at_one(
     read.add_(1)
     if reaches is None or bounded is None:
         return armed
+    window = (1 << reaches.clamp(0, REGISTER - 1).to(torch.int64)) - 1
+    recent = (register & window) != 0
     register.copy_(((register << 1) & _ALL) | (reached & bounded))
-    # Of a reach of 62 the shift ends at the sign, and less 1 all other bits are set.
-    window = (2 << reaches.clamp(0, REGISTER - 1).to(torch.int64)) - 1
-    return torch.where(bounded, (register & window) != 0, armed)
+    return torch.where(bounded, recent, armed)
 
 
 def unless_unarmed_(fired: Tensor, z: Tensor, scope: Scope) -> Tensor:

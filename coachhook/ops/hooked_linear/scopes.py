@@ -59,9 +59,9 @@ class Membership:
     The hook is given as the pair (V ``[m, N]``, A^T ``[N, n]``) with ``Delta = V A^T``. For an
     edited key, c is close to a unit vector, because ``A^T K = G^-1 (G - I)``.
 
-    With cues an edit fires only where it is *armed*: at a real token of its sequence with
-    ``cues[e] . x >= limits[e]``, and at the ``reaches[e]`` columns after it, or all later ones. z
-    is the largest coefficient of the armed edits, -inf where none is armed, and -inf never fires.
+    With cues an edit fires only where it is *armed*: in the ``reaches[e]`` columns after a real
+    token of its sequence with ``cues[e] . x >= limits[e]``, or from that token on for ever. z is
+    the largest coefficient of the armed edits, -inf where none is armed, and -inf never fires.
 
     Attributes:
         groups: int64 ``[N]`` with values in 0..N-1: keys with one value belong to one edit, and
@@ -77,8 +77,8 @@ class Membership:
             63 columns a register, bit i of which says whether the cue was seen i columns before the
             last one. A new one is (0, 2^31 - 1, ..., 0, ...). With cues only; None starts every
             sequence unarmed and keeps nothing.
-        reaches: int32 ``[N]``, with cues only: for how many columns after its cue an edit stays
-            armed; 63 and more: for ever. None: all for ever.
+        reaches: int32 ``[N]``, with cues only: for how many columns after its cue an edit is
+            armed; 63 and more: from the cue itself on for ever, as all are with None.
     """
 
     groups: Tensor | None = None
