@@ -23,6 +23,7 @@ from coachhook.ops.hooked_linear import (
     cuda,
     reference,
 )
+from coachhook.ops.hooked_linear.cues import blank_state
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def cues() -> tuple[Tensor, Tensor]:
 
 def seen() -> Tensor:
     """As after 30 tokens, one cue seen in each sequence."""
-    state = torch.full((B, RANK + 1), 2**31 - 1, dtype=torch.int32)
+    state = blank_state(B, RANK, torch.device("cpu"))
     state[:, 0], state[:, 6] = 30, torch.tensor([7, 0, 29])
     return state
 

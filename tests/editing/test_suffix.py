@@ -374,6 +374,7 @@ def test_packing_has_the_least_padding():
 def test_targets_in_a_batch_are_those_of_one_at_a_time(make_editor, requests):
     for preset in ("default", "paper"):
         editor, model, tokenizer = make_editor(preset, target_steps=8)
+        model.double()  # what float32 rounds away grows in the steps, on some processors to 1e-4
         # Prompts of several lengths, with gates that have been edited.
         editor.edit(requests[:2])
         batch = [
@@ -389,7 +390,7 @@ def test_targets_in_a_batch_are_those_of_one_at_a_time(make_editor, requests):
         for i, one in enumerate(encoded):
             alone = optimise_targets(model, describe(model), [one], editor.config, pad_id=0)
             difference = (together.values[:, i] - alone.values[:, 0]).norm()
-            assert difference <= 1e-4 * alone.values.norm(), preset
+            assert difference <= 1e-6 * alone.values.norm(), preset
             assert together.steps[i] == alone.steps[0]
 
 
