@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from coachhook.hooks.cache_state import is_cache
-from coachhook.ops.hooked_linear.cues import NEVER, REGISTER, blank_state, firsts, registers
+from coachhook.ops.hooked_linear.cues import (
+    NEVER,
+    REGISTER,
+    blank_state,
+    firsts,
+    registers,
+    since,
+)
 
 _ATTRIBUTE = "_coachhook_cues"
 # Methods that copy blocks when a request is forked, of transformers 5.24 and of earlier ones.
@@ -274,9 +281,8 @@ def _ages(state: Tensor, request: Tensor, column: Tensor) -> Tensor:
     column = column[:, None] + (_OLDEST - 1)
     left = state[:, 0][request][:, None] - 1 - column  # tokens of the request that follow
     shown = register >> left.clamp(0, REGISTER - 1)
-    latest = (shown & -shown).clamp(min=1).to(torch.float64).log2().round().long() + 1
     unknown = (REGISTER - left + 1).clamp(min=1)  # the youngest that the register cannot tell of
-    age = torch.where(left < REGISTER, torch.where(shown == 0, unknown, latest), 1)
+    age = torch.where(left < REGISTER, torch.where(shown == 0, unknown, since(shown)), 1)
     oldest = (column - first + 1).clamp(1, _OLDEST)
     return torch.where(first <= column, torch.minimum(age, oldest), 0).to(torch.uint8)
 

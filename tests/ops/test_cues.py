@@ -20,10 +20,7 @@ from coachhook.ops.hooked_linear import decode
 from coachhook.ops.hooked_linear.cues import (
     NEVER,
     blank_state,
-    cut_back_,
     firsts,
-    forget_,
-    pass_over_,
 )
 from tests.ops.gate_oracle import arming, oracle, threshold
 from tests.tolerances import tol
@@ -376,100 +373,6 @@ def test_packed_without_tokens(backend):
     cu_seqlens = torch.zeros(3, dtype=torch.int32)
     z = gate_scores(torch.empty(0, 11), delta, cu_seqlens=cu_seqlens, scope=scope, backend=backend)
     assert z.shape == (0,) and torch.equal(state, before)
-
-
-@pytest.mark.parametrize("cut", [1, 3, 6, 17])
-@pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_cut_back_state_is_that_of_the_shorter_sequence(backend, bounded, cut):
-    reaches = make_reaches(9) if bounded else None
-    x, mask = torch.randn(5, 17, 23), torch.rand(5, 17) < 0.8
-    delta, cues, limits = make_edits(x, 3, 9, x.dtype)
-    states = [blank_state(5, 9, x.device) for _ in range(2)]
-    for state, length in zip(states, (17, 17 - cut), strict=True):
-        scope = Membership(None, "own", cues, limits, state, reaches)
-        gate_scores(x[:, :length], delta, mask=mask[:, :length], scope=scope, backend=backend)
-    assert not torch.equal(*states)
-    cut_back_(states[0], 0)
-    cut_back_(states[0], cut)
-    assert torch.equal(*states)
-
-
-@pytest.mark.parametrize("cut", [23, 24, 50, 63, 64, 90])
-def test_a_deep_cut_takes_an_edit_from_none(cut):
-    """What follows a cut of c columns is exact for edits that reach 63 - c, and a superset else."""
-    x = torch.randn(6, 150, 13)
-    count = 8
-    delta, cues, limits = make_edits(x, 3, count, x.dtype)
-    limits = torch.full_like(limits, 1.5)  # met by a few tokens of a hundred
-    reaches = torch.tensor([0, 8, 39, 40, 41, 60, 62, NEVER], dtype=torch.int32)
-    states = [blank_state(6, count, x.device) for _ in range(2)]
-    armed = []
-    for state, length in zip(states, (110, 110 - cut), strict=True):
-        scope = Membership(None, "own", cues, limits, state, reaches)
-        gate_scores(x[:, :length], delta, scope=scope)
-        if length == 110:
-            cut_back_(state, cut)
-        after = Membership(None, "own", cues, limits, state.clone(), reaches)
-        armed.append(torch.tensor(arming(x[:, 110:], None, None, after)[0]).view(6, 40, count))
-    exact = (reaches <= 63 - cut) | (reaches == NEVER)
-    assert torch.equal(armed[0][..., exact], armed[1][..., exact])
-    assert (armed[0] >= armed[1]).all() and armed[1].any()
-    assert torch.equal(states[0][:, 0], states[1][:, 0])
-    assert torch.equal(firsts(states[0]), firsts(states[1]))
-
-
-@pytest.mark.parametrize("columns", [1, 7, 62, 63, 200])
-def test_columns_passed_over_are_columns_of_padding(columns):
-    x, count = torch.randn(3, 20, 13), 7
-    delta, cues, limits = make_edits(x, 3, count, x.dtype)
-    reaches = make_reaches(count)
-    states = [blank_state(3, count, x.device) for _ in range(2)]
-    padding = torch.zeros(3, columns, dtype=torch.bool)
-    mask = torch.cat([torch.ones(3, 20, dtype=torch.bool), padding], dim=1)
-    wide = torch.cat([x, torch.randn(3, columns, 13)], dim=1)
-    scopes = [Membership(None, "own", cues, limits, state, reaches) for state in states]
-    gate_scores(x, delta, scope=scopes[0])
-    pass_over_(states[0], columns)
-    gate_scores(wide, delta, mask=mask, scope=scopes[1])
-    assert torch.equal(*states) and (firsts(states[0]) < NEVER).any()
-
-
-def test_forgetting_keeps_the_count():
-    state = random_state(3, 5, 20, make_reaches(5))
-    assert not torch.equal(state, blank_state(3, 5, state.device))
-    kept = state.clone()
-    forget_(state, torch.tensor(False))
-    assert torch.equal(state, kept)
-    forget_(state, torch.tensor(True))
-    want = blank_state(3, 5, state.device)
-    want[:, 0] = 20
-    assert torch.equal(state, want)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_edit_is_armed_as_far_as_it_reaches(backend):
-    x = torch.zeros(1, 70, 2)
-    x[0, :, 0], x[0, 2, 1] = 1.0, 1.0
-    delta = torch.ones(1, 1), torch.tensor([[1.0, 0.0]])
-    cue, limit = torch.tensor([[0.0, 1.0]]), torch.ones(1)
-    for reach, first, last in (
-        (-3, 3, 2),
-        (0, 3, 2),
-        (1, 3, 3),
-        (40, 3, 42),
-        (62, 3, 64),
-        (63, 2, 69),
-        (NEVER, 2, 69),
-    ):
-        reaches = torch.tensor([reach], dtype=torch.int32)
-        for size in (1, 7, 70):  # tokens a call
-            state = blank_state(1, 1, x.device)
-            scope = Membership(None, "own", cue, limit, state, reaches)
-            parts = x.split(size, 1)
-            z = [gate_scores(part, delta, scope=scope, backend=backend) for part in parts]
-            armed = (torch.cat(z, dim=1)[0] == 1).nonzero().flatten().tolist()
-            assert armed == list(range(first, last + 1)), (reach, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -153,8 +153,11 @@ def _first(reached: Tensor, tokens: Tokens, row: Tensor, column: Tensor) -> Tens
     return first.scatter_reduce(0, row[:, None].expand_as(at), at, "amin")
 
 
-def _since(register: Tensor) -> Tensor:
-    """How far before the next column the latest one is that a register knows, int32."""
+def since(register: Tensor) -> Tensor:
+    """How far before the next column the latest one is that a register knows, int32.
+
+    Further than any reach where it knows none.
+    """
     lowest = (register & -register).clamp(min=1).to(torch.float64)  # a power of two: exact
     return torch.where(register == 0, _FAR, lowest.log2().round() + 1).to(torch.int32)
 
@@ -195,7 +198,7 @@ def armed_edits(
         return armed
     recent = _within(reached, column, reaches)
     if state is not None:
-        recent |= column[:, None] + _since(registers(state))[row] <= reaches
+        recent |= column[:, None] + since(registers(state))[row] <= reaches
         _read_on_(registers(state), reached & bounded, row, start, end)
     return torch.where(bounded, recent, armed)
 
