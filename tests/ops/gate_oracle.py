@@ -68,8 +68,9 @@ def arming(
 ) -> tuple[list[list[bool]], Tensor]:
     """Which edits are armed at each token of a sequence, and the state after the call.
 
-    The scope's state is read, not written. Of every edit all columns that are known to have shown
-    its cue are kept; the state after the call is what they come to.
+    The scope's state is read, not written. Of every edit all columns are kept that are known to
+    have reached its limit, and those that have shown its cue; the state after the call is what they
+    come to.
     """
     never, most = 2**31 - 1, 62
     tokens = x.reshape(-1, x.shape[-1]).double()
@@ -81,13 +82,18 @@ def arming(
     rows = rows if cu_seqlens is None else len(cu_seqlens) - 1
     count = len(limits)
     reaches = [never] * count if scope.reaches is None else scope.reaches.tolist()
-    reaches = [never if limits[e] == -math.inf else reach for e, reach in enumerate(reaches)]
-    read, shown = [0] * rows, [[set() for _ in limits] for _ in range(rows)]
+    gaps = [0] * count if scope.gaps is None else scope.gaps.clamp(0, 7).tolist()
+    for e, limit in enumerate(limits):
+        if limit == -math.inf or reaches[e] + gaps[e] > most:
+            reaches[e], gaps[e] = never, 0
+    read = [0] * rows
+    reached, shown = ([[set() for _ in limits] for _ in range(rows)] for _ in range(2))
     for row, (number, *known) in enumerate([] if scope.state is None else scope.state.tolist()):
         read[row] = number
         for edit, (first, register) in enumerate(zip(known[:count], known[count:], strict=True)):
-            shown[row][edit] |= {first} - {never}
-            shown[row][edit] |= {number - 1 - bit for bit in range(63) if register >> bit & 1}
+            at = {number - 1 - bit for bit in range(63) if register >> bit & 1}
+            reached[row][edit] |= at
+            shown[row][edit] |= {first} - {never} | {one for one in at if one - gaps[edit] in at}
     before = list(read)
     armed = []
     for t, (row, column) in enumerate(places):
@@ -95,7 +101,9 @@ def arming(
         armed.append([])
         for edit, limit in enumerate(limits):
             if real[t] and (limit == -math.inf or seen[t][edit] >= limit):
-                shown[row][edit].add(at)
+                reached[row][edit].add(at)
+                if at - gaps[edit] in reached[row][edit]:
+                    shown[row][edit].add(at)
             if reaches[edit] <= most:
                 near = range(at - reaches[edit], at)
                 armed[-1].append(any(one in near for one in shown[row][edit]))
@@ -110,7 +118,7 @@ def arming(
                 sum(1 << read[row] - 1 - at for at in one if read[row] - 1 - at <= most)
                 if reach <= most
                 else 0
-                for one, reach in zip(shown[row], reaches, strict=True)
+                for one, reach in zip(reached[row], reaches, strict=True)
             ),
         ]
         for row in range(rows)

@@ -15,46 +15,53 @@ from coachhook.ops.hooked_linear.cues import (
     pass_over_,
 )
 from tests.ops.gate_oracle import arming
-from tests.ops.test_cues import BACKENDS, make_edits, make_reaches, random_state
+from tests.ops.test_cues import BACKENDS, make_edits, make_gaps, make_reaches, random_state
 
 
 @pytest.mark.parametrize("cut", [1, 3, 6, 17])
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("bounded", ["no", "yes", "apart"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_cut_back_state_is_that_of_the_shorter_sequence(backend, bounded, cut):
-    reaches = make_reaches(9) if bounded else None
+    reaches = make_reaches(9) if bounded != "no" else None
+    gaps = make_gaps(9) if bounded == "apart" else None
     x, mask = torch.randn(5, 17, 23), torch.rand(5, 17) < 0.8
     delta, cues, limits = make_edits(x, 3, 9, x.dtype)
     states = [blank_state(5, 9, x.device) for _ in range(2)]
     for state, length in zip(states, (17, 17 - cut), strict=True):
-        scope = Membership(None, "own", cues, limits, state, reaches)
+        scope = Membership(None, "own", cues, limits, state, reaches, gaps)
         gate_scores(x[:, :length], delta, mask=mask[:, :length], scope=scope, backend=backend)
     assert not torch.equal(*states)
-    cut_back_(states[0], 0)
-    cut_back_(states[0], cut)
+    cut_back_(states[0], 0, gaps)
+    cut_back_(states[0], cut, gaps)
     assert torch.equal(*states)
 
 
+@pytest.mark.parametrize("gap", [None, 0, 1, 7])
 @pytest.mark.parametrize("cut", [23, 24, 50, 63, 64, 90])
-def test_a_deep_cut_takes_an_edit_from_none(cut):
-    """What follows a cut of c columns is exact for edits that reach 63 - c, and a superset else."""
+def test_a_deep_cut_takes_an_edit_from_none(cut, gap):
+    """What follows a cut of c columns is exact for edits whose reach and gap come to 63 - c, and a
+    superset else.
+    """
     x = torch.randn(6, 150, 13)
     count = 8
     delta, cues, limits = make_edits(x, 3, count, x.dtype)
-    limits = torch.full_like(limits, 1.5)  # met by a few tokens of a hundred
-    reaches = torch.tensor([0, 8, 39, 40, 41, 60, 62, NEVER], dtype=torch.int32)
+    # Met by a few tokens of a hundred; two of them are needed where there is a gap.
+    limits = torch.full_like(limits, 0.9 if gap else 1.5)
+    reaches = torch.tensor([0, 8, 39, 40, 41, 55, 62, NEVER], dtype=torch.int32)
+    gaps = None if gap is None else torch.full_like(reaches, gap)
     states = [blank_state(6, count, x.device) for _ in range(2)]
     armed = []
     for state, length in zip(states, (110, 110 - cut), strict=True):
-        scope = Membership(None, "own", cues, limits, state, reaches)
+        scope = Membership(None, "own", cues, limits, state, reaches, gaps)
         gate_scores(x[:, :length], delta, scope=scope)
         if length == 110:
-            cut_back_(state, cut)
-        after = Membership(None, "own", cues, limits, state.clone(), reaches)
+            cut_back_(state, cut, gaps)
+        after = Membership(None, "own", cues, limits, state.clone(), reaches, gaps)
         armed.append(torch.tensor(arming(x[:, 110:], None, None, after)[0]).view(6, 40, count))
-    exact = (reaches <= 63 - cut) | (reaches == NEVER)
+    apart = gap or 0
+    exact = (reaches <= 63 - cut - apart) | (reaches > 62 - apart)
     assert torch.equal(armed[0][..., exact], armed[1][..., exact])
-    assert (armed[0] >= armed[1]).all() and armed[1].any()
+    assert (armed[0] >= armed[1]).all() and armed[1].any() and not armed[0].all()
     assert torch.equal(states[0][:, 0], states[1][:, 0])
     assert torch.equal(firsts(states[0]), firsts(states[1]))
 
@@ -110,3 +117,32 @@ def test_an_edit_is_armed_as_far_as_it_reaches(backend):
             z = [gate_scores(part, delta, scope=scope, backend=backend) for part in parts]
             armed = (torch.cat(z, dim=1)[0] == 1).nonzero().flatten().tolist()
             assert armed == list(range(first, last + 1)), (reach, size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_tokens_make_a_cue_only_as_far_apart_as_they_are_wanted(backend):
+    x = torch.zeros(1, 40, 2)
+    x[0, :, 0] = 1.0
+    x[0, [3, 5, 6, 20, 27], 1] = 1.0
+    delta = torch.ones(1, 1), torch.tensor([[1.0, 0.0]])
+    cue, limit = torch.tensor([[0.0, 1.0]]), torch.ones(1)
+    for gap, completed in (
+        (0, [3, 5, 6, 20, 27]),
+        (1, [6]),
+        (2, [5]),
+        (3, [6]),
+        (4, []),
+        (7, [27]),
+        (12, [27]),
+    ):
+        wanted = sorted({t for at in completed for t in range(at + 1, at + 5)})
+        gaps = torch.tensor([gap], dtype=torch.int32)
+        for size in (1, 2, 5, 40):  # tokens a call
+            state = blank_state(1, 1, x.device)
+            reaches = torch.full_like(gaps, 4)
+            scope = Membership(None, "own", cue, limit, state, reaches, gaps)
+            parts = x.split(size, 1)
+            z = [gate_scores(part, delta, scope=scope, backend=backend) for part in parts]
+            armed = (torch.cat(z, dim=1)[0] == 1).nonzero().flatten().tolist()
+            assert armed == wanted, (gap, size)
+            assert firsts(state).item() == min(completed, default=NEVER)

@@ -78,16 +78,28 @@ def make_reaches(count):
     return torch.tensor([kinds[i % len(kinds)] for i in range(count)], dtype=torch.int32)
 
 
-def random_state(rows, count, read=20, reaches=None, limits=None):
+def make_gaps(count):
+    """One token is the cue, two as far apart as may be, out of range, and between."""
+    kinds = [1, 0, 3, 7, 2, -1, 9]
+    return torch.tensor([kinds[i % len(kinds)] for i in range(count)], dtype=torch.int32)
+
+
+def random_state(rows, count, read=20, reaches=None, limits=None, gaps=None):
     """As after ``read`` tokens: some cues were seen, at columns before, some were not."""
     if reaches is not None and limits is not None:
         reaches = torch.where(limits == -INF, NEVER, reaches)
+    apart = torch.zeros(count, dtype=torch.int32) if gaps is None else gaps.clamp(0, 7)
+    if reaches is not None:
+        bounded = reaches.clamp(max=63) + apart < 63
+        apart, reaches = torch.where(bounded, apart, 0), torch.where(bounded, reaches, NEVER)
     state = blank_state(rows, count, torch.device("cpu"))
     state[:, 0] = read
     for row in state:
         for edit in torch.arange(count)[torch.rand(count) < 0.3].tolist():
             columns = {int(column) for column in torch.randint(0, read, (3,))}
-            row[1 + edit] = min(columns)
+            gap = int(apart[edit])
+            columns |= {column - gap for column in columns if column >= gap and column % 2}
+            row[1 + edit] = min((c for c in columns if c - gap in columns), default=NEVER)
             if reaches is not None and reaches[edit] < 63:
                 row[1 + count + edit] = sum(1 << read - 1 - column for column in columns)
     return state
@@ -105,15 +117,16 @@ def test_matches_the_loop(backend, dtype, layout, seed):
     weight, bias = (torch.randn(m, n) / math.sqrt(n)).to(dtype), torch.randn(m).to(dtype)
     delta, cues, limits = make_edits(x, m, count, dtype)
     base = x.double() @ weight.double().T + bias.double()
-    some = make_reaches(count)
-    for state, reaches in (
-        (None, None),
-        (None, some),
-        (blank_state(rows, count, x.device), some),
-        (random_state(rows, count), None),
-        (random_state(rows, count, 20, some, limits), some),
+    some, apart = make_reaches(count), make_gaps(count)
+    for state, reaches, gaps in (
+        (None, None, None),
+        (None, some, apart),
+        (blank_state(rows, count, x.device), some, None),
+        (random_state(rows, count), None, None),
+        (random_state(rows, count, 20, some, limits), some, None),
+        (random_state(rows, count, 20, some, limits, apart), some, apart),
     ):
-        scope = Membership(None, "own", cues, limits, state, reaches)
+        scope = Membership(None, "own", cues, limits, state, reaches, gaps)
         z = oracle(base, x, delta, INF, mask, cu_seqlens, scope).z
         alpha = threshold(z)
         want = oracle(base, x, delta, alpha, mask, cu_seqlens, scope)
@@ -161,13 +174,13 @@ def test_few_edits_wait_or_few_are_armed(backend, shape, dtype):
         chosen = torch.full_like(limits, others)
         index = torch.randperm(count)[:waiting]
         chosen[index] = limits[index]
-        some = make_reaches(count)
-        for state, reaches in (
-            (None, None),
-            (random_state(shape[0], count), None),
-            (random_state(shape[0], count, 20, some, chosen), some),
+        some, apart = make_reaches(count), make_gaps(count)
+        for state, reaches, gaps in (
+            (None, None, None),
+            (random_state(shape[0], count), None, None),
+            (random_state(shape[0], count, 20, some, chosen, apart), some, apart),
         ):
-            scope = Membership(None, "own", cues, chosen, state, reaches)
+            scope = Membership(None, "own", cues, chosen, state, reaches, gaps)
             _, after = arming(x, None, None, scope)
             z = oracle(base.double(), x, delta, INF, scope=scope).z
             alpha = threshold(z)
@@ -183,11 +196,12 @@ def test_few_edits_wait_or_few_are_armed(backend, shape, dtype):
 
 @pytest.mark.parametrize("cuts", [[1] * 17, [5, 0, 12], [16, 1], [3, 3, 3, 8]])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("bounded", ["no", "yes", "apart"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_parts_and_at_once(backend, bounded, cuts, masked):
     m, n, count = 29, 23, 6
-    reaches = make_reaches(count) if bounded else None
+    reaches = make_reaches(count) if bounded != "no" else None
+    gaps = make_gaps(count) if bounded == "apart" else None
     x = torch.randn(4, 17, n)
     mask = torch.rand(4, 17) < 0.6 if masked else torch.ones(4, 17, dtype=torch.bool)
     weight, bias = torch.randn(m, n), torch.randn(m)
@@ -195,7 +209,7 @@ def test_in_parts_and_at_once(backend, bounded, cuts, masked):
     whole, state = blank_state(4, count, x.device), blank_state(4, count, x.device)
 
     def run(x, mask, state):
-        scope = Membership(None, "own", cues, limits, state, reaches)
+        scope = Membership(None, "own", cues, limits, state, reaches, gaps)
         return hooked_linear(x, weight, bias, delta, 0.4, mask=mask, scope=scope, backend=backend)
 
     y, z = run(x, mask, whole)
@@ -216,15 +230,16 @@ def test_in_parts_and_at_once(backend, bounded, cuts, masked):
     assert not torch.equal(alone.nan_to_num(), z_parts.nan_to_num())
 
 
-@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("bounded", ["no", "yes", "apart"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_parts_continue_their_sequences(backend, bounded):
     n, count = 23, 6
-    reaches = make_reaches(count) if bounded else None
+    reaches = make_reaches(count) if bounded != "no" else None
+    gaps = make_gaps(count) if bounded == "apart" else None
     prompts = [torch.randn(4, n), torch.randn(0, n), torch.randn(7, n)]
     delta, cues, limits = make_edits(torch.cat(prompts), 5, count, torch.float32)
     state = blank_state(3, count, torch.device("cpu"))
-    scope = Membership(None, "own", cues, limits, state, reaches)
+    scope = Membership(None, "own", cues, limits, state, reaches, gaps)
     x1 = torch.cat([prompts[0][:3], prompts[2][:2]])
     x2 = torch.cat([prompts[0][3:], prompts[2][2:]])
     first, second = torch.tensor([0, 3, 3, 5]), torch.tensor([0, 1, 1, 6])
@@ -232,7 +247,7 @@ def test_packed_parts_continue_their_sequences(backend, bounded):
     z2 = gate_scores(x2, delta, cu_seqlens=second, scope=scope, backend=backend)
     for row, parts in ((0, (z1[:3], z2[:1])), (2, (z1[3:], z2[1:]))):
         alone = blank_state(1, count, torch.device("cpu"))
-        once = Membership(None, "own", cues, limits, alone, reaches)
+        once = Membership(None, "own", cues, limits, alone, reaches, gaps)
         z = gate_scores(prompts[row], delta, scope=once, backend=backend)
         score = tol("score", torch.float32, reduction=n, scale=5.0)
         torch.testing.assert_close(torch.cat(parts), z, equal_nan=True, **score)

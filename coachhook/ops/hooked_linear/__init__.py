@@ -94,7 +94,7 @@ def _run(op: str, backend: str, x: Tensor, *arguments: Any) -> Any:
 _GATE_SCHEMA = (
     "Tensor projection, Tensor? lift, Tensor? mask, Tensor? cu_seqlens, str scope, "
     "Tensor? mean, Tensor? std, Tensor? groups, Tensor? cues, Tensor? limits, "
-    "Tensor? reaches, Tensor(a!)? state, str backend"
+    "Tensor? reaches, Tensor? gaps, Tensor(a!)? state, str backend"
 )
 
 
@@ -107,7 +107,7 @@ def _pack(
     backend: str,
 ) -> tuple[Any, ...]:
     lift, projection = (None, delta) if isinstance(delta, Tensor) else delta
-    mean = std = groups = cues = limits = reaches = state = None
+    mean = std = groups = cues = limits = reaches = gaps = state = None
     if isinstance(scope, (Sequence, Prefix)):
         kind = "sequence" if isinstance(scope, Sequence) else "prefix"
         state = scope.state
@@ -115,10 +115,11 @@ def _pack(
         kind, mean, std = "population", _scalar(scope.mean, x), _scalar(scope.std, x)
     elif isinstance(scope, Membership):
         kind, groups = f"membership_{scope.correction}", scope.groups
-        cues, limits, reaches, state = scope.cues, scope.limits, scope.reaches, scope.state
+        cues, limits, state = scope.cues, scope.limits, scope.state
+        reaches, gaps = scope.reaches, scope.gaps
     else:
         kind = "ungated"
-    scope_tensors = mean, std, groups, cues, limits, reaches, state
+    scope_tensors = mean, std, groups, cues, limits, reaches, gaps, state
     return projection, lift, mask, cu_seqlens, kind, *scope_tensors, backend
 
 
@@ -138,6 +139,7 @@ def _unpack(
     cues: Tensor | None,
     limits: Tensor | None,
     reaches: Tensor | None,
+    gaps: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Delta, Scope]:
     delta: Delta = projection if lift is None else (lift, projection)
@@ -150,7 +152,7 @@ def _unpack(
     if kind == "membership_sum":
         return delta, Membership(groups, "sum")
     if kind == "membership_own":
-        return delta, Membership(groups, "own", cues, limits, state, reaches)
+        return delta, Membership(groups, "own", cues, limits, state, reaches, gaps)
     return delta, Ungated()
 
 
@@ -169,10 +171,11 @@ def _hook_output_body(
     cues: Tensor | None,
     limits: Tensor | None,
     reaches: Tensor | None,
+    gaps: Tensor | None,
     state: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    tensors = mean, std, groups, cues, limits, reaches, state
+    tensors = mean, std, groups, cues, limits, reaches, gaps, state
     delta, scope = _unpack(projection, lift, kind, *tensors)
     arguments = base_output, x, delta, alpha, mask, cu_seqlens, scope, False
     y, z = _run("hooked_linear", backend, x, *arguments)
@@ -199,10 +202,11 @@ def _gate_scores_body(
     cues: Tensor | None,
     limits: Tensor | None,
     reaches: Tensor | None,
+    gaps: Tensor | None,
     state: Tensor | None,
     backend: str,
 ) -> Tensor:
-    tensors = mean, std, groups, cues, limits, reaches, state
+    tensors = mean, std, groups, cues, limits, reaches, gaps, state
     delta, scope = _unpack(projection, lift, kind, *tensors)
     return _run("gate_scores", backend, x, x, delta, mask, cu_seqlens, scope)
 

@@ -205,7 +205,7 @@ def _check_cues(op: str, given: Input, rows: int, keys: int, scope: Membership) 
                 raise ValueError(
                     f"{op}: scope.{name} must be a tensor with scope.{other}, got None; give both"
                 )
-        for name, value in (("state", state), ("reaches", scope.reaches)):
+        for name, value in (("state", state), ("reaches", scope.reaches), ("gaps", scope.gaps)):
             if value is not None:
                 raise ValueError(
                     f"{op}: scope.{name} must be None without scope.cues, got "
@@ -225,14 +225,21 @@ def _check_cues(op: str, given: Input, rows: int, keys: int, scope: Membership) 
         raise ValueError(
             f"{op}: scope.limits must be [{int(keys)}], one limit per cue, got {_text(shape)}"
         )
-    if scope.reaches is not None:
-        shape = _check_tensor(op, "scope.reaches", scope.reaches, 1, device)
-        if scope.reaches.dtype != torch.int32:
-            raise TypeError(f"{op}: scope.reaches must be int32, got {scope.reaches.dtype}")
+    for name, one, value in (("reaches", "reach", scope.reaches), ("gaps", "gap", scope.gaps)):
+        if value is None:
+            continue
+        shape = _check_tensor(op, f"scope.{name}", value, 1, device)
+        if value.dtype != torch.int32:
+            raise TypeError(f"{op}: scope.{name} must be int32, got {value.dtype}")
         if shape[0] != keys:
             raise ValueError(
-                f"{op}: scope.reaches must be [{int(keys)}], one reach per cue, got {_text(shape)}"
+                f"{op}: scope.{name} must be [{int(keys)}], one {one} per cue, got {_text(shape)}"
             )
+    if scope.gaps is not None and scope.reaches is None:
+        raise ValueError(
+            f"{op}: scope.gaps must be None without scope.reaches, got "
+            f"{_type_name(scope.gaps)}; leave it out, or give reaches"
+        )
     if scope.correction != "own":
         raise ValueError(
             f"{op}: scope.correction must be 'own' with scope.cues, got {scope.correction!r}; "

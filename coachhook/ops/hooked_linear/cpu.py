@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coachhook.ops.hooked_linear import pairs
-from coachhook.ops.hooked_linear.cues import NEVER, REGISTER, armed_edits, firsts, registers
+from coachhook.ops.hooked_linear.cues import NEVER, armed_edits, firsts, is_bounded, registers
 from coachhook.ops.hooked_linear.gate import NOISE_UNITS, Tokens, fires, scores
 from coachhook.ops.hooked_linear.reference import (
     Delta,
@@ -118,26 +118,32 @@ def _features_of(flat: Tensor, projection: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _armed(
-    seen: Tensor, tokens: Tokens, limits: Tensor, state: Tensor | None, reaches: Tensor | None
+    seen: Tensor,
+    tokens: Tokens,
+    limits: Tensor,
+    state: Tensor | None,
+    reaches: Tensor | None,
+    gaps: Tensor | None,
 ) -> Tensor:
     """:func:`armed_edits`; of many tokens for the few edits alone whose cue was seen at all."""
     count = seen.shape[1]
     if seen.shape[0] < _MANY_TOKENS:
-        return armed_edits(seen, tokens, limits, state, reaches)
+        return armed_edits(seen, tokens, limits, state, reaches, gaps)
     some = ((seen >= limits.to(seen.dtype)) | limits.isneginf()).any(dim=0)
     if state is not None:
         before = (firsts(state) < NEVER).any(dim=0)
         if reaches is not None:
-            before = torch.where(reaches < REGISTER, registers(state).any(dim=0), before)
+            bounded = is_bounded(limits, reaches, gaps)
+            before = torch.where(bounded, registers(state).any(dim=0), before)
         some |= before
     index = some.nonzero().squeeze(1)
     if 2 * index.shape[0] > count:
-        return armed_edits(seen, tokens, limits, state, reaches)
+        return armed_edits(seen, tokens, limits, state, reaches, gaps)
     kept, of_state = None, torch.cat([index.new_zeros(1), 1 + index, 1 + count + index])
     if state is not None:
         kept = state.index_select(1, of_state)
-    near = None if reaches is None else reaches.index_select(0, index)
-    few = seen.index_select(1, index), tokens, limits.index_select(0, index), kept, near
+    near, apart = (None if x is None else x.index_select(0, index) for x in (reaches, gaps))
+    few = seen.index_select(1, index), tokens, limits.index_select(0, index), kept, near, apart
     armed = torch.zeros(seen.shape, dtype=torch.bool)
     armed[:, index] = armed_edits(*few)
     if state is not None and kept is not None:
@@ -157,11 +163,11 @@ def _armed_features(
 
     Text names few edits' subjects: only products that a decision hangs on are formed.
     """
-    waiting, state, reaches = ~limits.isneginf(), scope.state, scope.reaches
+    waiting, state, reaches, gaps = ~limits.isneginf(), scope.state, scope.reaches, scope.gaps
     if state is not None:
         open_ = (firsts(state) >= state[:, :1]).any(dim=0)
-        waiting &= open_ if reaches is None else open_ | (reaches < REGISTER)
-    armed = _armed(_features_of(flat, cues, waiting), tokens, limits, state, reaches)
+        waiting &= open_ if reaches is None else open_ | is_bounded(limits, reaches, gaps)
+    armed = _armed(_features_of(flat, cues, waiting), tokens, limits, state, reaches, gaps)
     projection = delta if isinstance(delta, Tensor) else delta[1]
     features = _features_of(flat, projection, armed.any(dim=0))
     return features.masked_fill(~armed, float("-inf"))

@@ -1,15 +1,20 @@
 """Edits with a cue: which of them are armed at a token, and what was seen of their cues so far.
 
     reached[t, e] = cues[e] . x_t >= limits[e]     where t is real; always where limits[e] = -inf
-    armed[t, e]   = a token 1 to reaches[e] columns before t has reached e's limit; where
-                    reaches[e] >= REGISTER or limits[e] = -inf, any token before it, or t itself
+    shown[t, e]   = reached[t, e] and reached[t - gaps[e], e]
+    armed[t, e]   = shown of a token 1 to reaches[e] columns before t; where e is not *bounded*,
+                    reached by any token before t, or by t itself
+
+An edit is bounded where its limit is not -inf and reach and gap are less than :data:`REGISTER`
+together. Only then two tokens make its cue.
 
 The state of B sequences and N edits is int64 ``[B, 1 + 2 N]``. Column 0 counts the columns of each
-sequence that were read, padding included. Column 1 + e is the first of them that reached e's limit,
+sequence that were read, padding included. Column 1 + e is the first of them that showed e's cue,
 :data:`NEVER` where none did. Column 1 + N + e is a shift register, whose bit i says whether the
-column i before the last one did; 0 where e reaches everywhere. Registers answer for the last
-columns, also when some are cut off; first columns answer whether there was one at all. Nothing is
-read back to the host, no shape depends on data, and minima and unions of integers have no order.
+column i before the last one reached e's limit; 0 where e is not bounded. Registers answer for the
+last columns, also when some are cut off; first columns answer whether there was a cue at all.
+Nothing is read back to the host, no shape depends on data, and minima and unions of integers have
+no order.
 """
 
 from __future__ import annotations
@@ -27,6 +32,8 @@ NEVER = torch.iinfo(torch.int32).max
 _FAR = 1 << 30
 # Columns that a register knows: the sign of its integer is not used.
 REGISTER = 63
+# The two tokens of a cue are at most so many columns apart.
+MOST_APART = 7
 _ALL = (1 << REGISTER) - 1
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -78,25 +85,52 @@ def pass_over_(state: Tensor, columns: int) -> None:
     _shift_(registers(state), columns)
 
 
+def complete(register: Tensor, gaps: Tensor | None) -> Tensor:
+    """A register of the columns that showed a cue, of one of those that reached the limit."""
+    return register if gaps is None else register & (register >> _apart(gaps))
+
+
+def shown_at(column: Tensor, gaps: Tensor | None) -> Tensor:
+    """The least register by which a cue was shown so many columns before the last one."""
+    bit = torch.ones_like(column) << column
+    return bit if gaps is None else bit | (bit << _apart(gaps))
+
+
+def is_bounded(limits: Tensor, reaches: Tensor, gaps: Tensor | None) -> Tensor:
+    """Which edits do not stay armed for ever, see the module; a register tells of these."""
+    known = reaches if gaps is None else reaches.clamp(max=REGISTER) + _apart(gaps)
+    return (known < REGISTER) & ~limits.isneginf()
+
+
+def _apart(gaps: Tensor) -> Tensor:
+    return gaps.clamp(0, MOST_APART)
+
+
 @torch.no_grad()
-def cut_back_(state: Tensor, columns: int) -> None:
+def cut_back_(state: Tensor, columns: int, gaps: Tensor | None = None) -> None:
     """Take the last ``columns`` columns of every sequence back, in place, as if never read.
 
     What a register had shifted out is not known any more: where the cue was seen so early, it
     counts as seen at the latest column that is not known. So a cut of c columns is exact for edits
-    that reach at most ``REGISTER - c`` columns, and disarms none of the others.
+    that reach at most ``REGISTER - c`` columns, less their gap, and disarms none of the others.
+
+    Args:
+        state: the state.
+        columns: how many.
+        gaps: int32 ``[edits]``, those of the edits; None: one token is each one's cue.
     """
     if columns == 0:
         return
     count = state[:, :1].sub_(columns)
     first, register = firsts(state), registers(state)
     first.masked_fill_(first >= count, NEVER)
-    unknown = max(REGISTER - columns, 0)
     if columns < REGISTER:
         register.bitwise_right_shift_(columns)
     else:
         register.zero_()
-    register.bitwise_or_((first < count - unknown).to(register.dtype) << unknown)
+    apart = first.new_zeros(1) if gaps is None else _apart(gaps)
+    unknown = (REGISTER - columns - apart).clamp(min=0).to(register.dtype)
+    register.bitwise_or_(torch.where(first < count - unknown, shown_at(unknown, gaps), 0))
 
 
 def _shift_(register: Tensor, columns: int) -> None:
@@ -130,6 +164,23 @@ def _within(reached: Tensor, column: Tensor, reaches: Tensor) -> Tensor:
             return found
         window = window | _earlier(window, column, size)
         size *= 2
+
+
+def _moved(reached: Tensor, column: Tensor, apart: Tensor) -> Tensor:
+    """``reached`` of the token of this call ``apart [edits]`` columns before each."""
+    size = 1
+    while size <= MOST_APART:
+        reached = torch.where((apart & size).bool(), _earlier(reached, column, size), reached)
+        size *= 2
+    return reached
+
+
+def _before_call(register: Tensor, apart: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Whether the column ``apart [edits]`` before each token of this call, before it, is set."""
+    at = torch.arange(MOST_APART, device=column.device)[:, None]
+    bits = (register[:, None] >> (apart - at - 1).clamp(min=0)) & 1
+    early = bits.bool() & (apart > at)
+    return early[row, column.clamp(max=MOST_APART - 1).long()] & (column < MOST_APART)[:, None]
 
 
 def _columns(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,6 +219,7 @@ def armed_edits(
     limits: Tensor,
     state: Tensor | None,
     reaches: Tensor | None = None,
+    gaps: Tensor | None = None,
 ) -> Tensor:
     """Which edits may fire at which tokens, bool ``[N, edits]``.
 
@@ -178,17 +230,27 @@ def armed_edits(
         state: int64 ``[B, 1 + 2 edits]``, read, and updated in place; None starts every sequence
             unarmed.
         reaches: int32 ``[edits]``; None: every earlier column counts.
+        gaps: int32 ``[edits]``, with reaches; None: one token is each edit's cue.
     """
     # A token of NaN reaches no limit, except one that needs nothing to be seen.
     reached = (seen >= limits.to(seen.dtype)) | limits.isneginf()
     if tokens.real is not None:
         reached = reached & tokens.real[:, None]
-    bounded = None if reaches is None else (reaches < REGISTER) & ~limits.isneginf()
+    bounded = None if reaches is None else is_bounded(limits, reaches, gaps)
+    apart = None
+    if gaps is not None and bounded is not None:
+        apart = torch.where(bounded, _apart(gaps), 0)
     if state is not None and tokens.cu_seqlens is None and tokens.longest == 1:
-        return _armed_at_one(reached, state, reaches, bounded)
+        return _armed_at_one(reached, state, reaches, bounded, apart)
     row, column, start, end = _columns(tokens, seen.device)
+    shown = reached
+    if apart is not None:
+        shown = _moved(reached, column, apart)
+        if state is not None:
+            shown |= _before_call(registers(state), apart, row, column)
+        shown &= reached
     read = column if state is None else column + state[:, 0].to(torch.int32)[row]
-    first = _first(reached, tokens, row, read)
+    first = _first(shown, tokens, row, read)
     if state is not None:
         first = torch.minimum(first, firsts(state).to(torch.int32))
         firsts(state).copy_(first)
@@ -196,9 +258,9 @@ def armed_edits(
     armed = first[row] <= read[:, None]
     if reaches is None or bounded is None:
         return armed
-    recent = _within(reached, column, reaches)
+    recent = _within(shown, column, reaches)
     if state is not None:
-        recent |= column[:, None] + since(registers(state))[row] <= reaches
+        recent |= column[:, None] + since(complete(registers(state), apart))[row] <= reaches
         _read_on_(registers(state), reached & bounded, row, start, end)
     return torch.where(bounded, recent, armed)
 
@@ -223,17 +285,25 @@ def _read_on_(register: Tensor, reached: Tensor, row: Tensor, start: Tensor, end
 
 
 def _armed_at_one(
-    reached: Tensor, state: Tensor, reaches: Tensor | None, bounded: Tensor | None
+    reached: Tensor,
+    state: Tensor,
+    reaches: Tensor | None,
+    bounded: Tensor | None,
+    apart: Tensor | None,
 ) -> Tensor:
     """One token more of each sequence: what decoding waits for."""
     first, register, read = firsts(state), registers(state), state[:, :1]
-    first.copy_(torch.where(reached, torch.minimum(first, read), first))
+    shown = reached
+    if apart is not None:
+        # With this token for bit 0, so that a gap of 0 asks for the token itself.
+        shown = reached & (((register << 1 | 1) >> apart) & 1).bool()
+    first.copy_(torch.where(shown, torch.minimum(first, read), first))
     armed = first <= read
     read.add_(1)
     if reaches is None or bounded is None:
         return armed
     window = (1 << reaches.clamp(0, REGISTER - 1).to(torch.int64)) - 1
-    recent = (register & window) != 0
+    recent = (complete(register, apart) & window) != 0
     register.copy_(((register << 1) & _ALL) | (reached & bounded))
     return torch.where(bounded, recent, armed)
 
@@ -261,5 +331,6 @@ def judged_features(
         return features
     with torch.no_grad():
         seen = product(flat, scope.cues)
-        armed = armed_edits(seen, tokens, scope.limits, scope.state, scope.reaches)
+        when = scope.limits, scope.state, scope.reaches, scope.gaps
+        armed = armed_edits(seen, tokens, *when)
         return features.detach().masked_fill(~armed, float("-inf"))

@@ -59,9 +59,10 @@ class Membership:
     The hook is given as the pair (V ``[m, N]``, A^T ``[N, n]``) with ``Delta = V A^T``. For an
     edited key, c is close to a unit vector, because ``A^T K = G^-1 (G - I)``.
 
-    With cues an edit fires only where it is *armed*: in the ``reaches[e]`` columns after a real
-    token of its sequence with ``cues[e] . x >= limits[e]``, or from that token on for ever. z is
-    the largest coefficient of the armed edits, -inf where none is armed, and -inf never fires.
+    With cues an edit fires only where it is *armed*: in the ``reaches[e]`` columns after its cue, or
+    from the cue on for ever. The cue is a real token of its sequence with ``cues[e] . x >=
+    limits[e]``, ``gaps[e]`` columns after another such one where that is not 0. z is the largest
+    coefficient of the armed edits, -inf where none is armed, and -inf never fires.
 
     Attributes:
         groups: int64 ``[N]`` with values in 0..N-1: keys with one value belong to one edit, and
@@ -73,12 +74,15 @@ class Membership:
         limits: any floating dtype, ``[N]``, with cues only; -inf: always armed, NaN: never.
         state: int64 ``[B, 1 + 2 N]``, read, and updated in place: how many tokens (padding
             included) of each sequence were read; for every edit the index of the first one at which
-            its cue was seen, 2^31 - 1 where it was not; and for every edit that reaches less than
-            63 columns a register, bit i of which says whether the cue was seen i columns before the
-            last one. A new one is (0, 2^31 - 1, ..., 0, ...). With cues only; None starts every
-            sequence unarmed and keeps nothing.
+            its cue was seen, 2^31 - 1 where it was not; and for every edit that is not armed for
+            ever a register, bit i of which says whether the token i columns before the last one
+            reached the limit. A new one is (0, 2^31 - 1, ..., 0, ...). With cues only; None starts
+            every sequence unarmed and keeps nothing.
         reaches: int32 ``[N]``, with cues only: for how many columns after its cue an edit is
-            armed; 63 and more: from the cue itself on for ever, as all are with None.
+            armed. Where reach and gap are 63 or more together, and for all edits with None: from
+            the cue itself on for ever, and one token is the cue.
+        gaps: int32 ``[N]``, with reaches only: how many columns before the cue another token must
+            have reached the limit, at most 7 (taken for 7 beyond); 0: none need have, as with None.
     """
 
     groups: Tensor | None = None
@@ -87,6 +91,7 @@ class Membership:
     limits: Tensor | None = None
     state: Tensor | None = None
     reaches: Tensor | None = None
+    gaps: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,8 @@ def _judged(part: Tensor, x: Tensor, count: int, tokens: Tokens, scope: Membersh
     for summed in (part, seen):
         if summed.shape[0] > 1:
             _reduce(summed, None, count, kernels.NO_REDUCTION, blocks)
-    armed = armed_edits(seen[0, :, :count], tokens, limits, scope.state, scope.reaches)
+    when = limits, scope.state, scope.reaches, scope.gaps
+    armed = armed_edits(seen[0, :, :count], tokens, *when)
     part[0, :, :count].masked_fill_(~armed, float("-inf"))
     return part[:1]
 
