@@ -112,7 +112,8 @@ def cut_back_(state: Tensor, columns: int, gaps: Tensor | None = None) -> None:
 
     What a register had shifted out is not known any more: where the cue was seen so early, it
     counts as seen at the latest column that is not known. So a cut of c columns is exact for edits
-    that reach at most ``REGISTER - c`` columns, less their gap, and disarms none of the others.
+    that reach at most ``REGISTER - c`` columns, less their gap, and disarms none of the others; one
+    of more than ``REGISTER - MOST_APART`` columns may arm an edit by the second token of its cue.
 
     Args:
         state: the state.
@@ -128,9 +129,14 @@ def cut_back_(state: Tensor, columns: int, gaps: Tensor | None = None) -> None:
         register.bitwise_right_shift_(columns)
     else:
         register.zero_()
-    apart = first.new_zeros(1) if gaps is None else _apart(gaps)
-    unknown = (REGISTER - columns - apart).clamp(min=0).to(register.dtype)
+    known = max(REGISTER - columns, 0)
+    apart = first.new_zeros(1) if gaps is None else _apart(gaps).to(first.dtype)
+    unknown = (known - apart).clamp(min=0)
     register.bitwise_or_(torch.where(first < count - unknown, shown_at(unknown, gaps), 0))
+    if gaps is not None and known < MOST_APART:
+        # Any of the last columns may be the first of two.
+        last = torch.minimum(apart, count)
+        register.bitwise_or_((1 << last) - (1 << last.clamp(max=known)))
 
 
 def _shift_(register: Tensor, columns: int) -> None:
