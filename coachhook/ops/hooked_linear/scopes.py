@@ -59,8 +59,8 @@ class Membership:
     The hook is given as the pair (V ``[m, N]``, A^T ``[N, n]``) with ``Delta = V A^T``. For an
     edited key, c is close to a unit vector, because ``A^T K = G^-1 (G - I)``.
 
-    With cues an edit fires only where it is *armed*: in the ``reaches[e]`` columns after its cue, or
-    from the cue on for ever. The cue is a real token of its sequence with ``cues[e] . x >=
+    With cues an edit fires only where it is *armed*: in the ``reaches[e]`` columns after its cue,
+    or from the cue on for ever. The cue is a real token of its sequence with ``cues[e] . x >=
     limits[e]``, ``gaps[e]`` columns after another such one where that is not 0. z is the largest
     coefficient of the armed edits, -inf where none is armed, and -inf never fires.
 
