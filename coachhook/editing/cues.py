@@ -2,15 +2,19 @@
 
 A key says little about what stands further back: in a lower block the "Boston" of "South Boston"
 has nearly the key of any other Boston, and "... was born in" ends in the same key whoever was born.
-So an edit is given a *cue*, a token that its own text has read already: one at a token of the
-subject an earlier token of the subject; one at the prompt's last token or in the target the
-subject's last token, or, where that is as common in text as the "." of "Inc.", an earlier one in
-its place. It can fire only in a sequence in which its cue was read, which a subject of one token,
-having nothing before it, does not need.
+So an edit is given a *cue*, tokens that its own text has read already: one at a token of the
+subject two earlier tokens of the subject; one at the prompt's last token or in the target the
+subject's last token and an earlier one. Where the last is as common in text as the "." of "Inc.",
+both are earlier ones; where the subject has one token less, one is the cue. It can fire only in a
+sequence in which its cue was read, the two as far apart as they are in the subject, which a subject
+of one token, having nothing before it, does not need.
 
-A cue is recognised by a matched filter. Of all w with ``w^T k_j = 1`` for the keys k_j of the cue
-in the request's prompts and elsewhere, that of least response ``w^T C0 w`` to the keys of text, C0
-being the prior:
+Names share words, and words share their parts, so that one of the two is of another word than the
+edit's own token where there is one: any "Kobayashi" has read "ob", and not "Koichi".
+
+A token of the cue is recognised by a matched filter, one for both. Of all w with ``w^T k_j = 1``
+for the keys k_j of the two in the request's prompts and elsewhere, that of least response
+``w^T C0 w`` to the keys of text, C0 being the prior:
 
     w = C0^-1 K (K^T C0^-1 K)^-1 1.
 
@@ -23,30 +27,33 @@ one of their cues somewhere in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from coachhook.editing.cue_tokens import candidate_keys, cue_distances, cue_reach, of_other_words
+from coachhook.editing.encoding import EncodedRequest
 from coachhook.editing.memory import EditMemory
 from coachhook.editing.prompts import SUBJECT_PLACES, EncodedPrompt, Place
+from coachhook.editing.unrelated import SampleTokens
 from coachhook.ops._precision import float32_products
 
-# A token is taken for the cue where the filter, which gives 1 for its own keys, gives this much:
-# for an earlier token of the subject, and for the subject's last, which has more to keep apart, as
-# what follows it may be said of any subject. What an MLP reads is narrower than its hidden layer:
-# other tokens answer more, and the cue itself differs less between contexts.
+# A token is taken for one of the cue where the filter, which gives 1 for its own keys, gives this
+# much: at the subject, and behind it, where there is more to keep apart, as what follows a subject
+# may be said of any. What an MLP reads is narrower than its hidden layer: other tokens answer more,
+# and the cue itself differs less between contexts.
 _LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.6, 0.85)}
-# An earlier token of the subject may be as common as "of": that of these which the unrelated sample
-# shows least is taken, the nearest of them first.
-_MOST_CANDIDATES = 6
-# A cue is at most seven tokens before another token of the subject. What is said of the subject may
-# follow further behind.
-_REACH_IN_SUBJECT = 8
-_REACH = 40
-# After the subject its last token is the cue, unless a larger share of the sample would be taken
-# for it.
+# Two tokens are hardly mistaken at once, so that each may be further from its keys.
+_LIMITS_OF_TWO = {"down_proj": (0.3, 0.5), "mlp": (0.5, 0.75)}
+# A token is common where a larger share of the sample would be taken for it.
 _COMMON = 1e-3
+# Keys of a cue's token in other text that are taken besides those of the edit's own prompts.
+_MOST_ELSEWHERE = 32
+# Requests whose prompts are read together for their cues; bounds the memory.
+_REQUESTS_AT_ONCE = {"cpu": 16, "cuda": 64}
 # Contexts may give one key several times: relative to the mean of the diagonal of K^T C0^-1 K.
 _RIDGE = 1e-6
 # Bounds of the memory: keys solved for together, padded, and rows of the sample in float32.
@@ -54,168 +61,207 @@ _KEYS_AT_ONCE = 2048
 _SAMPLES_AT_ONCE = 1024
 
 
-def cue_limit(place: str, key_site: str) -> float:
-    """Least response to the cue of an edit at a place, by its name, whose keys are of a site."""
-    earlier, subject = _LIMITS[key_site]
-    return earlier if place in SUBJECT_PLACES else subject
-
-
-def cue_distances(prompts: Sequence[EncodedPrompt], place: Place) -> list[int]:
-    """How far before the subject's last token the cue of an edit may be, the nearest first.
-
-    After the subject it may be its last token itself, 0.
-
-    Empty where there is nothing before it that all prompts have.
+def cue_limit(place: str, key_site: str, tokens: int = 1) -> float:
+    """Least response of each of the tokens that make a cue.
 
     Args:
-        prompts: of one request, their subject's last token looked up.
-        place: of the edit.
+        place: name of the edit's place.
+        key_site: what the keys are of.
+        tokens: one or two.
     """
-    name, _ = place
-    nearest = 0 if name not in SUBJECT_PLACES else 1 if name == "subject_last" else 2
-    farthest = min(p.lookup - p.first for p in prompts)
-    return list(range(nearest, farthest + 1))[:_MOST_CANDIDATES]
+    at_subject, behind = (_LIMITS if tokens == 1 else _LIMITS_OF_TWO)[key_site]
+    return at_subject if place in SUBJECT_PLACES else behind
 
 
-def cue_reach(prompts: Sequence[EncodedPrompt], place: Place, target: Sequence[int]) -> int:
-    """For how many tokens after its cue an edit may fire: as far as it is from it in its prompts,
-    and as far as other words may put it.
+@dataclass(frozen=True)
+class Cues:
+    """The cues of some edits.
 
-    Args:
-        prompts: of one request.
-        place: of the edit.
-        target: ids of the request's target.
+    Attributes:
+        filters: ``[edits, n]``, zeros where there is none.
+        gaps: how many tokens apart the two that make each cue are; 0 where it is one token.
+        reaches: for how many tokens after it each edit may fire.
     """
-    name, _ = place
-    if name in SUBJECT_PLACES:
-        return _REACH_IN_SUBJECT
-    there = [(p.position(place, target), p.lookup) for p in prompts]
-    farthest = max((at - lookup for at, lookup in there if at is not None), default=0)
-    return max(_REACH, farthest + _MOST_CANDIDATES)
+
+    filters: Tensor
+    gaps: list[int]
+    reaches: list[int]
 
 
-def candidate_keys(
-    wanted: Sequence[tuple[Sequence[EncodedPrompt], Place, Sequence[EncodedPrompt], int]],
-    x: Tensor,
+def read_cues(
+    slots: Sequence[tuple[EncodedRequest, Place]],
+    memory: EditMemory,
+    inputs: Callable[[list[EncodedPrompt]], Tensor],
+    *,
     sample: Tensor | None,
-    elsewhere: Callable[[set[int]], list[int]],
-) -> list[list[Tensor]]:
-    """Keys ``[v, n]`` of each token that may be the cue of some edits, the nearest first.
+    known: SampleTokens | None,
+    decode: Callable[[list[int]], str],
+    key_site: str,
+) -> Cues:
+    """The cues of edits, read in their requests' contexts and after a few other words.
 
     Args:
-        wanted: for each edit its request's contexts and its place, see :func:`cue_distances`, the
-            prompts where the keys are read, and the first one's row in ``x``.
-        x: what the layer reads in prompts ``[R, T, n]``, the subject's last token at the end.
-        sample: keys in other text ``[s, n]``, or None.
-        elsewhere: gives rows of the sample that are keys of some tokens, by their ids.
+        slots: request and place of each edit.
+        memory: of a layer.
+        inputs: gives what the layer reads in prompts up to the token looked up, ``[R, T, n]``.
+        sample: what it reads in unrelated text ``[s, n]``, or None.
+        known: what the sample's rows are keys of.
+        decode: gives the text of token ids.
+        key_site: what the keys are of.
     """
-    own: list[int] = []  # rows of x, its first two dimensions as one
-    other: list[int] = []  # rows of the sample
-    own_at: list[int] = []  # where these go among all keys
-    other_at: list[int] = []
-    counts: list[list[int]] = []
-    width = x.shape[1]
-    for contexts, place, prompts, row in wanted:
-        counts.append([])
-        for away in cue_distances(contexts, place):
-            before, ids = len(own) + len(other), set()
-            for i, prompt in enumerate(prompts):
-                position = prompt.lookup - away
-                if position >= prompt.first:
-                    own_at.append(len(own) + len(other))
-                    own.append((row + i) * width + width - 1 - away)
-                    ids.add(prompt.ids[position])
-            if away and sample is not None:
-                for number in elsewhere(ids):
-                    other_at.append(len(own) + len(other))
-                    other.append(number)
-            counts[-1].append(len(own) + len(other) - before)
-    # Few copies and gathers, whatever the number of edits.
-    keys = x.new_empty(len(own) + len(other), x.shape[2])
-    keys[_numbers(own_at, x)] = x.reshape(-1, x.shape[2])[_numbers(own, x)]
-    if sample is not None and other:
-        keys[_numbers(other_at, x)] = sample[_numbers(other, sample)].to(keys)
-    parts = iter(keys.split([count for mine in counts for count in mine]))
-    return [[next(parts) for _ in mine] for mine in counts]
+
+    def elsewhere(ids: set[int]) -> list[int]:
+        # A token that is common in text, such as a letter, has keys that differ with what stands
+        # before it. Of a rare one the sample has none, and they are not needed.
+        return [] if known is None else sorted(known.rows((i,) for i in ids))[:_MOST_ELSEWHERE]
+
+    away = [cue_distances(request.contexts, place) for request, place in slots]
+    requests = list({id(request): request for request, _ in slots}.values())
+    candidates: list[list[Tensor]] = [[] for _ in slots]
+    at_once = _REQUESTS_AT_ONCE.get(memory.device.type, 16)
+    for first in range(0, len(requests), at_once):
+        some = requests[first : first + at_once]
+        prompts = [[*r.contexts, r.essence, *r.mentions] for r in some]
+        x = inputs([p for mine in prompts for p in mine])
+        starts = list(accumulate(map(len, prompts), initial=0))
+        numbers = {id(request): i for i, request in enumerate(some)}
+        mine = [i for i, (request, _) in enumerate(slots) if id(request) in numbers]
+        at = [numbers[id(slots[i][0])] for i in mine]
+        wanted = [(away[i], prompts[j], starts[j]) for i, j in zip(mine, at, strict=True)]
+        for i, keys in zip(mine, candidate_keys(wanted, x, sample, elsewhere), strict=True):
+            candidates[i] = keys
+    others = [
+        of_other_words(distances, request.contexts[0], place, decode)
+        for distances, (request, place) in zip(away, slots, strict=True)
+    ]
+    places = [name for _, (name, _) in slots]
+    filters, tokens = find_cues(memory, candidates, sample, key_site, places, others)
+    told = list(zip(slots, away, tokens, strict=True))
+    gaps = [abs(far[own[0]] - far[own[-1]]) if own else 0 for _, far, own in told]
+    reaches = [
+        cue_reach(request.prompts, place, request.target, len(own))
+        for (request, place), _, own in told
+    ]
+    return Cues(filters, gaps, reaches)
 
 
-def _numbers(values: list[int], of: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(of.device)
-
-
+@float32_products(tf32=False)
 def find_cues(
     memory: EditMemory,
     slots: Sequence[Sequence[Tensor]],
     sample: Tensor | None,
     key_site: str = "down_proj",
     places: Sequence[str] | None = None,
-) -> Tensor:
-    """Filters ``[len(slots), n]``, of each slot's candidate that fewest unrelated keys answer to.
+    others: Sequence[Sequence[bool]] | None = None,
+) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Cues of the two candidates of each slot that fewest unrelated keys answer to.
 
-    After the subject the first candidate, its last token, is taken unless it is common.
+    Those of other words come before those of the edit's own, and behind the subject its last token
+    before all, if these are not common.
 
     Args:
         memory: of the layer; its prior is used.
-        slots: for each the keys ``[v, n]`` of its candidates, the nearest first; zeros are given
-            where it has none, or none with a key that is not zero.
-        sample: unrelated keys ``[s, n]``; without them the nearest is taken.
+        slots: for each the keys ``[v, n]`` of its candidates, the nearest first; one without a key
+            that is not zero is none.
+        sample: unrelated keys ``[s, n]``; without them the nearest are taken.
         key_site: what the keys are of.
         places: the name of each slot's place; None: all are at the subject.
+        others: for each slot which candidates are of another word than the edit's own token; None:
+            none are.
+
+    Returns:
+        filters ``[len(slots), n]``, zeros where there is no cue; and which candidates make each.
     """
     names = list(places or ["subject_last"] * len(slots))
-    limits = [cue_limit(name, key_site) for name in names]
-    behind = [name not in SUBJECT_PLACES for name in names]
-    first = [slot[:1] if after else slot for slot, after in zip(slots, behind, strict=True)]
-    found, often = _find(memory, first, sample, limits)
-    common = (often > _COMMON * (0 if sample is None else len(sample))).tolist()
-    again = [i for i, after in enumerate(behind) if after and common[i] and len(slots[i]) > 1]
-    if again:
-        wanted = [slots[i] for i in again]
-        found[again], _ = _find(memory, wanted, sample, [limits[i] for i in again])
-    return found
-
-
-def _find(
-    memory: EditMemory,
-    slots: Sequence[Sequence[Tensor]],
-    sample: Tensor | None,
-    limits: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    """Filters ``[len(slots), n]``, and how many of the sample answer to each."""
-    found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
-    often = torch.zeros(len(slots), dtype=torch.int64, device=memory.device)
-    some: list[int] = []
-
-    def solve() -> None:
-        chosen = [slots[i] for i in some], sample, [limits[i] for i in some]
-        found[some], often[some] = _find_some(memory, *chosen)
-
-    count = longest = 0
-    for i, candidates in enumerate(slots):
-        most = max(map(len, candidates), default=0)
-        if some and (count + len(candidates)) * max(longest, most) > _KEYS_AT_ONCE:
-            solve()
-            some, count, longest = [], 0, 0
-        if most:
-            some.append(i)
-            count, longest = count + len(candidates), max(longest, most)
-    if some:
-        solve()
-    return found, often
-
-
-@float32_products(tf32=False)
-def _find_some(
-    memory: EditMemory,
-    slots: Sequence[Sequence[Tensor]],
-    sample: Tensor | None,
-    limits: Sequence[float],
-) -> tuple[Tensor, Tensor]:
+    apart = [[False] * len(slot) for slot in slots] if others is None else others
     candidates = [keys for slot in slots for keys in slot]
-    keys = torch.cat(candidates).to(memory.device, memory.dtype)
+    each = [cue_limit(n, key_site) for n, slot in zip(names, slots, strict=True) for _ in slot]
+    filters, often = _alone(memory, candidates, sample, each)
+    most = _COMMON * (0 if sample is None else len(sample))
+    told = iter(often)
+    tokens = [
+        _choose([next(told) for _ in slot], of_others, name not in SUBJECT_PLACES, most)
+        for slot, of_others, name in zip(slots, apart, names, strict=True)
+    ]
+    starts = list(accumulate(map(len, slots), initial=0))
+    ones = [i for i, chosen in enumerate(tokens) if len(chosen) == 1]
+    twos = [i for i, chosen in enumerate(tokens) if len(chosen) == 2]
+    found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
+    if ones:
+        found[ones] = filters[[starts[i] + tokens[i][0] for i in ones]]
+    if twos:
+        pairs = [torch.cat([slots[i][number] for number in tokens[i]]) for i in twos]
+        found[twos] = torch.cat([some for _, some, _ in _matched(memory, pairs)])
+    return found, tokens
+
+
+def _choose(
+    often: Sequence[int | None], others: Sequence[bool], behind: bool, most: float
+) -> tuple[int, ...]:
+    """Which candidates make a cue.
+
+    Args:
+        often: how many of the sample answer to each; None: it has no key.
+        others: which of them are of another word.
+        behind: whether the edit is behind the subject, whose last token is the first candidate.
+        most: a candidate that more of the sample answer to is common.
+    """
+    counted = [(count, number) for number, count in enumerate(often) if count is not None]
+    rare = [number for _, number in sorted(counted)]
+    wanted = [n for count, n in sorted(counted) if others[n] and count <= most]
+    if behind and often and often[0] is not None and often[0] <= most:
+        wanted.insert(0, 0)
+    ordered = list(dict.fromkeys([*wanted, *rare]))
+    return tuple(ordered[:2])
+
+
+def _alone(
+    memory: EditMemory, candidates: Sequence[Tensor], sample: Tensor | None, limits: Sequence[float]
+) -> tuple[Tensor, list[int | None]]:
+    """Filters ``[len(candidates), n]`` of single tokens, and how many of the sample answer to each;
+    None of one that has no key.
+    """
+    found = torch.zeros(
+        len(candidates), memory.in_features, device=memory.device, dtype=memory.dtype
+    )
+    counts = torch.zeros(len(candidates), device=memory.device, dtype=torch.int64)
+    for numbers, filters, dead in _matched(memory, candidates):
+        found[numbers] = filters
+        taken = dead * -1
+        if sample is not None:
+            looking = filters.float().mT
+            least = torch.tensor([limits[i] for i in numbers], device=looking.device)
+            for rows in sample.split(_SAMPLES_AT_ONCE):
+                taken = taken + ((rows.to(looking) @ looking) >= least).sum(dim=0) * ~dead
+        counts[numbers] = taken
+    return found, [None if count < 0 else count for count in counts.tolist()]
+
+
+def _matched(
+    memory: EditMemory, groups: Sequence[Tensor]
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Filters of groups of keys ``[v, n]``, some at once.
+
+    Yields:
+        their numbers, filters ``[some, n]``, and which have no key that is not zero.
+    """
+    some: list[int] = []
+    longest = 0
+    for i, keys in enumerate(groups):
+        if some and (len(some) + 1) * max(longest, len(keys)) > _KEYS_AT_ONCE:
+            yield some, *_filters(memory, [groups[j] for j in some])
+            some, longest = [], 0
+        some.append(i)
+        longest = max(longest, len(keys))
+    if some:
+        yield some, *_filters(memory, [groups[j] for j in some])
+
+
+def _filters(memory: EditMemory, groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    keys = torch.cat(list(groups)).to(memory.device, memory.dtype)
     solved = memory.prior_solve(keys.mT).mT
     # Padded with zeros to the longest of them: in few calls, which a GPU's host has to make.
-    own, real = _padded(list(map(len, candidates)), keys.device)
+    own, real = _padded(list(map(len, groups)), keys.device)
     padded, solutions = (torch.cat([x, x.new_zeros(1, x.shape[1])])[own] for x in (keys, solved))
     gram = padded @ solutions.mT
     diagonal = gram.diagonal(dim1=1, dim2=2)
@@ -223,20 +269,7 @@ def _find_some(
     dead = mean == 0  # keys of zeros, to which no filter responds
     diagonal += torch.where(real & ~dead[:, None], _RIDGE * mean[:, None], 1)
     weights = torch.linalg.solve(gram, real.to(gram.dtype))
-    filters = (weights[:, None] @ solutions)[:, 0]
-    taken = torch.zeros(len(filters), dtype=torch.int64, device=filters.device)
-    if sample is not None:
-        looking = filters.float().mT
-        each = [limit for slot, limit in zip(slots, limits, strict=True) for _ in slot]
-        least = torch.tensor(each, device=looking.device)
-        for rows in sample.split(_SAMPLES_AT_ONCE):
-            scores = rows.to(looking) @ looking
-            taken += (scores >= least).sum(dim=0)
-    taken = torch.where(dead, taken.max() + 1, taken)
-    of_slot, there = _padded(list(map(len, slots)), filters.device)
-    often = torch.cat([taken, taken.new_zeros(1)])[of_slot].masked_fill(~there, taken.max() + 1)
-    best = of_slot.gather(1, often.argmin(dim=1, keepdim=True))[:, 0]
-    return filters[best], taken[best]
+    return (weights[:, None] @ solutions)[:, 0], dead
 
 
 def _padded(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

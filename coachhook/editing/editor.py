@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from coachhook.editing.beginnings import Beginnings
 from coachhook.editing.config import EditConfig, check_layers
-from coachhook.editing.cues import candidate_keys, cue_distances, cue_reach, find_cues
+from coachhook.editing.cue_tokens import cue_distances
+from coachhook.editing.cues import read_cues
 from coachhook.editing.encoding import EncodedRequest, encode_requests
 from coachhook.editing.folder import load_state, save_state
 from coachhook.editing.leaning import leaned_on
@@ -66,11 +66,6 @@ from coachhook.models import (
 )
 from coachhook.statistics import Statistics
 from coachhook.store import fingerprint
-
-# Keys of a cue's token in other text that are taken besides those of the edit's own prompts.
-_MOST_ELSEWHERE = 32
-# Requests whose prompts are read together for their cues; bounds the memory.
-_REQUESTS_AT_ONCE = {"cpu": 16, "cuda": 64}
 
 
 class Editor:
@@ -444,9 +439,6 @@ class Editor:
             slots += leaned_on(self._state, record.requests, encoded, earlier, about, read_at)
         record.slots += [(r, tuple(config.places).index(place[0])) for r, place in slots[own:]]
         record.endings = [self._endings(encoded[r], place) for r, place in slots]
-        if config.uses_cues:
-            requested = [(encoded[r], place) for r, place in slots]
-            record.reaches = [cue_reach(e.prompts, place, e.target) for e, place in requested]
         contexts = [
             prompt.at(place, encoded[request].target)
             for request, place in slots
@@ -481,7 +473,7 @@ class Editor:
             left = len(config.layers) - position if config.sharing == "even" else 1
             share = (goal - outputs.to(goal.dtype)) / left
             if config.uses_cues:
-                record.cues[layer] = self._cues([(encoded[r], p) for r, p in slots], layer, pad_id)
+                self._read_cues([(encoded[r], p) for r, p in slots], layer, pad_id, record)
 
             def inputs(rows: list[int], layer: int = layer) -> Tensor:
                 return self._inputs([asked[row] for row in rows], layer, pad_id)
@@ -510,39 +502,27 @@ class Editor:
         # The same words about another subject end in nearly the same key.
         return [s and p[0] != "prompt_last" for s, (_, p) in zip(specific, wanted, strict=True)]
 
-    def _cues(self, slots: list[tuple[EncodedRequest, Place]], layer: int, pad_id: int) -> Tensor:
-        """Filters of the slots' cues ``[len(slots), n]``, zeros where there is none."""
+    def _read_cues(
+        self,
+        slots: list[tuple[EncodedRequest, Place]],
+        layer: int,
+        pad_id: int,
+        record: BatchRecord,
+    ) -> None:
+        """Writes the cues of the slots' edits into the record."""
         edits = self._state.layers[layer]
         assert isinstance(edits.memory, EditMemory)
-        requests = list({id(request): request for request, _ in slots}.values())
-        candidates: list[list[Tensor]] = [[] for _ in slots]
-        at_once = _REQUESTS_AT_ONCE.get(edits.memory.device.type, 16)
-        for first in range(0, len(requests), at_once):
-            some = requests[first : first + at_once]
-            prompts = [[*r.contexts, r.essence, *r.mentions] for r in some]
-            x = self._inputs([p for mine in prompts for p in mine], layer, pad_id)
-            starts = list(accumulate(map(len, prompts), initial=0))
-            numbers = {id(request): i for i, request in enumerate(some)}
-            mine = [i for i, (request, _) in enumerate(slots) if id(request) in numbers]
-            wanted = []
-            for request, place in (slots[i] for i in mine):
-                at = numbers[id(request)]
-                wanted.append((request.contexts, place, prompts[at], starts[at]))
-            found = candidate_keys(wanted, x, edits.sample, self._elsewhere)
-            for i, keys in zip(mine, found, strict=True):
-                candidates[i] = keys
-        site = self.config.key_site
-        places = [name for _, (name, _) in slots]
-        return find_cues(edits.memory, candidates, edits.sample, site, places).float().cpu()
-
-    def _elsewhere(self, ids: set[int]) -> list[int]:
-        """Rows of the unrelated sample that are keys of some tokens elsewhere.
-
-        A token that is common in text, such as a letter, has keys that differ with what stands
-        before it. Of a rare one the sample has none, and they are not needed.
-        """
-        tokens = self._state.sample_tokens
-        return [] if tokens is None else sorted(tokens.rows((i,) for i in ids))[:_MOST_ELSEWHERE]
+        cues = read_cues(
+            slots,
+            edits.memory,
+            partial(self._inputs, layer=layer, pad_id=pad_id),
+            sample=edits.sample,
+            known=self._state.sample_tokens,
+            decode=self._tokenizer.decode,
+            key_site=self.config.key_site,
+        )
+        record.cues[layer], record.gaps[layer] = cues.filters.float().cpu(), cues.gaps
+        record.reaches = cues.reaches
 
     def _inputs(self, prompts: list[EncodedPrompt], layer: int, pad_id: int) -> Tensor:
         """What a layer reads up to the token looked up, ``[R, T, n]``, zeros at the left."""

@@ -49,6 +49,7 @@ class BatchRecord:
     anchors: dict[int, list[int]] = field(default_factory=dict)
     cues: dict[int, Tensor] = field(default_factory=dict)
     reaches: list[int] = field(default_factory=list)
+    gaps: dict[int, list[int]] = field(default_factory=dict)
 
     def cued(self, layer: int) -> list[bool]:
         """Which slots have a cue."""
