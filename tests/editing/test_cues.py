@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from coachhook import EditConfig, Editor, EditRequest, attach
 from coachhook.editing import EditMemory
-from coachhook.editing.cues import cue_distances, cue_limit, cue_reach, find_cues
+from coachhook.editing.cue_tokens import cue_distances, cue_reach, of_other_words
+from coachhook.editing.cues import cue_limit, find_cues, read_cues
 from coachhook.editing.encoding import encode_requests
 from coachhook.editing.prompts import PLACES, EncodedPrompt
 from coachhook.editing.records import BatchRecord
@@ -46,11 +48,13 @@ def test_how_far_an_edit_reaches():
     prompts = [EncodedPrompt([9, 1, 2, 3, 4, 7], 1, 4), EncodedPrompt([1, 2, 3, 4, 7], 0, 3)]
     for name in ("subject_last", "subject_previous"):
         assert cue_reach(prompts, (name, 0), [5, 6]) == 8
+        assert cue_reach(prompts, (name, 0), [5, 6], 2) == 40
         # Wherever the cue may be.
         farthest = max(cue_distances([EncodedPrompt(list(range(40)), 0, 30)], (name, 0)))
         assert farthest <= cue_reach(prompts, (name, 0), [5, 6])
     for name in ("prompt_last", "target", "target_last"):
-        assert cue_reach(prompts, (name, 0), [5, 6]) == 40
+        for tokens in (1, 2):
+            assert cue_reach(prompts, (name, 0), [5, 6], tokens) == 40
     # A prompt that goes on for long after its subject is reached in any of its contexts.
     far = [*prompts, EncodedPrompt(list(range(60)), 2, 9)]
     reach = {"prompt_last": 50 + 6, "target": 51 + 6, "target_last": 52 + 6}
@@ -71,7 +75,7 @@ def some_memory(n, seed=0):
 def test_a_cue_answers_its_keys_with_one_and_the_prior_least():
     memory, prior, generator = some_memory(12)
     keys = torch.randn(3, 12, dtype=torch.float64, generator=generator)
-    found = find_cues(memory, [[keys]], None)[0]
+    found = find_cues(memory, [[keys]], None)[0][0]
     assert keys @ found == pytest.approx([1, 1, 1], abs=1e-5)
     least = found @ prior @ found
     for _ in range(20):
@@ -86,51 +90,101 @@ def test_a_cue_answers_its_keys_with_one_and_the_prior_least():
 def test_a_cue_does_not_depend_on_other_edits():
     memory, _, generator = some_memory(12)
     keys = torch.randn(2, 12, dtype=torch.float64, generator=generator)
-    alone = find_cues(memory, [[keys]], None)[0]
+    alone = find_cues(memory, [[keys]], None)[0][0]
     memory.append(torch.randn(12, 5, dtype=torch.float64, generator=generator), torch.ones(2, 5))
-    assert torch.equal(find_cues(memory, [[keys]], None)[0], alone)
+    assert torch.equal(find_cues(memory, [[keys]], None)[0][0], alone)
 
 
-def test_the_token_that_other_text_shows_least_is_the_cue():
+def test_two_tokens_are_matched_at_once():
+    memory, prior, generator = some_memory(12)
+    one, two = torch.randn(2, 2, 12, dtype=torch.float64, generator=generator)
+    filters, tokens = find_cues(memory, [[one, two]], None)
+    assert tokens == [(0, 1)]
+    both = torch.cat([one, two])
+    assert both @ filters[0] == pytest.approx([1, 1, 1, 1], abs=1e-5)
+    least = torch.linalg.solve(prior, both.T)
+    wanted = least @ torch.linalg.solve(both @ least, torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(filters[0], wanted, rtol=1e-4, atol=1e-6)
+
+
+def chosen(memory, slot, sample=None, place="subject_last", others=None):
+    wanted = None if others is None else [others]
+    return find_cues(memory, [slot], sample, "down_proj", [place], wanted)[1][0]
+
+
+def test_the_tokens_that_other_text_shows_least_are_the_cue():
     memory, _, generator = some_memory(12)
-    near, far = torch.randn(2, 2, 12, dtype=torch.float64, generator=generator)
-    alone = [find_cues(memory, [[keys]], None)[0] for keys in (near, far)]
-    nothing = torch.zeros(4, 12)
-    for sample in (None, nothing[:0], nothing, far):
-        assert torch.equal(find_cues(memory, [[near, far]], sample)[0], alone[0])
-    assert torch.equal(find_cues(memory, [[near, far]], near.float())[0], alone[1])
+    slot = list(torch.randn(3, 2, 12, dtype=torch.float64, generator=generator))
+    nothing = torch.zeros(3000, 12)
+    for sample in (None, nothing[:0], nothing):
+        assert chosen(memory, slot, sample) == (0, 1)
+    seen = nothing.clone()
+    seen[0] = slot[0][0].float()
+    assert chosen(memory, slot, seen) == (1, 2)
+    seen[1:3] = slot[1].float()
+    assert chosen(memory, slot, seen) == (2, 0)
+    assert chosen(memory, slot[:1], seen) == (0,)
 
 
-def test_after_the_subject_its_last_token_is_the_cue_unless_it_is_common():
+def test_one_token_of_the_cue_is_of_another_word_where_there_is_one():
     memory, _, generator = some_memory(12)
-    last, earlier = torch.randn(2, 2, 12, dtype=torch.float64, generator=generator)
-    filters = [find_cues(memory, [[keys]], None)[0] for keys in (last, earlier)]
+    slot = list(torch.randn(4, 2, 12, dtype=torch.float64, generator=generator))
+    others = [False, False, True, True]
+    assert chosen(memory, slot, None, others=others) == (2, 3)
+    assert chosen(memory, slot[:3], None, others=others[:3]) == (2, 0)
+    rarely, often = (torch.zeros(3000, 12) for _ in range(2))
+    rarely[:2], often[:4] = slot[2].float(), slot[2].repeat(2, 1).float()
+    assert chosen(memory, slot, rarely, others=others) == (3, 2)  # no more than a thousandth
+    assert chosen(memory, slot, often, others=others) == (3, 0)
+    # Behind the subject its last token comes first.
+    behind = [False, False, True, False]
+    assert chosen(memory, slot, None, "prompt_last", behind) == (0, 2)
+    assert chosen(memory, slot, often, "target", behind) == (0, 1)
+
+
+def test_which_tokens_are_of_other_words():
+    texts = {1: "The", 2: " Ko", 3: "ichi", 4: " K", 5: "ob", 6: "ayashi", 7: "'s"}
+    prompt = EncodedPrompt([1, 2, 3, 4, 5, 6, 7], 1, 5)
+
+    def decode(ids):
+        return "".join(texts[i] for i in ids)
+
+    for place, distances, wanted in (
+        ("subject_last", [1, 2, 3, 4], [False, False, True, True]),
+        ("subject_previous", [2, 3, 4], [False, True, True]),
+        ("prompt_last", [0, 1, 2, 3, 4], [False, False, False, True, True]),
+        ("target", [0, 2, 4], [False, False, True]),
+    ):
+        assert of_other_words(distances, prompt, (place, 0), decode) == wanted
+
+
+def test_behind_the_subject_its_last_token_is_one_of_the_cue_unless_it_is_common():
+    memory, _, generator = some_memory(12)
+    slot = list(torch.randn(3, 2, 12, dtype=torch.float64, generator=generator))
+    last, earlier = slot[:2]
     rare = torch.zeros(3000, 12)
     rare[:2] = last.float()  # no more than a thousandth
     common = rare.clone()
     common[2:4] = last.float()
     both = common.clone()
     both[4:8] = earlier[0].float()
-    of_a_letter = [[last]]  # a subject of one token has no other
     for name in ("prompt_last", "target"):
-        for sample, wanted in ((None, 0), (rare, 0), (common, 1), (both, 0)):
-            found = find_cues(memory, [[last, earlier]], sample, "down_proj", [name])[0]
-            torch.testing.assert_close(found, filters[wanted], rtol=1e-12, atol=0)
-        found = find_cues(memory, of_a_letter, common, "down_proj", [name])[0]
-        torch.testing.assert_close(found, filters[0], rtol=1e-12, atol=0)
-    # At the subject the rarer one always is.
-    found = find_cues(memory, [[last, earlier]], rare, "down_proj", ["subject_last"])[0]
-    torch.testing.assert_close(found, filters[1], rtol=1e-12, atol=0)
+        for sample, wanted in ((None, (0, 1)), (rare, (0, 1)), (common, (1, 2)), (both, (2, 0))):
+            assert chosen(memory, slot, sample, name) == wanted
+        assert chosen(memory, slot[:1], common, name) == (0,)  # there is no other
+    # At the subject the rarer ones always are.
+    assert chosen(memory, slot, rare, "subject_last") == (1, 2)
 
 
 def test_a_token_without_a_key_is_no_cue():
     memory, _, generator = some_memory(12)
     keys, nothing = torch.randn(2, 12, dtype=torch.float64, generator=generator), torch.zeros(2, 12)
-    alone = find_cues(memory, [[keys]], None)[0]
+    alone = find_cues(memory, [[keys]], None)[0][0]
     for sample in (None, keys.float()):
-        found = find_cues(memory, [[nothing.double(), keys], [nothing.double()]], sample)
+        slots = [[nothing.double(), keys], [nothing.double()]]
+        found, tokens = find_cues(memory, slots, sample)
         torch.testing.assert_close(found[0], alone, rtol=1e-12, atol=0)
-        assert not found[1].any()
+        assert not found[1].any() and tokens == [(1,), ()]
 
 
 def test_cues_together_are_those_of_one_at_a_time(monkeypatch):
@@ -141,21 +195,22 @@ def test_cues_together_are_those_of_one_at_a_time(monkeypatch):
         for some in counts
     ]
     sample = torch.randn(50, 12, generator=generator).bfloat16()
-    together = find_cues(memory, slots, sample)
-    assert not together[1].any()
-    chosen = set()
-    for slot, found in zip(slots, together, strict=True):
+    together, tokens = find_cues(memory, slots, sample)
+    assert not together[1].any() and tokens[1] == ()
+    for slot, found, numbers in zip(slots, together, tokens, strict=True):
         if slot:
-            own = find_cues(memory, [slot], sample)[0]
-            torch.testing.assert_close(found, own, rtol=1e-12, atol=0)
-            answers = [(keys @ own - 1).abs().max() < 1e-3 for keys in slot]
-            assert sum(answers) == 1
-            chosen.add(answers.index(True))
-    assert len(chosen) > 1
+            own = find_cues(memory, [slot], sample)
+            torch.testing.assert_close(found, own[0][0], rtol=1e-12, atol=0)
+            assert own[1] == [numbers] and len(numbers) == min(len(slot), 2)
+            answers = torch.cat([slot[number] for number in numbers]) @ found
+            torch.testing.assert_close(answers, torch.ones_like(answers), rtol=0, atol=1e-3)
+    assert len(set(tokens)) > 3
     monkeypatch.setattr("coachhook.editing.cues._KEYS_AT_ONCE", 5)
     monkeypatch.setattr("coachhook.editing.cues._SAMPLES_AT_ONCE", 7)
-    torch.testing.assert_close(find_cues(memory, slots, sample), together, rtol=1e-12, atol=0)
-    assert find_cues(memory, [[], []], sample).shape == (2, 12)
+    again = find_cues(memory, slots, sample)
+    torch.testing.assert_close(again[0], together, rtol=1e-12, atol=0)
+    assert again[1] == tokens
+    assert find_cues(memory, [[], []], sample)[0].shape == (2, 12)
 
 
 def test_settings_that_have_cues(bundled):
@@ -203,6 +258,8 @@ def test_edits_with_and_without_cues_in_a_payload(state):
     assert limits.tolist() == pytest.approx(wanted)
     for site in ("down_proj", "mlp"):
         assert 0 < cue_limit("subject_last", site) < cue_limit("prompt_last", site) < 1
+        for place in ("subject_last", "prompt_last"):
+            assert 0 < cue_limit(place, site, 2) < cue_limit(place, site)
     tensors = state.payload(0).tensors
     assert all(torch.equal(tensors[name], cue) for name, cue in cues.items())
     # Of edits of before there were reaches: for ever.
@@ -358,8 +415,18 @@ def test_a_common_token_is_known_after_any_word(make_editor, requests):
     rows = sorted(state.sample_tokens.rows([(token,)]))[:32]
     assert rows
     elsewhere = state.layers[layer].sample[rows].float()
-    with_sample = elsewhere @ editor._cues(slots, layer, 0)[0]
-    state.sample_tokens = None
-    without = elsewhere @ editor._cues(slots, layer, 0)[0]
+    edits = state.layers[layer]
+    read = partial(
+        read_cues,
+        slots,
+        edits.memory,
+        partial(editor._inputs, layer=layer, pad_id=0),
+        sample=edits.sample,
+        decode=tokenizer.decode,
+        key_site="down_proj",
+    )
+    with_sample, without = (
+        elsewhere @ read(known=known).filters[0].float() for known in (state.sample_tokens, None)
+    )
     assert with_sample == pytest.approx([1] * len(rows), abs=0.05)
     assert (without < 0.9).any()
