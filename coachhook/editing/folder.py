@@ -43,7 +43,7 @@ from coachhook.store import (
 
 KIND = "edits"
 # Of a hook's tensors those that follow from the records.
-_OF_RECORDS = ("cues", "limits", "reaches")
+_OF_RECORDS = ("cues", "limits", "reaches", "gaps")
 _FIELDS = {
     "fingerprint": str,
     "model": str,

@@ -17,7 +17,7 @@ class HookPayload:
     Attributes:
         kind: "empty", "dense", "factored" or "pair".
         tensors: "delta", or "left" and "right" (Q and S, or V and A^T), and with cues "cues",
-            "limits" and "reaches", see :meth:`~coachhook.editing.state.EditState.cues`.
+            "limits", "reaches" and "gaps", see :meth:`~coachhook.editing.state.EditState.cues`.
         alpha: threshold of the gate.
         population: mean and standard deviation for the population scope.
     """
@@ -52,6 +52,7 @@ class HookPayload:
                 cues=self.tensors.get("cues"),
                 limits=self.tensors.get("limits"),
                 reaches=self.tensors.get("reaches"),
+                gaps=self.tensors.get("gaps"),
             )
         else:
             hook.clear()

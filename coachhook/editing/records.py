@@ -36,6 +36,9 @@ class BatchRecord:
             where an edit needs none. See :mod:`coachhook.editing.cues`.
         reaches: for how many tokens after its cue each slot's edit may fire, see
             :func:`~coachhook.editing.cues.cue_reach`; empty: for ever, as before there were such.
+        gaps: layer index -> how many tokens before its cue each slot's edit must have read another
+            one, see :class:`~coachhook.ops.Membership`; 0, and where the layer has none, as before
+            there were such: the cue is one token. Without reaches it is, too.
     """
 
     requests: list[EditRequest]
@@ -111,6 +114,7 @@ class BatchRecord:
             "endings": self.endings,
             "anchors": {str(k): v for k, v in self.anchors.items()},
             "reaches": self.reaches,
+            "gaps": {str(k): v for k, v in self.gaps.items()},
         }
 
     @classmethod
@@ -131,4 +135,5 @@ class BatchRecord:
             {int(k): list(v) for k, v in record.get("anchors", {}).items()},
             cues or {},
             list(record.get("reaches", [])),
+            {int(k): list(v) for k, v in record.get("gaps", {}).items()},
         )

@@ -24,7 +24,7 @@ from coachhook.editing.unrelated import Ending, SampleTokens
 from coachhook.errors import NotPositiveDefiniteError
 from coachhook.ops import Membership, Population, gate_scores, hook_output
 from coachhook.ops._precision import float32_products
-from coachhook.ops.hooked_linear.cues import NEVER
+from coachhook.ops.hooked_linear.cues import MOST_APART, NEVER
 
 # Above this share of m the factors hold more numbers than Delta, and hardly run faster: hooks keep
 # both in float32, so the gate reads r n numbers or m n. Times: docs/kernels/hooked_linear.md.
@@ -51,6 +51,7 @@ class _About:
     # Of the batch that wrote it last; None where it needs none.
     cue: Tensor | None = None
     reach: int = NEVER
+    gap: int = 0
 
 
 @dataclass
@@ -274,17 +275,17 @@ class EditState:
             return present
         # Whether an edit is armed depends on what was read before the key.
         near = reached.any(dim=0)
-        cues = limits = reaches = None
-        if (known := self.cues(layer)) is not None:
-            cues, limits = (known[name][near.cpu()].to(keys) for name in ("cues", "limits"))
-            reaches = known["reaches"][near.cpu()].to(keys.device)
+        cues = {}
+        for name, known in (self.cues(layer) or {}).items():
+            dtype = keys.dtype if known.is_floating_point() else known.dtype
+            cues[name] = known[near.cpu()].to(keys.device, dtype)
         x = keys[rows, None] if inputs is None else inputs(rows.tolist()).to(keys)
         added, _ = hook_output(
             present.new_zeros(*x.shape[:2], present.shape[1]),
             x,
             (v[:, near], at[near]),
             config.alpha,
-            scope=Membership(correction="own", cues=cues, limits=limits, reaches=reaches),
+            scope=Membership(correction="own", **cues),
         )
         present[rows] = added[:, -1]
         return present
@@ -480,13 +481,14 @@ class EditState:
                 about.endings.extend(ends)
                 about.cue = batch.cues[layer][i] if cued else None
                 about.reach = batch.reaches[i] if cued and batch.reaches else NEVER
+                about.gap = batch.gaps[layer][i] if cued and layer in batch.gaps else 0
         return dict(sorted(found.items()))
 
     def cues(self, layer: int) -> dict[str, Tensor] | None:
         """What the rows of the membership pair wait for; None where none waits.
 
         "cues" float32 ``[E, n]``, "limits" float32 ``[E]``, -inf where an edit needs no cue, and
-        "reaches" int32 ``[E]``, on the CPU.
+        "reaches" and "gaps" int32 ``[E]``, on the CPU.
         """
         about = list(self._about(layer).values())
         known = [a.cue for a in about if a.cue is not None]
@@ -494,12 +496,17 @@ class EditState:
             return None
         nothing, site = torch.zeros_like(known[0]), self.config.key_site
         filters = torch.stack([nothing if a.cue is None else a.cue for a in about])
-        limits = [-torch.inf if a.cue is None else cue_limit(a.place, site) for a in about]
+        gaps = [min(a.gap, MOST_APART) for a in about]
+        limits = [
+            -torch.inf if a.cue is None else cue_limit(a.place, site, 2 if gap else 1)
+            for a, gap in zip(about, gaps, strict=True)
+        ]
         reaches = [min(a.reach, NEVER) for a in about]
         return {
             "cues": filters,
             "limits": torch.tensor(limits, dtype=torch.float32),
             "reaches": torch.tensor(reaches, dtype=torch.int32),
+            "gaps": torch.tensor(gaps, dtype=torch.int32),
         }
 
     def _columns(self, layer: int) -> _Columns:

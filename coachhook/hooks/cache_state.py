@@ -101,11 +101,15 @@ class GateState:
             ones for ``prefix``. For ``membership`` the cues seen, int64 ``[B, 1 + 2 edits]``.
         histories: what ``prefix`` needs to be taken back, per layer.
         versions: which edits the cues seen are of, 0-dim, per layer and scope.
+        gaps: of these edits, int32 ``[edits or more]``, per layer and scope: the hook's own buffer,
+            so that no step has to copy it. Once it holds those of other edits the version is
+            another, too, and what a crop makes of the registers is forgotten before it is read.
     """
 
     moments: dict[Key, Tensor] = field(default_factory=dict)
     histories: dict[int, History] = field(default_factory=dict)
     versions: dict[Key, Tensor] = field(default_factory=dict)
+    gaps: dict[Key, Tensor] = field(default_factory=dict)
 
     def get(self, key: Key, rows: int) -> Tensor | None:
         """The moments kept for a layer, None if this is the first it sees of the cache.
@@ -128,7 +132,7 @@ class GateState:
         self.moments[key] = torch.zeros(rows, 3, dtype=torch.float64, device=device)
         return self.moments[key]
 
-    def cues(self, key: Key, rows: int, edits: int, version: Tensor) -> Tensor:
+    def cues(self, key: Key, rows: int, edits: int, version: Tensor, gaps: Tensor) -> Tensor:
         """State of a layer's cues ``[B, 1 + 2 edits]``, begun anew where the edits are others.
 
         Args:
@@ -137,11 +141,14 @@ class GateState:
             edits: number of edits.
             version: int64, 0-dim: another number for other edits. Compared on its device, so that a
                 graph compiled or captured before a change stays right after it.
+            gaps: int32 ``[edits or more]``, the hook's buffer; see the attribute.
 
         Raises:
             ValueError: it was kept for another number of rows.
         """
         kept = self.get(key, rows)
+        # Each time: a hook may have got another buffer, with room for more edits.
+        self.gaps[key] = gaps
         if kept is None or kept.shape[1] != state_width(edits):
             self.moments[key] = blank_state(rows, edits, version.device)
             self.versions[key] = version.clone()
@@ -156,6 +163,7 @@ class GateState:
         self.moments.clear()
         self.histories.clear()
         self.versions.clear()
+        self.gaps.clear()
 
     def history(self, layer: int, moments: Tensor) -> History:
         """The history of a layer up to ``moments``, begun here if there is none."""
@@ -211,7 +219,8 @@ class GateState:
             moments.copy_(self.histories[layer].take_back(columns))
         for key in list(self.moments):
             if key[1] == "membership":
-                cut_back_(_writable(self.moments, key), columns)
+                kept = _writable(self.moments, key)
+                cut_back_(kept, columns, self.gaps[key][: kept.shape[1] // 2])
 
 
 class _FollowedMethod:

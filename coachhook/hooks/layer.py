@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from coachhook.hooks.cache_state import GateState
 from coachhook.hooks.context import GateContext
 from coachhook.hooks.gathered import GatheredInput
-from coachhook.hooks.storage import Correction, HookStorage, Kind, StoredHook
+from coachhook.hooks.storage import CUE_TENSORS, Correction, HookStorage, Kind, StoredHook
 from coachhook.ops import (
     Membership,
     Population,
@@ -224,13 +224,12 @@ class HookedLinear(nn.Module):
         return self._store.correction
 
     def cues(self) -> dict[str, Tensor]:
-        """``cues [N, n]``, ``limits`` and ``reaches [N]`` as :class:`Membership` takes them.
+        """``cues [N, n]``, ``limits``, ``reaches`` and ``gaps [N]``, for :class:`Membership`.
 
         {} where there are none.
         """
         known = self._store.key_cues()
-        names = ("cues", "limits", "reaches")
-        return {} if known is None else dict(zip(names, known, strict=True))
+        return {} if known is None else dict(zip(CUE_TENSORS, known, strict=True))
 
     def set_delta(self, delta: Tensor) -> None:
         """Store ``Delta [m, n]`` densely, copied into the hook's buffers.
@@ -262,11 +261,13 @@ class HookedLinear(nn.Module):
         cues: Tensor | None = None,
         limits: Tensor | None = None,
         reaches: Tensor | None = None,
+        gaps: Tensor | None = None,
     ) -> None:
         """Store ``Delta = V A^T``, copied, for the scope ``membership``.
 
         An edit with a cue fires only in the ``reaches[e]`` columns after a real token of its
-        sequence with ``cues[e] . x >= limits[e]``. What was seen is kept beside a KV cache, as are
+        sequence with ``cues[e] . x >= limits[e]``, or after the second of two such tokens
+        ``gaps[e]`` columns apart. What was seen is kept beside a KV cache, as are
         the statistics of the scope ``prefix``; setting a pair forgets it, also for caches in use.
 
         Args:
@@ -279,6 +280,8 @@ class HookedLinear(nn.Module):
             limits: ``[N]``, floating, comes with cues; -inf for an edit that waits for nothing.
             reaches: int32 ``[N]``, may come with cues; 63 and more: from the cue itself to the
                 sequence's end, as without.
+            gaps: int32 ``[N]``, may come with reaches; at most 7 (taken for 7 beyond), 0 where one
+                token is the cue, as without. Where reach and gap are 63 or more together, it is.
 
         Raises:
             TypeError: not floating-point tensors.
@@ -286,7 +289,7 @@ class HookedLinear(nn.Module):
                 range, an unknown correction, cues where there can be none, more rows than were
                 reserved, or cues where the rows were reserved without.
         """
-        self._store.set_pair(v, at, groups, correction, cues, limits, reaches)
+        self._store.set_pair(v, at, groups, correction, cues, limits, reaches, gaps)
         self._note_fit()
 
     def clear(self) -> None:
@@ -354,7 +357,7 @@ class HookedLinear(nn.Module):
         cu_seqlens = None if packing is None else packing[0].to(x.device)
         known: Tensor | None = None
         if page is not None and self._keeps_cues_in_blocks():
-            cu_seqlens, known = page.open(self.index, self._edits, self._store.version)
+            cu_seqlens, known = page.open(self.index, self._gaps, self._store.version)
         grid = (rows, columns) if cu_seqlens is None else (columns,)
         tokens = x.reshape(*grid, self.in_features)
         mask, scope = None, cast("Scope", Ungated())
@@ -371,7 +374,7 @@ class HookedLinear(nn.Module):
             on_grid = output.reshape(*grid, self.out_features)
             y, z = hook_output(on_grid, tokens, operand, alpha, **gate)
         if page is not None and known is not None:
-            page.close(self.index, known, self._store.version)
+            page.close(self.index, known, self._gaps, self._store.version)
         for sink in list(context.sinks.values()):
             seen = z.detach().view(rows, columns)
             fired = torch.ones_like(seen, dtype=torch.bool)
@@ -432,6 +435,10 @@ class HookedLinear(nn.Module):
     def _edits(self) -> int:
         return self._store.operand()[1].shape[0]
 
+    @property
+    def _gaps(self) -> Tensor:
+        return self._store.gaps[: self._edits]
+
     def _scope(self, tokens: Tensor, mask: Tensor | None, known: Tensor | None) -> Scope:
         store = self._store
         if not self._fits:
@@ -446,8 +453,8 @@ class HookedLinear(nn.Module):
                 return Membership(store.key_groups(), store.correction)
             if known is None:
                 known = self._seen_cues(tokens)
-            filters, limits, reaches = cues
-            return Membership(None, "own", filters, limits, known, reaches)
+            filters, limits, reaches, gaps = cues
+            return Membership(None, "own", filters, limits, known, reaches, gaps)
         if self.scope == "population":
             return Population(store.mean, store.std)
         state = self.context.gate_state(kept=not self.include_padding)
@@ -471,8 +478,8 @@ class HookedLinear(nn.Module):
         state = self.context.gate_state(kept=not self.include_padding)
         if state is None:
             return None
-        key = (self.index, self.scope)
-        return state.cues(key, tokens.shape[0], self._edits, self._store.version)
+        key, store = (self.index, self.scope), self._store
+        return state.cues(key, tokens.shape[0], self._edits, store.version, store.gaps)
 
     def _remember(
         self, state: GateState, tokens: Tensor, mask: Tensor | None, moments: Tensor

@@ -4,14 +4,18 @@ The keys and values of a request lie in blocks of the cache, and so does what wa
 
     ages[block, e] = at the last token that was written to the block, how many tokens of its
                      request ago e's cue was seen, plus 1; 0: not at all, 255: 254 ago or more
+    hits[block, e] = bit i: whether the token i before that one reached e's limit, so that two
+                     tokens may make a cue across a block's end
 
 A request goes on from the block of the token before its next one. So blocks that requests share,
 requests that are forked, or thrown out and read again, and blocks that are given to others need no
 bookkeeping: nothing is read of a block but what a token of the request's own text left there.
 Of a cue in a forward of several blocks, what lies more than 62 tokens before the request's last is
-known by its first column alone. At the blocks that end there it counts as seen as late as that
-allows: who goes on from them may see an edit fire that no longer would, and loses none. Everything
-happens on the device, in shapes that follow the arguments' shapes alone.
+known by its first column alone, and what reached a limit there not at all. At the blocks that end
+there the cue counts as seen as late as that allows, and every token that is not known as one that
+reached the limit: who goes on from them may see an edit fire that no longer would, or by the second
+token of its cue alone, and loses none. Everything happens on the device, in shapes that follow the
+arguments' shapes alone.
 """
 
 from __future__ import annotations
@@ -27,11 +31,14 @@ from torch import Tensor
 
 from coachhook.hooks.cache_state import is_cache
 from coachhook.ops.hooked_linear.cues import (
+    MOST_APART,
     NEVER,
     REGISTER,
     blank_state,
+    complete,
     firsts,
     registers,
+    shown_at,
     since,
 )
 
@@ -40,6 +47,8 @@ _ATTRIBUTE = "_coachhook_cues"
 _COPYING = ("perform_cache_copy", "copy_cache")
 # The largest age that a byte holds.
 _OLDEST = 255
+# Tokens that a byte tells of; the first of two is at most MOST_APART before the next one.
+_HITS = 8
 _TOKENS_AT_ONCE = 1024
 _NEEDED = ("cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index")
 
@@ -124,6 +133,7 @@ class PagedCues:
     Attributes:
         blocks: how it lays out its blocks.
         ages: uint8 ``[blocks + 1, edits]`` by layer; the last row takes what nobody reads.
+        hits: uint8 ``[blocks + 1, edits]`` by layer.
         versions: int64 ``[blocks + 1]`` by layer: of which edits that was noted.
 
     Raises:
@@ -140,21 +150,23 @@ class PagedCues:
                 "without cues (EditConfig.cues=False)"
             )
         self.ages: dict[int, Tensor] = {}
+        self.hits: dict[int, Tensor] = {}
         self.versions: dict[int, Tensor] = {}
 
-    def tables(self, layer: int, edits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def tables(self, layer: int, edits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """What is kept for a layer, begun anew where the number of edits is another."""
         if layer not in self.ages or self.ages[layer].shape[1] != edits:
             rows = self.blocks.count + 1
             # A manager may outlive the mode it was started in.
             with torch.inference_mode(False):
-                self.ages[layer] = torch.zeros(rows, edits, dtype=torch.uint8, device=device)
+                for table in (self.ages, self.hits):
+                    table[layer] = torch.zeros(rows, edits, dtype=torch.uint8, device=device)
                 self.versions[layer] = torch.full((rows,), -1, device=device)
-        return self.ages[layer], self.versions[layer]
+        return self.ages[layer], self.hits[layer], self.versions[layer]
 
     def copy_blocks(self, source: list[int], target: list[int]) -> None:
         """Take along what belongs to blocks that are copied."""
-        for table in (*self.ages.values(), *self.versions.values()):
+        for table in (*self.ages.values(), *self.hits.values(), *self.versions.values()):
             index = torch.tensor([target, source], device=table.device)
             table.index_copy_(0, index[0], table.index_select(0, index[1]))
 
@@ -210,12 +222,12 @@ class PagedForward:
         return self._places
 
     @torch.compiler.disable
-    def open(self, layer: int, edits: int, version: Tensor) -> tuple[Tensor, Tensor]:
+    def open(self, layer: int, gaps: Tensor, version: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of the requests ``[B + 1]``, and the state ``[B, 1 + 2 edits]`` of their cues.
 
         Args:
             layer: index of the hooked layer.
-            edits: number of edits.
+            gaps: int32 ``[edits]``, of the edits.
             version: int64, 0-dim, of the edits: what was noted of others is not taken.
 
         Raises:
@@ -223,28 +235,35 @@ class PagedForward:
             ValueError: blocks are moved in a way that cannot be followed.
         """
         cues = _cues_of(self._cache)
-        ages, versions = cues.tables(layer, edits, version.device)
+        ages, hits, versions = cues.tables(layer, gaps.shape[0], version.device)
         places = self._located(cues).to(version.device)
         known = places.going_on & (versions[places.before] == version)
-        state = blank_state(known.shape[0], edits, version.device)
+        state = blank_state(known.shape[0], gaps.shape[0], version.device)
         age = (ages[places.before] * known[:, None]).long()
         # As if as many columns had been read as an age can tell of.
         state[:, 0] = _OLDEST
         firsts(state).copy_(torch.where(age > 0, _OLDEST - age, NEVER))
-        within = (age > 0) & (age <= REGISTER)
-        registers(state).copy_(torch.where(within, 1 << (age - 1).clamp(0, REGISTER - 1), 0))
+        apart = gaps.clamp(0, MOST_APART).long()
+        # Only hits that a token to come may make a cue with: two of those that merely count as hits
+        # would be a cue already.
+        hit = (hits[places.before] * known[:, None]).long() & ((1 << apart) - 1)
+        within = (age > 0) & (age + apart <= REGISTER)
+        shown = shown_at((age - 1).clamp(min=0).minimum(REGISTER - 1 - apart), apart)
+        registers(state).copy_(hit | torch.where(within, shown, 0))
         return places.bounds, state
 
     @torch.compiler.disable
-    def close(self, layer: int, state: Tensor, version: Tensor) -> None:
-        """Note at the blocks what ``state`` says after the forward."""
+    def close(self, layer: int, state: Tensor, gaps: Tensor, version: Tensor) -> None:
+        """Note at the blocks what ``state`` says after the forward; the rest as in ``open``."""
         cues = _cues_of(self._cache)
-        ages, versions = cues.ages[layer], cues.versions[layer]
+        ages, hits, versions = cues.ages[layer], cues.hits[layer], cues.versions[layer]
         places = self._located(cues).to(version.device)
         # A long prompt's ages are worked out a part at a time: eight bytes for each of them.
         parts = (x.split(_TOKENS_AT_ONCE) for x in (places.request, places.column, places.target))
         for request, column, target in zip(*parts, strict=True):
-            ages.index_copy_(0, target, _ages(state, request, column))
+            age, hit = _noted(state, gaps, request, column)
+            ages.index_copy_(0, target, age)
+            hits.index_copy_(0, target, hit)
         versions.index_copy_(0, places.target, version.expand(places.target.shape[0]))
         self._seen.add(layer)
 
@@ -257,34 +276,47 @@ class PagedForward:
         for layer, ages in cues.ages.items():
             if layer in self._seen:
                 continue
-            versions = cues.versions[layer]
+            hits, versions = cues.hits[layer], cues.versions[layer]
             places = self._located(cues).to(ages.device)
-            was = (ages[places.before] * places.going_on[:, None])[places.request].int()
-            older = torch.where(was > 0, (was + places.column[:, None]).clamp(max=_OLDEST), 0)
+            column = places.column[:, None]
+            age, hit = (
+                (table[places.before] * places.going_on[:, None])[places.request].int()
+                for table in (ages, hits)
+            )
+            older = torch.where(age > 0, (age + column).clamp(max=_OLDEST), 0)
             noted = versions[places.before]
             ages.index_copy_(0, places.target, older.to(torch.uint8))
+            # Those that are further back than a byte tells of are shifted out of it.
+            earlier = (hit << column.clamp(max=_HITS)) & 255
+            hits.index_copy_(0, places.target, earlier.to(torch.uint8))
             versions.index_copy_(0, places.target, noted[places.request])
 
 
-def _ages(state: Tensor, request: Tensor, column: Tensor) -> Tensor:
-    """Age uint8 ``[N, edits]`` of each cue at some tokens of a forward, from the state after it.
+def _noted(state: Tensor, gaps: Tensor, request: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Age and hits uint8 ``[N, edits]`` of each cue at some tokens of a forward, from the state.
 
     A register tells of the last tokens of a request. A cue seen before them counts as seen at the
-    latest one that it does not tell of.
+    latest one of which it does not tell, and what it does not tell of counts as hits.
 
     Args:
         state: of the cues, after the forward.
+        gaps: of the edits, int32 ``[edits]``.
         request: of each token ``[N]``.
         column: of each token, see :class:`_Places`.
     """
     first, register = firsts(state)[request], registers(state)[request]
     column = column[:, None] + (_OLDEST - 1)
     left = state[:, 0][request][:, None] - 1 - column  # tokens of the request that follow
-    shown = register >> left.clamp(0, REGISTER - 1)
-    unknown = (REGISTER - left + 1).clamp(min=1)  # the youngest that the register cannot tell of
-    age = torch.where(left < REGISTER, torch.where(shown == 0, unknown, since(shown)), 1)
+    reached = register >> left.clamp(0, REGISTER - 1)
+    told = (REGISTER - left).clamp(min=0)  # how many columns the register tells of
+    hits = torch.where(told > 0, reached, 0) | (-1 << told.clamp(max=_HITS))
+    shown = complete(reached, gaps)
+    # The youngest that the register cannot tell of.
+    unknown = (told - gaps.clamp(0, MOST_APART) + 1).clamp(min=1)
+    age = torch.where(told > 0, torch.where(shown == 0, unknown, since(shown)), 1)
     oldest = (column - first + 1).clamp(1, _OLDEST)
-    return torch.where(first <= column, torch.minimum(age, oldest), 0).to(torch.uint8)
+    age = torch.where(first <= column, torch.minimum(age, oldest), 0)
+    return age.to(torch.uint8), (hits & 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ Kind = Literal["empty", "dense", "factored", "pair"]
 Correction = Literal["sum", "own"]
 
 _SMALLEST_CAPACITY = 16
+# What an edit of a pair waits for, as Membership names it.
+CUE_TENSORS = ("cues", "limits", "reaches", "gaps")
 # Columns of Q are orthonormal to rounding; a V passed by mistake is far off.
 _UNIT_NORM_TOLERANCE = 1e-2
 # Of all hooks, and not those of another process, whose caches may be unpickled here: what was kept
@@ -40,9 +42,9 @@ class HookStorage(nn.Module):
     """Delta ``[m, n]`` of one layer in preallocated buffers that are updated in place.
 
     ``left [m, capacity]`` and ``right [capacity, n]`` hold the factors (Q, S) or the pair
-    (V, A^T), ``dense [m, n]`` holds Delta itself, ``cues [capacity, n]``, ``limits [capacity]``
-    and ``reaches [capacity]`` what the edits of a pair wait for; what is not in use takes no
-    memory. The capacity at least doubles whenever it is exceeded. After :meth:`reserve` it is
+    (V, A^T), ``dense [m, n]`` holds Delta itself, ``cues [capacity, n]``, and ``limits``,
+    ``reaches`` and ``gaps [capacity]`` what the edits of a pair wait for; what is not in use takes
+    no memory. The capacity at least doubles whenever it is exceeded. After :meth:`reserve` it is
     fixed, and readers get the whole capacity: unused rows are zero (and never armed) and change
     nothing, so that a compiled or captured graph stays valid from batch to batch. ``version`` is
     another number after each change of Delta, in a tensor for the same reason.
@@ -62,6 +64,7 @@ class HookStorage(nn.Module):
     cues: Tensor
     limits: Tensor
     reaches: Tensor
+    gaps: Tensor
     version: Tensor
     alpha: Tensor
     mean: Tensor
@@ -90,7 +93,8 @@ class HookStorage(nn.Module):
             self.register_buffer("groups", torch.zeros(0, dtype=torch.int64, device=device))
             self.register_buffer("cues", torch.zeros(0, n, dtype=dtype, device=device))
             self.register_buffer("limits", torch.zeros(0, dtype=dtype, device=device))
-            self.register_buffer("reaches", torch.zeros(0, dtype=torch.int32, device=device))
+            for name in ("reaches", "gaps"):
+                self.register_buffer(name, torch.zeros(0, dtype=torch.int32, device=device))
             self.register_buffer("version", torch.zeros((), dtype=torch.int64, device=device))
 
     @property
@@ -124,13 +128,17 @@ class HookStorage(nn.Module):
             return self.groups
         return self.groups[: self.rank] if self.grouped else None
 
-    def key_cues(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Cue ``[r, n]``, limit ``[r]`` and reach int32 ``[r]`` of each key; None without cues."""
+    def key_cues(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Cue ``[r, n]``, limit, reach and gap ``[r]`` of each key, as :data:`CUE_TENSORS`.
+
+        None without cues.
+        """
         if self.reserved_cues:
-            return self.cues, self.limits, self.reaches
+            return self.cues, self.limits, self.reaches, self.gaps
         if not self.cued:
             return None
-        return self.cues[: self.rank], self.limits[: self.rank], self.reaches[: self.rank]
+        rank = self.rank
+        return self.cues[:rank], self.limits[:rank], self.reaches[:rank], self.gaps[:rank]
 
     def delta(self) -> Tensor:
         """A fresh Delta ``[m, n]``; zeros when empty."""
@@ -215,11 +223,12 @@ class HookStorage(nn.Module):
         cues: Tensor | None = None,
         limits: Tensor | None = None,
         reaches: Tensor | None = None,
+        gaps: Tensor | None = None,
     ) -> None:
         """Copy in ``Delta = V A^T``, V ``[m, N]`` and A^T ``[N, n]``, one row per key.
 
         Cues ``[N, n]`` come with limits ``[N]``, with the correction "own" and without groups;
-        integer reaches ``[N]`` may come with them.
+        int32 reaches ``[N]`` may come with them, and int32 gaps ``[N]`` with those.
         """
         rank = self._check_factors("set_pair", ("V", "At"), v, at)
         if correction not in ("sum", "own"):
@@ -235,9 +244,11 @@ class HookStorage(nn.Module):
                     f"set_pair: groups must lie in 0..{rank - 1}, got {int(groups.min())} to "
                     f"{int(groups.max())}"
                 )
-        self._check_cues("set_pair", rank, cues, limits, reaches)
+        self._check_whole("set_pair", "reaches", rank, reaches, "cues", cues)
+        self._check_whole("set_pair", "gaps", rank, gaps, "reaches", reaches)
+        self._check_cues("set_pair", rank, cues, limits)
         self._check_room("set_pair", cues is not None, groups is not None, correction)
-        self._fill("pair", v, at, groups, correction, cues, limits, reaches)
+        self._fill("pair", v, at, groups, correction, cues, limits, reaches, gaps)
 
     @torch.no_grad()
     def set_dtype(self, dtype: torch.dtype) -> None:
@@ -257,8 +268,7 @@ class HookStorage(nn.Module):
             tensors |= {"left": self.left[:, :rank], "right": self.right[:rank]}
             tensors["groups"] = self.groups[:rank]
         if self.cued:
-            tensors |= {"cues": self.cues[:rank], "limits": self.limits[:rank]}
-            tensors["reaches"] = self.reaches[:rank]
+            tensors |= {name: getattr(self, name)[:rank] for name in CUE_TENSORS}
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         return StoredHook(self.kind, rank, self.grouped, self.correction, copies, self.cued)
 
@@ -279,7 +289,7 @@ class HookStorage(nn.Module):
             if stored.kind == "pair":
                 self._check_room("restore", stored.cued, stored.grouped, stored.correction)
             groups = tensors["groups"] if stored.grouped else None
-            cues = [tensors.get(name) for name in ("cues", "limits", "reaches")]
+            cues = [tensors.get(name) for name in CUE_TENSORS]
             left, right = tensors["left"], tensors["right"]
             self._fill(stored.kind, left, right, groups, stored.correction, *cues)
         self.correction = stored.correction
@@ -297,6 +307,7 @@ class HookStorage(nn.Module):
         cues: Tensor | None = None,
         limits: Tensor | None = None,
         reaches: Tensor | None = None,
+        gaps: Tensor | None = None,
     ) -> None:
         rank = right.shape[0]
         if rank == 0:
@@ -318,6 +329,10 @@ class HookStorage(nn.Module):
                 self.reaches[:rank].fill_(NEVER)
             else:
                 self.reaches[:rank].copy_(reaches)
+            if gaps is None:
+                self.gaps[:rank].zero_()
+            else:
+                self.gaps[:rank].copy_(gaps)
         elif self.reserved_cues:
             self._arm_rows(rank)
         elif self.cues.shape[0]:
@@ -339,18 +354,21 @@ class HookStorage(nn.Module):
         self.cues[rank:].zero_()
         self.limits[rank:].fill_(float("inf"))
         self.reaches[rank:].fill_(NEVER)
+        self.gaps[rank:].zero_()
 
     def _allocate_cues(self, capacity: int) -> None:
         with torch.inference_mode(False):
             self.cues = self.right.new_zeros(capacity, self.in_features)
             self.limits = self.right.new_zeros(capacity)
             self.reaches = self.right.new_zeros(capacity, dtype=torch.int32)
+            self.gaps = self.right.new_zeros(capacity, dtype=torch.int32)
 
     def _arm_rows(self, rank: int) -> None:
         """Cues of edits that wait for none."""
         self.cues[:rank].zero_()
         self.limits[:rank].fill_(float("-inf"))
         self.reaches[:rank].fill_(NEVER)
+        self.gaps[:rank].zero_()
 
     @torch.no_grad()
     def _make_room_for_cues(self) -> None:
@@ -375,10 +393,10 @@ class HookStorage(nn.Module):
         right[:kept].copy_(self.right[:kept])
         groups[:kept].copy_(self.groups[:kept])
         if self.cues.shape[0]:
-            before = self.cues, self.limits, self.reaches
+            before = {name: getattr(self, name) for name in CUE_TENSORS}
             self._allocate_cues(capacity)
-            for new, old in zip((self.cues, self.limits, self.reaches), before, strict=True):
-                new[:kept].copy_(old[:kept])
+            for name, old in before.items():
+                getattr(self, name)[:kept].copy_(old[:kept])
         self.left, self.right, self.groups = left, right, groups
         self._blank_rows(kept)
 
@@ -393,25 +411,22 @@ class HookStorage(nn.Module):
             )
         return rank
 
-    def _check_cues(
-        self,
-        op: str,
-        rank: int,
-        cues: Tensor | None,
-        limits: Tensor | None,
-        reaches: Any,
-    ) -> None:
-        if reaches is not None:
-            if cues is None:
-                raise ValueError(f"{op}: reaches must be None without cues, got a tensor")
-            if not isinstance(reaches, Tensor):
-                got = type(reaches).__name__
-                raise TypeError(f"{op}: reaches must be an int32 tensor, got {got}")
-            if reaches.dtype != torch.int32 or reaches.shape != (rank,):
-                raise ValueError(
-                    f"{op}: reaches must be int32 [{rank}], got {reaches.dtype} "
-                    f"{list(reaches.shape)}"
-                )
+    @staticmethod
+    def _check_whole(op: str, name: str, rank: int, value: Any, owner: str, owned: Any) -> None:
+        """Checks whole numbers, one for each row, that are given together with ``owner`` only."""
+        if value is None:
+            return
+        if owned is None:
+            got = "a tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{op}: {name} must be None without {owner}, got {got}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be an int32 tensor, got {type(value).__name__}")
+        if value.dtype != torch.int32 or value.shape != (rank,):
+            raise ValueError(
+                f"{op}: {name} must be int32 [{rank}], got {value.dtype} {list(value.shape)}"
+            )
+
+    def _check_cues(self, op: str, rank: int, cues: Tensor | None, limits: Tensor | None) -> None:
         if cues is None and limits is None:
             return
         for name, value, other in (("cues", cues, "limits"), ("limits", limits, "cues")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -267,6 +268,17 @@ def test_edits_with_and_without_cues_in_a_payload(state):
     state.batches[2].reaches, state.batches[3].reaches = [8], [10**12]
     assert state.payload(0).tensors["reaches"].tolist() == [2**31 - 1, 8, 2**31 - 1]
     assert state.payload(0).tensors["reaches"].dtype == torch.int32
+    # And of those of before there were gaps: one token is the cue.
+    assert cues["gaps"].tolist() == [0, 0, 0]
+    state.batches[2].gaps, state.batches[3].gaps = {0: [3], 1: [1]}, {0: [10**12]}
+    assert state.payload(0).tensors["gaps"].tolist() == [0, 3, 7]
+    assert state.payload(0).tensors["gaps"].dtype == torch.int32
+    # An edit's batch that wrote it last tells; one without a cue has no gap.
+    write(state, axis(1), axis(2))
+    assert state.cues(0)["gaps"].tolist() == [0, 0, 7]
+    state.batches[1].gaps = {0: [2]}
+    assert state.cues(0)["gaps"].tolist() == [0, 0, 7]
+    state.remove(4)
     state.remove(2)
     assert state.cues(0)["cues"].shape == (2, N)
 
@@ -297,6 +309,21 @@ def test_a_new_edit_counts_on_an_earlier_one_only_where_its_cue_was_read(state, 
     assert targets[1].tolist() == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize(("gap", "counts"), [(0, True), (1, False), (2, True)])
+def test_a_new_edit_counts_on_an_earlier_one_only_where_both_tokens_were_read(state, gap, counts):
+    write(state, axis(0), axis(5))
+    record = state.batches[1]
+    record.reaches, record.gaps = [8], {0: [gap]}
+    sequence = torch.stack([axis(i) for i in (5, 6, 5, 0)])[None]
+    write(
+        state, axis(0), axis(5), place="prompt_last", subject="other",
+        inputs=lambda rows: sequence[rows],
+    )  # fmt: skip
+    wanted = [2.0, -2.0] if counts else [1.0, -1.0]
+    targets = state.layers[0].memory.state_dict()[0]["targets"]
+    assert targets[1].tolist() == pytest.approx(wanted, rel=1e-6)
+
+
 def test_records_keep_their_cues(state):
     write(state, axis(0), axis(5))
     record = state.batches[1]
@@ -304,6 +331,12 @@ def test_records_keep_their_cues(state):
     again = BatchRecord.from_dict(record.to_dict(), record.targets, record.cues)
     assert again.cued(0) == [True]
     assert BatchRecord.from_dict(record.to_dict(), record.targets).cued(0) == [False]
+    assert again.gaps == {}
+    record.gaps = {0: [4], 2: [0]}
+    told = json.loads(json.dumps(record.to_dict()))
+    assert BatchRecord.from_dict(told, record.targets, record.cues) == record
+    del told["gaps"]  # as of before there were such
+    assert BatchRecord.from_dict(told, record.targets).gaps == {}
 
 
 @pytest.fixture(scope="module")

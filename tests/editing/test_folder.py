@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from coachhook import attach
 from coachhook.editing import Editor, EditRequest
 from coachhook.editing.folder import load_payloads, load_state, revert_folder, save_state
 from coachhook.editing.state import EditState
@@ -96,6 +97,42 @@ def test_folders_of_earlier_format_versions_load_and_go_on(
     again.detach()
     _same_memories(load_state(path), again._state)
     _same_payloads(load_payloads(path)[1][0], again._state.payload(0))
+
+
+def test_how_far_apart_the_tokens_of_a_cue_are_comes_back(make_editor, requests, tmp_path):
+    """It lies with the batches alone, and in folders of before it nowhere."""
+    path = tmp_path / "edits"
+    editor, model, tokenizer = make_editor()
+    editor.edit(requests[:2])
+    editor.edit(requests[2:4])
+    state = editor._state
+    for record in state.batches.values():
+        record.gaps = {0: [1 + i % 3 for i in range(len(record.slots))]}
+    editor.save(path)
+    editor.detach()
+    gaps = state.cues(0)["gaps"]
+    assert len(set(gaps.tolist())) > 2
+    found = load_state(path)
+    assert [b.gaps for b in found.batches.values()] == [b.gaps for b in state.batches.values()]
+    assert torch.equal(found.cues(0)["gaps"], gaps)
+    _same_payloads(load_payloads(path)[1][0], state.payload(0))
+    again = Editor.load(model, tokenizer, path)
+    assert torch.equal(again.hooks[0].cues()["gaps"].cpu(), gaps)
+    again.save(path)
+    again.detach()
+
+    manifest, tensors = load_folder(path, "edits")
+    assert not any(name.endswith("gaps") for name in tensors)
+    assert [batch.pop("gaps") for batch in manifest["batches"].values()] == [
+        {"0": record.gaps[0]} for record in state.batches.values()
+    ]
+    old, kept = tmp_path / "old", {name: tensors[name].clone() for name in tensors}
+    save_folder(old, kind="edits", manifest=manifest, tensors=kept)
+    assert all(record.gaps == {} for record in load_state(old).batches.values())
+    tensors = load_payloads(old)[1][0].tensors
+    assert not tensors["gaps"].any() and torch.equal(tensors["cues"], state.cues(0)["cues"])
+    with attach(model, old) as handle:
+        assert not handle.hooks[0].cues()["gaps"].any()
 
 
 def _same_memories(one, other):

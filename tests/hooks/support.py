@@ -15,8 +15,12 @@ from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 # "cued" is the scope "membership" with edits that have cues.
 SCOPES = ("sequence", "prefix", "population", "membership", "cued")
 RANK = 4
-# One for ever, one for some tokens, and one at its cue and the next token alone.
-REACHES = torch.tensor([2**31 - 1, 2**31 - 1, 8, 1], dtype=torch.int32)
+# Of the edits with cues: two for ever, the others for some tokens or for the next one alone. Of the
+# last two a pair of tokens is the cue.
+REACHES = torch.tensor([2**31 - 1, 2**31 - 1, 8, 1, 8, 40], dtype=torch.int32)
+GAPS = torch.tensor([0, 5, 0, 0, 1, 3], dtype=torch.int32)
+CUED = len(REACHES)
+PAIRED = (GAPS > 0) & (REACHES + GAPS.long() < 63)
 LAYERS = (0, 1)
 
 
@@ -25,14 +29,15 @@ def fill(hooks: HookSet, scope: str, size: float = 5.0) -> None:
     generator = torch.Generator().manual_seed(7)
     for layer in hooks.values():
         m, n = layer.out_features, layer.in_features
-        q, _ = torch.linalg.qr(torch.randn(m, RANK, generator=generator, dtype=torch.float64))
-        s = torch.randn(RANK, n, generator=generator, dtype=torch.float64) * size
+        rank = CUED if scope == "cued" else RANK
+        q, _ = torch.linalg.qr(torch.randn(m, rank, generator=generator, dtype=torch.float64))
+        s = torch.randn(rank, n, generator=generator, dtype=torch.float64) * size
         if scope == "membership":
             layer.set_pair(q * 4 * size, s, torch.tensor([0, 0, 1, 2]), "own")
         elif scope == "cued":
-            cues = torch.randn(RANK, n, generator=generator, dtype=torch.float64)
-            limits = torch.tensor([-torch.inf, 0.1, 0.2, 0.3])
-            layer.set_pair(q * 4 * size, s, None, "own", cues, limits, REACHES)
+            cues = torch.randn(rank, n, generator=generator, dtype=torch.float64)
+            limits = torch.tensor([-torch.inf, 0.1, 0.2, 0.3, 0.1, 0.1])
+            layer.set_pair(q * 4 * size, s, None, "own", cues, limits, REACHES, GAPS)
         else:
             layer.set_factored(q, s)
         layer.set_scope("membership" if scope == "cued" else scope)
@@ -61,7 +66,8 @@ def calibrate(model: Any, hooks: HookSet, ids: torch.Tensor, share: float = 0.3)
     """Set each alpha (and the population) from a forward, so that about ``share`` of tokens fire.
 
     The threshold is put into the widest gap around that quantile, so that rounding cannot move a
-    token across it. So are the limits of cues, reached by fewer: many a sequence reads none.
+    token across it. So are the limits of cues, reached by fewer, so that many a sequence reads
+    none; of pairs by more, since two tokens at their distance have to.
     """
     for index, layer in hooks.items():
         if layer.scope == "population":
@@ -71,9 +77,11 @@ def calibrate(model: Any, hooks: HookSet, ids: torch.Tensor, share: float = 0.3)
         if layer.snapshot().stored.cued:
             stored = layer.snapshot().stored.tensors
             scores = inputs(model, layer, input_ids=ids) @ stored["cues"].T
-            limits = [-torch.inf, *(_gap(column, share / 5) for column in scores.T[1:])]
+            shares = torch.where(PAIRED, share, share / 5).tolist()
+            limits = [_gap(column, part) for column, part in zip(scores.T, shares, strict=True)]
+            limits[0] = -torch.inf
             edits = (stored["left"], stored["right"], None, "own", stored["cues"])
-            layer.set_pair(*edits, torch.tensor(limits, dtype=torch.float64), REACHES)
+            layer.set_pair(*edits, torch.tensor(limits, dtype=torch.float64), REACHES, GAPS)
         with torch.no_grad(), hooks.record() as records:
             model(ids)
         layer.set_alpha(_gap(torch.cat([z.flatten() for i, z, _ in records if i == index]), share))

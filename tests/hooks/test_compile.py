@@ -69,7 +69,9 @@ def test_batches_are_swapped_in_without_a_new_graph(scope: str) -> None:
                 if scope == "membership":
                     layer.set_pair(q * 20, torch.randn(rank, 48))
                 elif scope == "cued":
-                    cues = (torch.randn(rank, 48), torch.rand(rank) - 0.3) if rank != 9 else ()
+                    apart = torch.arange(rank, dtype=torch.int32) % 3
+                    cues = torch.randn(rank, 48), torch.rand(rank) - 0.3, apart + 3, apart
+                    cues = cues if rank != 9 else ()
                     layer.set_pair(q * 20, torch.randn(rank, 48), None, "own", *cues)
                 else:
                     layer.set_factored(q, torch.randn(rank, 48) * 5)

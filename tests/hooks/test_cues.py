@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 from coachhook.hooks.cache_state import state_of
+from coachhook.hooks.storage import CUE_TENSORS
 from coachhook.ops import Membership, hook_output
 
 from ..models.families import tiny
@@ -23,6 +24,8 @@ from .support import inputs
 M, N = 12, 20
 INF = float("inf")
 IDS = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(4))
+LONG = torch.randint(3, 60, (1, 100), generator=torch.Generator().manual_seed(4))
+NEVER = 2**31 - 1
 
 
 def hook(base: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> HookedLinear:
@@ -31,30 +34,39 @@ def hook(base: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> H
 
 
 def edits(count: int, dtype: torch.dtype = torch.float32) -> dict:
-    """Arguments of ``set_pair``: half of the edits wait for a cue."""
+    """Arguments of ``set_pair``: half of the edits wait for a cue, most of these for a pair."""
     limits = torch.rand(count, dtype=dtype)
     limits[::2] = -INF
     v, at, cues = (torch.randn(*s, dtype=dtype) for s in ((M, count), (count, N), (count, N)))
-    return {"v": v, "at": at, "correction": "own", "cues": cues, "limits": limits}
+    reaches = torch.randint(1, 6, (count,), dtype=torch.int32)
+    gaps = torch.arange(count, dtype=torch.int32) % 3
+    return {
+        "v": v, "at": at, "correction": "own",
+        "cues": cues, "limits": limits, "reaches": reaches, "gaps": gaps,
+    }  # fmt: skip
 
 
 def waiting(
     model,
-    *pairs: tuple[int, int],
+    *pairs: tuple[int | tuple[int, ...], int],
     ids: torch.Tensor = IDS,
     reaches: torch.Tensor | None = None,
+    gaps: torch.Tensor | None = None,
 ) -> HookSet:
     """Layer 0 with one edit per (cue, place), columns of IDS: it fires there if its cue was read.
 
-    Cue and key are filters that are 1 at their token of IDS and 0 at the others of ``ids``.
+    Cue and key are filters that are 1 at their token of IDS, or tokens, and 0 at the others of
+    ``ids``.
     """
     hooks = attach_hooks(model, [0])
     layer = hooks[0]
     with hooks.disabled():
         filters = torch.linalg.pinv(inputs(model, layer, input_ids=ids)).T
-    cues, places = (filters[list(columns)] for columns in zip(*pairs, strict=True))
+    tokens = [[cue] if isinstance(cue, int) else list(cue) for cue, _ in pairs]
+    cues = torch.stack([filters[columns].sum(0) for columns in tokens])
+    places = filters[[place for _, place in pairs]]
     v = torch.randn(layer.out_features, len(pairs), dtype=torch.float64) * 9
-    layer.set_pair(v, places, None, "own", cues, torch.full((len(pairs),), 0.5), reaches)
+    layer.set_pair(v, places, None, "own", cues, torch.full((len(pairs),), 0.5), reaches, gaps)
     layer.set_scope("membership")
     layer.set_alpha(0.5)
     layer.state = "validated"
@@ -121,6 +133,52 @@ def test_an_edit_waits_for_a_cue_that_was_read_soon_before(cuts: tuple[int, ...]
     assert fired_at(records) == [7, 9, 10]
 
 
+@pytest.mark.parametrize("cuts", [(), (4, 7, 8), tuple(range(1, 12))])
+def test_two_tokens_make_a_cue_at_their_distance_alone(cuts: tuple[int, ...]) -> None:
+    model = tiny("llama").double()
+    pairs = {((3, 5), 7): (8, 2), ((3, 5), 8): (8, 1), ((2, 6), 9): (3, 4), ((4,), 10): (8, 1)}
+    # One token is enough without a gap, and where an edit stays armed for ever.
+    pairs |= {((3, 5), 4): (8, 0), ((5,), 11): (NEVER, 3)}
+    reaches, gaps = torch.tensor(list(pairs.values()), dtype=torch.int32).T
+    hooks = waiting(model, *pairs, reaches=reaches, gaps=gaps)
+    assert read(model, hooks, *cuts) == [4, 7, 9, 11]
+    with torch.no_grad(), hooks.record() as records:
+        model(IDS, use_cache=False)
+    assert fired_at(records) == [4, 7, 9, 11]
+
+
+@pytest.mark.parametrize("change", ["none", "copied", "pickled", "reordered", "moved"])
+def test_a_deep_crop_takes_no_edit_away_that_waits_for_two_tokens(change: str) -> None:
+    """What it leaves of a register are both of them; the cache knows how far apart they are."""
+    changes = {"intermediate_size": 160, "max_position_embeddings": 128}
+    model = tiny("llama", lambda arguments: arguments.update(changes)).double()
+    reaches, gaps = torch.tensor([[50], [3]], dtype=torch.int32)
+    hooks = waiting(model, ((20, 23), 72), ids=LONG, reaches=reaches, gaps=gaps)
+    layer, cache = hooks[0], transformers.DynamicCache()
+    kept = layer.snapshot()
+    if change == "moved":
+        # As many edits as the cache knows, in another buffer.
+        waiting_alone = kept.stored.tensors | {"gaps": torch.zeros_like(gaps)}
+        left, right, *cue = (waiting_alone[n] for n in ("left", "right", *CUE_TENSORS))
+        layer.set_pair(left, right, None, "own", *cue)
+    with torch.no_grad():
+        model(LONG[:, :5], past_key_values=cache)
+        if change == "moved":
+            layer.set_pair(torch.ones(32, 40), torch.ones(40, 160))
+            layer.restore(kept)
+        model(LONG[:, 5:], past_key_values=cache)
+        if change == "copied":
+            cache = copy.deepcopy(cache)
+        elif change == "pickled":
+            cache = pickle.loads(pickle.dumps(cache))
+        elif change == "reordered":
+            cache.reorder_cache(torch.tensor([0]))
+        cache.crop(-30)
+        with hooks.record() as records:
+            model(LONG[:, 70:80], past_key_values=cache)
+    assert fired_at(records, 70) == [72]
+
+
 def test_nothing_armed_is_minus_infinity_and_below_every_threshold() -> None:
     model = tiny("llama").double()
     with torch.no_grad():
@@ -163,8 +221,7 @@ def test_a_cache_cut_back_forgets_the_cues_behind_the_cut_alone() -> None:
             model(IDS[:, :8], past_key_values=cache)
             cache.crop(crop)
         seen.append(state_of(cache).moments[0, "membership"].tolist())
-    never = 2**31 - 1
-    assert seen == [[[7, 6, 3, 0, 8]], [[6, never, 3, 0, 4]], [[3, never, never, 0, 0]]]
+    assert seen == [[[7, 6, 3, 0, 8]], [[6, NEVER, 3, 0, 4]], [[3, NEVER, NEVER, 0, 0]]]
 
 
 @pytest.mark.parametrize("change", ["same", "other", "more", "restore", "clear", "reserve"])
@@ -210,9 +267,8 @@ def test_a_batch_of_prompts_and_the_rows_of_its_cache() -> None:
     rows = torch.cat([IDS, other, IDS])
     with torch.no_grad():
         cache = model(rows[:, :5]).past_key_values
-    never = 2**31 - 1
     seen = state_of(cache).moments[0, "membership"].tolist()
-    assert seen == [[5, 3, 0], [5, never, 0], [5, 3, 0]]
+    assert seen == [[5, 3, 0], [5, NEVER, 0], [5, 3, 0]]
     pickled = pickle.loads(pickle.dumps(cache))
     pickled.reorder_cache(torch.tensor([1, 1, 0]))
     with torch.no_grad(), hooks.record() as records:
@@ -299,14 +355,14 @@ def test_what_a_pair_without_cues_costs() -> None:
     layer = hook()
     plain = {"v": torch.randn(M, 3), "at": torch.randn(3, N), "correction": "own"}
     layer.set_pair(**plain)
-    assert layer._store.cues.numel() == layer._store.limits.numel() == 0
+    assert not any(getattr(layer._store, name).numel() for name in CUE_TENSORS)
     layer.set_pair(**edits(3))
-    assert layer._store.cues.shape == (16, N)
+    assert layer._store.cues.shape == (16, N) and layer._store.gaps.shape == (16,)
     layer.set_pair(**plain)
-    assert layer._store.cues.numel() == layer._store.limits.numel() == 0
+    assert not any(getattr(layer._store, name).numel() for name in CUE_TENSORS)
     layer.set_pair(**edits(3))
     layer.set_delta(torch.ones(M, N))
-    assert layer._store.cues.numel() == layer._store.limits.numel() == 0
+    assert not any(getattr(layer._store, name).numel() for name in CUE_TENSORS)
     other = hook()
     other.reserve(4)
     assert other._store.cues.numel() == 0
@@ -331,7 +387,7 @@ def test_the_hook_is_the_op(dtype: torch.dtype) -> None:
     for count in (5, 40, 3):
         given = edits(count, dtype)
         layer.set_pair(**given)
-        scope = Membership(None, "own", given["cues"], given["limits"])
+        scope = Membership(None, "own", **{name: given[name] for name in CUE_TENSORS})
         y, z = hook_output(base(x), x, (given["v"], given["at"]), 0.3, scope=scope)
         found = run(layer, x)
         assert torch.equal(found[0], y) and torch.equal(found[1], z.float())
@@ -373,7 +429,7 @@ def test_reserved_rows_change_nothing_but_fix_the_addresses() -> None:
 
 def test_reserving_with_a_pair_in_use() -> None:
     x = torch.randn(2, 5, N)
-    for given in (edits(4), {k: v for k, v in edits(4).items() if k not in ("cues", "limits")}):
+    for given in (edits(4), {k: v for k, v in edits(4).items() if k not in CUE_TENSORS}):
         for cues in (True, False):
             layer = hook()
             layer.set_pair(**given)
@@ -395,8 +451,9 @@ def test_reserving_with_a_pair_in_use() -> None:
 
 def test_what_is_refused_changes_nothing() -> None:
     layer = hook()
-    given = edits(4)
-    layer.set_pair(**given)
+    whole = edits(4)
+    layer.set_pair(**whole)
+    given = {name: value for name, value in whole.items() if name not in ("reaches", "gaps")}
     before = layer.snapshot().stored
     version = int(layer._store.version)
     nan = given["limits"].clone()
@@ -414,6 +471,18 @@ def test_what_is_refused_changes_nothing() -> None:
             r"reaches must be int32 \[\d\], got torch.float32 \[3\]",
         ),
         ({"reaches": [8] * 4}, TypeError, "reaches must be an int32 tensor, got list"),
+        ({"gaps": whole["gaps"]}, ValueError, "gaps must be None without reaches, got a tensor"),
+        ({**whole, "gaps": [0] * 4}, TypeError, "gaps must be an int32 tensor, got list"),
+        (
+            {**whole, "gaps": whole["gaps"].long()},
+            ValueError,
+            r"gaps must be int32 \[4\], got torch.int64 \[4\]",
+        ),
+        (
+            {**whole, "gaps": whole["gaps"][:3]},
+            ValueError,
+            r"gaps must be int32 \[4\], got torch.int32 \[3\]",
+        ),
         ({"limits": nan}, ValueError, r"limits must be numbers or -inf \(always armed\), got NaN"),
         ({"limits": [0.0] * 4}, TypeError, "limits must be a floating-point tensor, got list"),
         ({"correction": "sum"}, ValueError, "correction must be 'own'.*got 'sum'; give every"),
@@ -498,6 +567,7 @@ def test_casts_moves_and_copies() -> None:
     layer.set_pair(**given)
     layer.to(torch.bfloat16)
     assert torch.equal(layer._store.cues[:3], given["cues"])
+    assert torch.equal(layer._store.gaps[:3], given["gaps"])
     layer.double()
     assert layer._store.cues.dtype == layer._store.limits.dtype == torch.float64
     assert torch.equal(layer._store.limits[:3], given["limits"].double())

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from coachhook.hooks import HookSet
-from coachhook.hooks.paged import _OLDEST, PagedForward, _ages, is_paged
+from coachhook.hooks.paged import _OLDEST, PagedCues, PagedForward, _noted, is_paged
+from coachhook.hooks.storage import CUE_TENSORS
 from coachhook.ops.hooked_linear import checks
 from coachhook.ops.hooked_linear.cues import REGISTER, armed_edits, blank_state
 from coachhook.ops.hooked_linear.gate import Tokens
 
 from ..models.families import tiny
-from .support import RANK, fired, generate, hooked, padded, prompts, together
+from .support import CUED, GAPS, fired, generate, hooked, padded, prompts, together
 from .test_no_waiting import Waits
 
 SIZES = [{"page": 4, "blocks": 24, "batch": 8}, {"page": 16, "blocks": 16, "batch": 64}]
@@ -174,7 +175,7 @@ def test_what_others_left_in_a_block_is_not_taken_for_a_request_s_own(how: str) 
         assert answers == _alone(model, rows)
 
 
-@pytest.mark.parametrize("count", [RANK, RANK - 1])
+@pytest.mark.parametrize("count", [CUED, CUED - 1])
 def test_other_edits_have_read_no_cue_of_a_text_that_goes_on(count: int) -> None:
     model = _model()
     hooks = hooked(model, "cued")
@@ -185,8 +186,8 @@ def test_other_edits_have_read_no_cue_of_a_text_that_goes_on(count: int) -> None
         forwards.append(None)
         for index, layer in hooks.items() if len(forwards) == 3 else ():
             kept = edits[index].stored.tensors
-            v, at, cues = kept["left"][:, :count], kept["right"][:count], kept["cues"][:count]
-            layer.set_pair(-v, at, None, "own", cues, kept["limits"][:count])
+            v, at = kept["left"][:, :count], kept["right"][:count]
+            layer.set_pair(-v, at, None, "own", *(kept[name][:count] for name in CUE_TENSORS))
 
     model.register_forward_pre_hook(change)
     for row in prompts(6):
@@ -209,7 +210,7 @@ def test_no_block_is_written_twice_in_one_forward(name: str) -> None:
 
     def look(given: dict[str, Any]) -> None:
         page = PagedForward(given["cache"], given, given["input_ids"].shape[1])
-        page.open(0, layer.rank, layer._store.version)
+        page.open(0, layer._gaps, layer._store.version)
         unread = page._places.target.max()  # the last row takes what nobody reads
         written.append([row for row in page._places.target.tolist() if row != unread])
 
@@ -247,8 +248,8 @@ def test_a_table_of_blocks_says_what_the_indices_say() -> None:
         results = []
         for arguments in (given, tabled):
             page = PagedForward(cache, arguments, given["input_ids"].shape[1])
-            opened = page.open(0, layer.rank, layer._store.version)
-            page.close(0, opened[1].fill_(7), layer._store.version)
+            opened = page.open(0, layer._gaps, layer._store.version)
+            page.close(0, opened[1].fill_(7), layer._gaps, layer._store.version)
             results.append((*opened, *(getattr(page._places, n) for n in ("target", "before"))))
         for one, other in zip(*results, strict=True):
             assert torch.equal(one, other)
@@ -286,10 +287,10 @@ def test_a_cache_of_another_kind_is_refused_in_words() -> None:
     cache = SimpleNamespace(update=None)
     assert is_paged(cache)
     with pytest.raises(TypeError, match="must lay out its blocks as transformers"):
-        PagedForward(cache, {}, 4).open(0, 2, torch.tensor(1))
+        PagedForward(cache, {}, 4).open(0, GAPS, torch.tensor(1))
     cache.group_cache_managers, cache.block_size, cache.num_blocks = [object()], 4, 8
     with pytest.raises(TypeError, match="must hold cu_seq_lens_q.*got none of cu_seq_lens_q"):
-        PagedForward(cache, {}, 4).open(0, 2, torch.tensor(1))
+        PagedForward(cache, {}, 4).open(0, GAPS, torch.tensor(1))
 
 
 def test_nobody_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,32 +321,145 @@ def test_nobody_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fired(records) > 0
 
 
-def test_how_long_ago_cues_were_seen_at_every_token_of_a_forward() -> None:
-    """Of the last tokens exactly; else no later than it was, and as late as the register allows."""
-    length, reaches = 100, torch.tensor([8, 40, 2**31 - 1], dtype=torch.int32)
-    generator = torch.Generator().manual_seed(3)
-    reached = torch.rand(length, 3, generator=generator) < 0.03
-    bounds = torch.tensor([0, length])
-    state = blank_state(1, 3, bounds.device)
-    state[:, 0] = _OLDEST
+# Armed for ever, for some tokens, and for some tokens after two; the last one for ever again.
+FAR = torch.tensor([2**31 - 1, 8, 40, 8, 40, 20, 62], dtype=torch.int32)
+APART = torch.tensor([0, 0, 0, 1, 3, 7, 5], dtype=torch.int32)
+BOUNDED = FAR.long() + APART < REGISTER
+EDITS = len(FAR)
+LIMITS = torch.full((EDITS,), 0.5)
+
+
+def _armed(
+    reached: torch.Tensor, state: torch.Tensor | None, bounds: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of tokens ``[T, edits]`` of one sequence, in the form of a paged forward's."""
+    bounds = torch.tensor([0, len(reached)]) if bounds is None else bounds
     tokens = Tokens.of(reached, None, bounds)
-    armed_edits(reached.float(), tokens, torch.full((3,), 0.5), state, reaches)
+    return armed_edits(reached.float(), tokens, LIMITS, state, FAR, APART)
+
+
+def _reached(length: int, seed: int) -> torch.Tensor:
+    """Which tokens reach which limits: more of them where two are needed."""
+    share = torch.where(APART > 0, 0.2, 0.04)
+    return torch.rand(length, EDITS, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def test_what_was_seen_of_cues_at_every_token_of_a_forward() -> None:
+    """Of the last tokens exactly; else no later than it was, and as late as the register allows."""
+    length = 100
+    reached = _reached(length, 3)
+    state = blank_state(1, EDITS, reached.device)
+    state[:, 0] = _OLDEST
+    _armed(reached, state)
     nothing, token = torch.zeros(length, dtype=torch.int64), torch.arange(length)
-    ages = _ages(state, nothing, token + 1).tolist()
+    ages, hits = (noted.tolist() for noted in _noted(state, APART, nothing, token + 1))
     exact = guessed = 0
-    for edit in range(3):
+    for edit, (gap, bounded) in enumerate(zip(APART.tolist(), BOUNDED.tolist(), strict=True)):
         last = None
         for t in range(length):
-            last = t if reached[t, edit] else last
+            if reached[t, edit] and (not bounded or (t >= gap and reached[t - gap, edit])):
+                last = t
+            told = max(REGISTER - (length - 1 - t), 0)
+            if bounded:
+                before = [t - i >= 0 and bool(reached[t - i, edit]) for i in range(8)]
+                wanted = sum((before[i] if i < told else True) << i for i in range(8))
+                assert hits[t][edit] == wanted
             if last is None:
                 assert ages[t][edit] == 0
-            elif edit == 2:
+            elif not bounded:
                 assert ages[t][edit] > 0
-            elif length - 1 - last < REGISTER:
+            elif t - last < told - gap:
                 assert ages[t][edit] == t - last + 1
                 exact += 1
             else:
-                unknown = max(1, REGISTER + 1 - (length - 1 - t))
-                assert ages[t][edit] == min(t - last + 1, unknown)
+                assert ages[t][edit] == min(t - last + 1, max(1, told - gap + 1))
                 guessed += ages[t][edit] < t - last + 1
-    assert exact > 20 and guessed > 5
+    assert exact > 100 and guessed > 50
+
+
+def _forward(cache: Any, past: int, count: int) -> PagedForward:
+    """The next ``count`` tokens of one request, whose slots are those of its columns."""
+    given = {
+        "cu_seq_lens_q": torch.tensor([0, count], dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, past + count], dtype=torch.int32),
+        "read_index": [torch.arange(past + count)],
+        "write_index": [torch.arange(past, past + count)],
+    }
+    return PagedForward(cache, given, count)
+
+
+class _Cache:
+    """As much of a paged cache as is asked for."""
+
+    def __init__(self, block_size: int, num_blocks: int = 200) -> None:
+        self.group_cache_managers, self.update = [object()], None
+        self.block_size, self.num_blocks = block_size, num_blocks
+
+
+def _read(cache: _Cache, past: int, reached: torch.Tensor, version: torch.Tensor) -> torch.Tensor:
+    page = _forward(cache, past, len(reached))
+    bounds, state = page.open(0, APART, version)
+    armed = _armed(reached, state, bounds)
+    page.close(0, state, APART, version)
+    page.pass_over()
+    return armed
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("chunk", [1, 3, 8, 50])
+def test_a_text_in_parts_arms_what_it_arms_as_a_whole(size: int, chunk: int) -> None:
+    """Also where some parts are read without the hook: as text that reaches no limit."""
+    version, cache = torch.tensor(1), _Cache(size)
+    reached, past, found, read = _reached(200, 5), 0, [], []
+    generator = torch.Generator().manual_seed(chunk)
+    while past < 200:
+        count = int(torch.randint(1, chunk + 1, (), generator=generator))
+        part = reached[past : past + count]
+        read += [len(found) % 4 != 2] * len(part)
+        if read[-1]:
+            found.append(_read(cache, past, part, version))
+        else:
+            _forward(cache, past, len(part)).pass_over()
+            found.append(part.fill_(False))
+        past += len(part)
+    armed, got, rows = _armed(reached, None), torch.cat(found), torch.tensor(read)
+    assert torch.equal(got[rows], armed[rows]) and not rows.all()
+    assert (got.sum(dim=0) > 10).all() and not got.all(dim=0).any()
+
+
+def test_a_text_goes_on_from_any_token_of_a_long_forward() -> None:
+    """What follows is armed as in one text, or more where it comes from further back in a forward.
+
+    Tokens that merely count as hits arm nothing by themselves.
+    """
+    version, cache, length = torch.tensor(1), _Cache(1), 100
+    reached, quiet = _reached(length, 7), torch.zeros(60, EDITS, dtype=torch.bool)
+    _read(cache, 0, reached, version)
+    more = unarmed = 0
+    for past in range(1, length):
+        for after in (_reached(60, past), quiet):
+            bounds, state = _forward(cache, past, len(after)).open(0, APART, version)
+            found = _armed(after, state, bounds)
+            whole = _armed(torch.cat([reached[:past], after]), None)
+            wanted = whole[past:]
+            assert (found >= wanted).all()
+            exact = (FAR.long() + APART + length - past <= REGISTER) | ~BOUNDED
+            assert torch.equal(found[:, exact], wanted[:, exact])
+            more += int((found > wanted).sum())
+        without = BOUNDED & ~whole.any(dim=0)
+        assert not found[:, without].any()
+        unarmed += int(without.sum())
+    assert more > 0 and unarmed > 50
+
+
+def test_copied_blocks_take_everything_along() -> None:
+    cues = PagedCues(_Cache(4, 8))
+    tables = cues.tables(0, EDITS, torch.device("cpu"))
+    assert len(tables) == 3
+    for table in tables:
+        table.copy_(torch.arange(table.numel()).view_as(table))
+    before = [table.clone() for table in tables]
+    cues.copy_blocks([2, 5], [0, 7])
+    for table, old in zip(tables, before, strict=True):
+        assert torch.equal(table[[0, 7]], old[[2, 5]])
+        assert torch.equal(table[1:7], old[1:7]) and not torch.equal(table, old)
