@@ -11,7 +11,8 @@ from torch import Tensor
 
 from coachhook import ops
 
-_ROWS, _TOKENS, _IN, _OUT, _KEYS, _RANK = 3, 37, 130, 71, 9, 5
+_ROWS, _TOKENS, _FEW_TOKENS, _IN, _OUT, _KEYS, _RANK = 3, 37, 20, 130, 71, 9, 5
+_APART = "membership with cues of two tokens"
 _DTYPES = (torch.float32, torch.bfloat16)
 # Relative Frobenius errors. 16-bit results are rounded once to 8 bits of mantissa (2^-9 each, less
 # in the mean); float32 sums of 130 terms stay far below the first line.
@@ -104,13 +105,13 @@ def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator).bfloat16().double()
 
 
-def _hooked(scope: str, form: str) -> Case:
+def _hooked(scope: str, form: str, tokens: int = _TOKENS) -> Case:
     def case(device: torch.device, dtype: torch.dtype, backend: str) -> list[Tensor]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        x = _random(0, _ROWS, _TOKENS, _IN)
+        x = _random(0, _ROWS, tokens, _IN)
         x[:, 11] *= 8  # one outlier, so that the gate is far from a tie
-        mask = torch.ones(_ROWS, _TOKENS, dtype=torch.bool)
-        mask[1, 30:] = False
+        mask = torch.ones(_ROWS, tokens, dtype=torch.bool)
+        mask[1, tokens - 7 :] = False
         q = torch.linalg.qr(_random(1, _OUT, _RANK))[0]
         s = _random(2, _RANK, _IN)
         delta: Any = {"dense": q @ s, "factored": (q, s), "pair": (q, s)}[form]
@@ -128,8 +129,15 @@ def _hooked(scope: str, form: str) -> Case:
                 cues=_random(9, _RANK, _IN).to(device, wide),
                 limits=torch.tensor([30.0, 25.0, 30.0, 35.0, torch.inf]).to(device),
             ),
+            _APART: ops.Membership(
+                correction="own",
+                cues=_random(9, _RANK, _IN).to(device, wide),
+                limits=torch.tensor([2.75, 5.0, 2.75, 3.75, 3.0]).to(device),
+                reaches=torch.tensor([3, 4, 5, 60, 2], dtype=torch.int32).to(device),
+                gaps=torch.tensor([1, 3, 7, 3, 0], dtype=torch.int32).to(device),
+            ),
         }
-        alpha = 60.0 if scope.startswith("membership") else 2.2
+        alpha = {"membership": 60.0, "membership with cues": 60.0, _APART: 15.0}.get(scope, 2.2)
         y, z = ops.hooked_linear(
             x.to(device, dtype),
             _random(3, _OUT, _IN).to(device, dtype),
@@ -183,6 +191,8 @@ _CASES: dict[str, dict[str, Case]] = {
         },
         "membership, pair": _hooked("membership", "pair"),
         "membership with cues, pair": _hooked("membership with cues", "pair"),
+        # Few enough tokens for the kernels of decoding.
+        f"{_APART}, pair": _hooked(_APART, "pair", _FEW_TOKENS),
     },
     "cholesky_update_": {"update": _cholesky("cholesky_update_")},
     "cholesky_downdate_": {"downdate": _cholesky("cholesky_downdate_")},

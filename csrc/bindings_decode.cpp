@@ -35,13 +35,13 @@ void decode_hooked_linear(uintptr_t x, ch::DType dtype, int64_t rows, int64_t de
                           int64_t features, int64_t projection_row_stride, uintptr_t lift,
                           ch::DType lift_dtype, int64_t lift_row_stride, uintptr_t groups, bool own,
                           uintptr_t cues, int64_t cues_row_stride, uintptr_t limits,
-                          uintptr_t reaches, uintptr_t seen, ch::Reduction reduction,
-                          ch::Scope scope, int64_t sequences, uintptr_t cu_seqlens, uintptr_t mask,
-                          uintptr_t mean, uintptr_t std, bool mean_is_double, bool std_is_double,
-                          int64_t mean_stride, int64_t std_stride, uintptr_t alpha,
-                          float alpha_value, uintptr_t state, uintptr_t y, ch::DType y_dtype,
-                          int64_t y_row_stride, uintptr_t z, uintptr_t workspace, bool overlap,
-                          int device, uintptr_t stream) {
+                          uintptr_t reaches, uintptr_t gaps, uintptr_t seen,
+                          ch::Reduction reduction, ch::Scope scope, int64_t sequences,
+                          uintptr_t cu_seqlens, uintptr_t mask, uintptr_t mean, uintptr_t std,
+                          bool mean_is_double, bool std_is_double, int64_t mean_stride,
+                          int64_t std_stride, uintptr_t alpha, float alpha_value, uintptr_t state,
+                          uintptr_t y, ch::DType y_dtype, int64_t y_row_stride, uintptr_t z,
+                          uintptr_t workspace, bool overlap, int device, uintptr_t stream) {
   ch::DecodeParams p;
   p.x = pointer<const void>(x);
   p.dtype = dtype;
@@ -66,6 +66,7 @@ void decode_hooked_linear(uintptr_t x, ch::DType dtype, int64_t rows, int64_t de
   p.cues_row_stride = cues_row_stride;
   p.limits = pointer<const float>(limits);
   p.reaches = pointer<const int32_t>(reaches);
+  p.gaps = pointer<const int32_t>(gaps);
   p.seen = pointer<int64_t>(seen);
   p.mean = pointer<const void>(mean);
   p.std = pointer<const void>(std);
@@ -109,10 +110,10 @@ void bind_decode(py::module_& m) {
         py::arg("projection_dtype"), py::arg("features"), py::arg("projection_row_stride"),
         py::arg("lift"), py::arg("lift_dtype"), py::arg("lift_row_stride"), py::arg("groups"),
         py::arg("own"), py::arg("cues"), py::arg("cues_row_stride"), py::arg("limits"),
-        py::arg("reaches"), py::arg("seen"), py::arg("reduction"), py::arg("scope"),
-        py::arg("sequences"), py::arg("cu_seqlens"), py::arg("mask"), py::arg("mean"),
-        py::arg("std"), py::arg("mean_is_double"), py::arg("std_is_double"), py::arg("mean_stride"),
-        py::arg("std_stride"), py::arg("alpha"), py::arg("alpha_value"), py::arg("state"),
-        py::arg("y"), py::arg("y_dtype"), py::arg("y_row_stride"), py::arg("z"),
+        py::arg("reaches"), py::arg("gaps"), py::arg("seen"), py::arg("reduction"),
+        py::arg("scope"), py::arg("sequences"), py::arg("cu_seqlens"), py::arg("mask"),
+        py::arg("mean"), py::arg("std"), py::arg("mean_is_double"), py::arg("std_is_double"),
+        py::arg("mean_stride"), py::arg("std_stride"), py::arg("alpha"), py::arg("alpha_value"),
+        py::arg("state"), py::arg("y"), py::arg("y_dtype"), py::arg("y_row_stride"), py::arg("z"),
         py::arg("workspace"), py::arg("overlap"), py::arg("device"), py::arg("stream"));
 }

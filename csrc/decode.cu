@@ -190,6 +190,8 @@ Status check(const DecodeParams& p) {
                     "given with cues, and not without", p.limits != nullptr);
   COACHHOOK_REQUIRE(p.reaches == nullptr || p.cues != nullptr, kOp, "reaches", "null without cues",
                     1);
+  COACHHOOK_REQUIRE(p.gaps == nullptr || p.reaches != nullptr, kOp, "gaps", "null without reaches",
+                    1);
   COACHHOOK_REQUIRE(p.seen == nullptr || p.cues != nullptr, kOp, "seen", "null without cues", 1);
   COACHHOOK_REQUIRE(!largest || p.lift != nullptr, kOp, "lift", "non-null with reduction=max", 0);
   COACHHOOK_REQUIRE(largest == (gate.scope == Scope::kDirect), kOp, "scope",

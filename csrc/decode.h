@@ -51,8 +51,9 @@ struct DecodeParams {
   int64_t cues_row_stride = 0;
   const float* limits = nullptr;     // [features], with cues
   const int32_t* reaches = nullptr;  // [features], with cues; or null
+  const int32_t* gaps = nullptr;     // [features], with reaches; or null
   // [sequences, 1 + 2 features] columns read, that at which each cue was first seen, and in which
-  // of the last ones it was; or null
+  // of the last ones its limit was reached; or null
   int64_t* seen = nullptr;
 
   const void* mean = nullptr;  // population scope: float64 or float32

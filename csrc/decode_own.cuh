@@ -20,10 +20,10 @@ struct OwnTraits {
 };
 
 constexpr int32_t kNever = 0x7fffffff;
-// Columns that a register of seen cues knows, and its mask; see
-// coachhook/ops/hooked_linear/cues.py.
+// Columns that an edit's register knows, and its mask; see coachhook/ops/hooked_linear/cues.py.
 constexpr int32_t kRegister = 63;
-constexpr int64_t kRegisterMask = 0x7fffffffffffffff;
+constexpr uint64_t kRegisterMask = 0x7fffffffffffffff;
+constexpr int32_t kMostApart = 7;  // columns between the two tokens of a cue
 
 // The same result in every thread. `scratch` holds one element per warp and is free again on
 // return.
@@ -51,9 +51,14 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
   int32_t first = seen == nullptr || !exists ? kNever : static_cast<int32_t>(seen[1 + edit]);
   const float limit = p.cues == nullptr || !exists ? -INFINITY : p.limits[edit];
   const int32_t reach = p.reaches == nullptr || !exists ? kRegister : p.reaches[edit];
-  const bool bounded = reach < kRegister && limit != -INFINITY;
-  const int64_t window = (int64_t{1} << (bounded && reach > 0 ? reach : 0)) - 1;
-  int64_t recent = seen == nullptr || !bounded ? 0 : seen[1 + p.features + edit];
+  int32_t gap = p.gaps == nullptr || !exists ? 0 : p.gaps[edit];
+  gap = gap < 0 ? 0 : gap > kMostApart ? kMostApart : gap;
+  const bool bounded = reach < kRegister - gap && limit != -INFINITY;
+  if (!bounded) gap = 0;
+  // A token's own column is bit 0: a cue that it shows arms no bounded edit at the token itself.
+  const uint64_t window = (uint64_t{2} << (bounded && reach > 0 ? reach : 0)) - 2;
+  // Masked only where it is kept: what lies beyond is further than any window and gap.
+  uint64_t recent = seen == nullptr || !bounded ? 0 : seen[1 + p.features + edit];
 
   for (int64_t token = span.begin; token < span.end; ++token) {
     Best best = {-INFINITY, static_cast<int>(edit)};
@@ -65,9 +70,10 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
         const bool reached =
             real && (bounded || column < first) &&
             (limit == -INFINITY || sum_of_splits(plan.cues, gate.rows, token, edit) >= limit);
-        if (reached && column < first) first = column;
-        armed = bounded ? (recent & window) != 0 : first <= column;
-        recent = ((recent << 1) & kRegisterMask) | (reached ? 1 : 0);
+        recent = (recent << 1) | (reached ? 1 : 0);
+        const uint64_t shown = recent & (recent >> gap);
+        if ((shown & 1) != 0 && column < first) first = column;
+        armed = bounded ? (shown & window) != 0 : first <= column;
       }
       if (armed) best.value = sum_of_splits(plan.hook, gate.rows, token, edit);
     }
@@ -76,7 +82,7 @@ __global__ void __launch_bounds__(OwnTraits::kThreads, OwnTraits::kBlocks)
   }
   if (seen != nullptr && exists) {
     seen[1 + edit] = first;
-    if (bounded) seen[1 + p.features + edit] = recent;
+    if (bounded) seen[1 + p.features + edit] = static_cast<int64_t>(recent & kRegisterMask);
   }
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coachhook import ops
@@ -47,3 +49,19 @@ def test_a_wrong_op_is_seen(monkeypatch, capsys, fault):
     out = capsys.readouterr().out
     assert "checks failed" in out
     assert ("no kernel image" in out) == (fault == "raise")
+
+
+def test_a_cue_taken_for_seen_at_its_first_token_is_seen(monkeypatch):
+    right = ops.hooked_linear
+
+    def wrong(*args, backend, scope, **kwargs):
+        if backend == "cpu" and isinstance(scope, ops.Membership):
+            scope = replace(scope, gaps=None)
+        return right(*args, backend=backend, scope=scope, **kwargs)
+
+    monkeypatch.setattr(ops, "hooked_linear", wrong)
+    bad = [c for c in selftest() if not c.ok]
+    assert {(c.backend, c.case) for c in bad} == {
+        ("cpu", "membership with cues of two tokens, pair")
+    }
+    assert len(bad) == 2  # dtypes

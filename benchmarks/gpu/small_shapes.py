@@ -80,7 +80,10 @@ def decode(dtype: torch.dtype, tokens: int, n: int) -> int:
     for edits, length in ((11, 1), (300, 1), (300, tokens)):
         cues, limits = random(edits, n), torch.zeros(edits, device="cuda")
         batch = tokens // length
-        cued = Membership(None, "own", cues, limits, blank_state(batch, edits, x.device))
+        state = blank_state(batch, edits, x.device)
+        number = torch.arange(edits, dtype=torch.int32, device="cuda")
+        asked = (number % 70, number % 9) if length > 1 else ()
+        cued = Membership(None, "own", cues, limits, state, *asked)
         pair = random(43, edits), random(edits, n)
         rows = x.view(batch, length, n)
         hooked_linear(rows, weight, bias, pair, 0.5, scope=cued, backend="cuda")

@@ -20,6 +20,7 @@ from coachhook.ops.hooked_linear.cues import blank_state
 
 ALPHA = 2.2
 CUE_REACH = 40  # columns for which an edit of a prompt's end stays armed
+CUE_GAP = 1  # columns between the two tokens that make its cue
 CUE_LIMIT = 4.0  # responses to a cue have a standard deviation of 1
 
 
@@ -106,6 +107,7 @@ class Layer:
                 limits=torch.full((len(self.s),), CUE_LIMIT, device=self.s.device),
                 state=blank_state(batch, len(self.s), self.s.device),
                 reaches=torch.full((len(self.s),), CUE_REACH, device=self.s.device).int(),
+                gaps=torch.full((len(self.s),), CUE_GAP, device=self.s.device).int(),
             )
         if name == "population":
             return Population(self.mean, self.std)

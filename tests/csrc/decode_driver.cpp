@@ -52,7 +52,8 @@ int main() {
   const Bytes cu_seqlens = read_array(), mask = read_array(), mean = read_array();
   const Bytes std = read_array(), alpha = read_array(), state = read_array();
   const Shifted cues = read_shifted(offset);
-  const Bytes limits = read_array(), reaches = read_array(), seen = read_array();
+  const Bytes limits = read_array(), reaches = read_array(), gaps = read_array();
+  const Bytes seen = read_array();
   p.x = x.data;
   p.weight = weight.data;
   p.projection = projection.data;
@@ -71,6 +72,7 @@ int main() {
   p.cues_row_stride = p.projection_row_stride;
   p.limits = reinterpret_cast<const float*>(limits.get());
   p.reaches = reinterpret_cast<const int32_t*>(reaches.get());
+  p.gaps = reinterpret_cast<const int32_t*>(gaps.get());
   p.seen = reinterpret_cast<int64_t*>(seen.get());
 
   const size_t y_size = p.gate.rows * p.out_features * coachhook::size_of(p.y_dtype);

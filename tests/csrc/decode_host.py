@@ -96,7 +96,7 @@ class Decode:
             torch.tensor(self.alpha, dtype=torch.float32),
             None if membership else getattr(scope, "state", None),
             _wide(getattr(scope, "cues", None), self.padding),
-            *(getattr(scope, name, None) for name in ("limits", "reaches")),
+            *(getattr(scope, name, None) for name in ("limits", "reaches", "gaps")),
             scope.state if membership else None,
         )
         return struct.pack(f"<{len(header)}q", *header) + b"".join(map(_bytes, arrays))

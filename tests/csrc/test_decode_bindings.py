@@ -28,7 +28,7 @@ from coachhook.ops import (
 )
 from coachhook.ops.hooked_linear import cuda, decode, products
 from tests.ops.gate_oracle import arming, oracle, threshold
-from tests.ops.test_cues import make_edits, make_reaches, random_state
+from tests.ops.test_cues import make_edits, make_gaps, make_reaches, random_state
 from tests.tolerances import tol
 
 # The package, which the function of the same name hides.
@@ -131,13 +131,29 @@ def test_edits_that_add_their_own_after_a_cue(edits: int, dtype: torch.dtype) ->
     mask = torch.arange(6) > torch.tensor([[-1], [2], [6]])
     for stored in {dtype, torch.float32}:
         delta, cues, limits = make_edits(x, 21, edits, stored)
-        some = make_reaches(edits)
-        kept = random_state(3, edits), random_state(3, edits, reaches=some, limits=limits)
-        for state, reaches in ((None, None), (kept[0], None), (None, some), (kept[1], some)):
-            scope = Membership(None, "own", cues, limits, state, reaches)
+        some, apart = make_reaches(edits), make_gaps(edits)
+        told = {"reaches": some, "limits": limits}
+        # Every other element of a longer tensor.
+        strided = [t.repeat_interleave(2)[::2] for t in (some, apart)]
+        for state, reaches, gaps in (
+            (None, None, None),
+            (random_state(3, edits), None, None),
+            (None, some, apart),
+            (random_state(3, edits, **told), some, None),
+            (random_state(3, edits, **told, gaps=apart), *strided),
+        ):
+            scope = Membership(None, "own", cues, limits, state, reaches, gaps)
             check(x, weight, bias, delta, scope, mask=mask)
     other = Membership(None, "own", cues.to(torch.float64), limits)
     assert not decode.takes(x, delta, None, other, x.dtype)
+
+
+def test_what_belongs_to_cues_is_refused_without_them() -> None:
+    x, _, _, _ = layer(3, 6)
+    delta, cues, limits = make_edits(x, 21, 7, torch.float32)
+    apart = Membership(None, "own", cues, limits, gaps=make_gaps(7))
+    with pytest.raises(ValueError, match="gaps must be null without reaches, got 1"):
+        decode.run(x, delta, 0.0, None, None, apart)
 
 
 def test_every_number_of_tokens() -> None:

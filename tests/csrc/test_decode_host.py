@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from coachhook.ops import Membership, Population, Prefix, Scope, Sequence, Ungated
+from coachhook.ops.hooked_linear.cues import NEVER, blank_state, firsts
 from tests.csrc.decode_host import Decode, decode, truth
 from tests.csrc.host import SANITIZE, Host, KernelFailure, build
 from tests.csrc.test_gate_host import mutated
 from tests.ops.gate_oracle import arming
-from tests.ops.test_cues import make_edits, make_reaches, random_state
+from tests.ops.test_cues import make_edits, make_gaps, make_reaches, random_state
 from tests.tolerances import tol
 
 ORDERS = (0, 1, 7, 23)
@@ -148,14 +149,17 @@ def test_more_tokens_than_their_coefficients_fit_a_block(host: Host) -> None:
             check(host, make(1, 43, n=72, rank=rank, scope=scope))
 
 
-def waiting(case: Decode, state: bool = True) -> Decode:
-    """The same with edits that add their own after a cue, some of which was read before."""
+def waiting(case: Decode, state: bool = True, apart: bool = True) -> Decode:
+    """The same with edits that add their own after a cue, some of which was read before.
+
+    With ``apart`` two tokens make the cues of some.
+    """
     edits, dtype = case.delta[1].shape[0], case.delta[1].dtype
     case.delta, cues, limits = make_edits(case.x, case.out_features, edits, dtype)
-    reaches = make_reaches(edits)
-    told = {"reaches": reaches, "limits": limits}
+    reaches, gaps = make_reaches(edits), make_gaps(edits) if apart else None
+    told = {"reaches": reaches, "limits": limits, "gaps": gaps}
     kept = random_state(case.sequences(), edits, **told) if state else None
-    case.scope = Membership(None, "own", cues, limits.float(), kept, reaches)
+    case.scope = Membership(None, "own", cues, limits.float(), kept, reaches, gaps)
     return case
 
 
@@ -166,7 +170,7 @@ def test_edits_wait_for_their_cues(host: Host, fused: bool, dtype: torch.dtype) 
         tokens = {"steps": (9, 1), "one": (1, 1), "long": (2, 13), "masked": (4, 5)}.get(
             layout, (20,)
         )
-        for state in (False, True):
+        for state, apart in ((False, True), (True, False), (True, True)):
             for stored in {dtype, torch.float32}:
                 case = make(*tokens, fused=fused, dtype=dtype, stored=stored, rank=12)
                 if layout == "masked":
@@ -175,7 +179,7 @@ def test_edits_wait_for_their_cues(host: Host, fused: bool, dtype: torch.dtype) 
                     case.cu_seqlens = torch.tensor([0, 1, 1, 9, 17])
                 if layout == "misaligned":
                     case.padding, case.offset = 3, 4
-                waiting(case, state)
+                waiting(case, state, apart)
                 _, after = arming(case.x, case.mask, case.cu_seqlens, case.scope)
                 check(host, case)
                 if state:
@@ -191,6 +195,61 @@ def test_more_edits_than_a_block_has_threads(host: Host) -> None:
         assert torch.equal(case.scope.state, after)
         case.scope = Membership(correction="own")
         assert not torch.equal(check(host, case)[0], y)
+
+
+# Limits, reaches and gaps of edits that see the same tokens; the columns that show their cue, and
+# whether they stay armed from the first of these on.
+SHOWN = [
+    (1.0, 4, 0, [3, 5, 6, 20, 27], False),
+    (1.0, 4, 1, [6], False),
+    (1.0, 4, 2, [5], False),
+    (1.0, 4, 3, [6], False),
+    (1.0, 4, 4, [], False),
+    (1.0, 4, 7, [27], False),
+    (1.0, 4, 2**31 - 1, [27], False),  # taken for 7
+    (1.0, 4, -1, [3, 5, 6, 20, 27], False),
+    (1.0, 0, 1, [6], False),
+    (1.0, -(2**31), 7, [27], False),
+    # Together they are more than a register knows: one token is the cue.
+    (1.0, 56, 7, [3, 5, 6, 20, 27], True),
+    (1.0, 62, 1, [3, 5, 6, 20, 27], True),
+    (1.0, 2**31 - 1, 7, [3, 5, 6, 20, 27], True),
+    (-math.inf, 4, 1, list(range(34)), True),
+    (math.nan, 4, 1, [], False),
+]
+SHOWN_FOR_LONG = [(1.0, 55, 7, [27], False), (1.0, 61, 1, [6], False)]
+
+
+@pytest.mark.parametrize(
+    "edits, calls", [(SHOWN, [1, 1, *[4] * 8]), (SHOWN_FOR_LONG, [1, 20, 8, 31, 24])]
+)
+def test_two_tokens_make_a_cue_only_as_far_apart_as_they_are_wanted(
+    host: Host, edits: list[tuple], calls: list[int]
+) -> None:
+    limits, reaches, gaps, shown, for_ever = zip(*edits, strict=True)
+    count, length = len(edits), sum(calls)
+    want = torch.zeros(count, length, dtype=torch.bool)
+    for row, reach, columns, ever in zip(want, reaches, shown, for_ever, strict=True):
+        for column in columns:
+            row[column if ever else column + 1 : None if ever else column + max(reach, 0) + 1] = (
+                True
+            )
+    # In sequence i edit i has the coefficient 1, the others 0; the last feature shows the cue.
+    x = torch.zeros(count, length, count + 1)
+    x[:, :, :count] = torch.eye(count)[:, None]
+    x[:, [3, 5, 6, 20, 27], count] = 1.0
+    cues = torch.eye(count + 1)[-1].repeat(count, 1)
+    state = blank_state(count, count, x.device)
+    asked = (torch.tensor(t, dtype=torch.int32) for t in (reaches, gaps))
+    scope = Membership(None, "own", cues, torch.tensor(limits), state, *asked)
+    delta = torch.ones(1, count), torch.eye(count, count + 1)
+    _, after = arming(x, None, None, scope)
+    z = [decode(host, Decode(part, delta, scope))[1] for part in x.split(calls, 1)]
+    for edit, found, armed in zip(edits, torch.cat(z, dim=1) == 1, want, strict=True):
+        assert torch.equal(found, armed), edit
+    first = [min(columns, default=NEVER) for columns in shown]
+    assert firsts(state).tolist() == [first] * count
+    assert torch.equal(state, after)
 
 
 def test_how_a_sequence_is_cut_does_not_change_what_is_armed(host: Host) -> None:
@@ -368,3 +427,10 @@ def test_bad_arguments_are_refused(host: Host) -> None:
     both.base = torch.zeros(2, 1, 40)
     with pytest.raises(KernelFailure, match="weight or base must be given, not both"):
         decode(host, both)
+    alone = waiting(make(2, 1))
+    alone.scope = replace(alone.scope, reaches=None)
+    with pytest.raises(KernelFailure, match="gaps must be null without reaches, got 1"):
+        decode(host, alone)
+    alone.scope = replace(alone.scope, reaches=make_reaches(12), cues=None, limits=None, state=None)
+    with pytest.raises(KernelFailure, match="reaches must be null without cues, got 1"):
+        decode(host, alone)

@@ -23,7 +23,7 @@ from coachhook.ops.hooked_linear import (
     cuda,
     reference,
 )
-from coachhook.ops.hooked_linear.cues import blank_state
+from coachhook.ops.hooked_linear.cues import NEVER, blank_state
 
 
 @pytest.fixture
@@ -54,6 +54,21 @@ def seen() -> Tensor:
     return state
 
 
+def seen_apart() -> Tensor:
+    """The same of cues that two tokens make; of one cue only the first token was seen."""
+    state = seen()
+    state[:, 6] = torch.tensor([7, NEVER, 29])
+    state[:, 1 + RANK + 5] = torch.tensor([1 << 22 | 1 << 29, 1 << 29, 1 | 1 << 7])
+    state[:, 1 + RANK + 1] = 1
+    return state
+
+
+def reaches_and_gaps() -> tuple[Tensor, Tensor]:
+    """Of edits that wait for two tokens, for one, and for one since both reach too far."""
+    reaches = torch.tensor([3, 5, 60, 40, 3, 33, 4], dtype=torch.int32)
+    return reaches, torch.tensor([12, 1, 3, -1, 2, 7, 0], dtype=torch.int32)
+
+
 def scopes() -> dict[str, Scope]:
     groups = torch.tensor([0, 0, 1, 2, 2, 2, 3])
     return {
@@ -70,6 +85,9 @@ def scopes() -> dict[str, Scope]:
         "membership_own": Membership(groups, "own"),
         "membership_cues": Membership(None, "own", *cues()),
         "membership_cues_state": Membership(None, "own", *cues(), seen()),
+        "membership_cues_apart": Membership(
+            None, "own", *cues(), seen_apart(), *reaches_and_gaps()
+        ),
         "ungated": Ungated(),
     }
 
@@ -185,13 +203,18 @@ def test_nothing_armed_fires_nothing(native: None) -> None:
     assert torch.equal(y, base) and z.isneginf().all()
 
 
-def test_decoding_with_cues_goes_on_where_the_prompt_ended(native: None) -> None:
+@pytest.mark.parametrize("prompt", [20, T - 2])  # the first of them is short enough to decode
+@pytest.mark.parametrize("apart", [False, True])
+def test_decoding_with_cues_goes_on_where_the_prompt_ended(
+    native: None, apart: bool, prompt: int
+) -> None:
     base, x, delta = problem(torch.float32)
-    want_state, state = seen(), seen()
-    scope = Membership(None, "own", *cues(), want_state)
+    asked = reaches_and_gaps() if apart else ()
+    want_state, state = (seen_apart() if apart else seen() for _ in range(2))
+    scope = Membership(None, "own", *cues(), want_state, *asked)
     want = reference.hook_output(base, x, delta, 1.2, None, None, scope)
-    parts = [(0, 20), *((t, t + 1) for t in range(20, T))]
-    scope = Membership(None, "own", *cues(), state)
+    parts = [(0, prompt), *((t, t + 1) for t in range(prompt, T))]
+    scope = Membership(None, "own", *cues(), state, *asked)
     got = [
         cuda.hook_output(base[:, a:b], x[:, a:b], delta, 1.2, None, None, scope) for a, b in parts
     ]

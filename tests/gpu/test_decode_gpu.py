@@ -24,7 +24,7 @@ from coachhook.ops import (
 )
 from coachhook.ops.hooked_linear import decode, products
 from tests.ops.gate_oracle import arming, oracle, threshold
-from tests.ops.test_cues import make_edits, make_reaches, random_state
+from tests.ops.test_cues import make_edits, make_gaps, make_reaches, random_state
 from tests.tolerances import tol
 
 pytestmark = pytest.mark.gpu
@@ -64,7 +64,7 @@ def to_gpu(value):
     if isinstance(value, Population):
         return Population(to_gpu(value.mean), to_gpu(value.std))
     if isinstance(value, Membership):
-        given = value.cues, value.limits, value.state, value.reaches
+        given = value.cues, value.limits, value.state, value.reaches, value.gaps
         return Membership(to_gpu(value.groups), value.correction, *map(to_gpu, given))
     if isinstance(value, (Sequence, Prefix)) and value.state is not None:
         return type(value)(value.state.cuda())
@@ -127,14 +127,15 @@ def test_edits_wait_for_their_cues(edits: int, dtype: torch.dtype, frozen: str) 
         x, weight, bias, _ = layer(dtype, *tokens)
         for stored in {dtype, torch.float32}:
             delta, cues, limits = make_edits(x, M, edits, stored)
-            some = make_reaches(edits)
-            kept = random_state(tokens[0], edits, reaches=some, limits=limits)
-            for state, reaches in (
-                (None, some),
-                (random_state(tokens[0], edits), None),
-                (kept, some),
+            some, apart = make_reaches(edits), make_gaps(edits)
+            told = {"reaches": some, "limits": limits}
+            for state, reaches, gaps in (
+                (None, some, apart),
+                (random_state(tokens[0], edits), None, None),
+                (random_state(tokens[0], edits, **told), some, None),
+                (random_state(tokens[0], edits, **told, gaps=apart), some, apart),
             ):
-                scope = Membership(None, "own", cues, limits, state, reaches)
+                scope = Membership(None, "own", cues, limits, state, reaches, gaps)
                 check(x, weight, bias, delta, scope, mask=mask, fused=fused)
                 if state is None:
                     continue
@@ -211,18 +212,18 @@ def test_a_graph_follows_what_changes_in_place(kind: str, dtype: torch.dtype, fr
     state = torch.zeros(rows, 3, device="cuda", dtype=torch.float64)
     mean, std = torch.full((rows,), 14.0, device="cuda"), torch.full((rows,), 5.0, device="cuda")
     before = torch.tensor([5.0, 14.0, 90.0], device="cuda", dtype=torch.float64)
-    reaches = None
+    reaches = gaps = None
     if kind == "cued":
-        reaches = make_reaches(RANK)
-        before = random_state(rows, RANK, reaches=reaches).cuda()
-        state, reaches = before.clone(), reaches.cuda()
+        reaches, gaps = make_reaches(RANK), make_gaps(RANK)
+        before = random_state(rows, RANK, reaches=reaches, gaps=gaps).cuda()
+        state, reaches, gaps = before.clone(), reaches.cuda(), gaps.cuda()
     limits = torch.full((RANK,), 0.5, device="cuda")
     scope = {
         "sequence": Sequence(state),
         "prefix": Prefix(state),
         "population": Population(mean, std),
         "membership_own": Membership(correction="own"),
-        "cued": Membership(None, "own", s.flip(0).contiguous(), limits, state, reaches),
+        "cued": Membership(None, "own", s.flip(0).contiguous(), limits, state, reaches, gaps),
     }[kind]
 
     def call() -> tuple[Tensor, Tensor]:
@@ -260,7 +261,8 @@ def test_nothing_waits_for_the_device(frozen: str) -> None:
     alpha = torch.tensor(1.0, device="cuda")
     state = torch.zeros(4, 3, device="cuda")
     limits, seen = torch.zeros(RANK, device="cuda"), random_state(4, RANK).cuda()
-    cued = Membership(None, "own", delta[1], limits, seen, make_reaches(RANK).cuda())
+    asked = make_reaches(RANK).cuda(), make_gaps(RANK).cuda()
+    cued = Membership(None, "own", delta[1], limits, seen, *asked)
     scopes = (Sequence(), Sequence(state), Prefix(state), Population(3.0, 1.0), Membership(), cued)
     calls = [(scope, a) for scope in scopes for a in (alpha, 1.0)]
     torch.cuda.synchronize()

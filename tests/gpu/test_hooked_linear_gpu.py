@@ -49,7 +49,7 @@ def scope_to_gpu(scope: Scope) -> Scope:
     if isinstance(scope, Population):
         return Population(to_gpu(scope.mean), to_gpu(scope.std))
     if isinstance(scope, Membership):
-        given = scope.cues, scope.limits, scope.state, scope.reaches
+        given = scope.cues, scope.limits, scope.state, scope.reaches, scope.gaps
         return Membership(to_gpu(scope.groups), scope.correction, *map(to_gpu, given))
     return scope
 

@@ -48,7 +48,12 @@ SCOPES = {
     "membership_groups": lambda rows: Membership(torch.tensor([0, 0, 2, 2, 2, 4, 5])),
     "membership_groups_own": lambda rows: Membership(torch.tensor([1, 3, 3, 0, 0, 0, 1]), "own"),
     "membership_cues": lambda rows: Membership(None, "own", *make_cues()),
-    "membership_reaches": lambda rows: Membership(None, "own", *make_cues(), None, make_reaches()),
+    "membership_cues_reaches": lambda rows: Membership(
+        None, "own", *make_cues(), None, make_reaches()
+    ),
+    "membership_cues_gaps": lambda rows: Membership(
+        None, "own", *make_cues(), None, *make_reaches_and_gaps()
+    ),
     "ungated": lambda rows: Ungated(),
 }
 DENSE_SCOPES = ["prefix", "sequence", "population", "sequence", "population_rows", "ungated"]
@@ -70,6 +75,12 @@ def make_cues() -> tuple[Tensor, Tensor]:
 def make_reaches() -> Tensor:
     """How far after their cues the edits stay armed: all of it, not at all, or some columns."""
     return torch.tensor([2**31 - 1, 0, 2, 63, 1, 62, 4], dtype=torch.int32)
+
+
+def make_reaches_and_gaps() -> tuple[Tensor, Tensor]:
+    """Cues of one token and of two; one is out of range, one with its reach more than 62."""
+    reaches = torch.tensor([2**31 - 1, 5, 2, 60, 1, 30, 4], dtype=torch.int32)
+    return reaches, torch.tensor([1, 3, -1, 3, 0, 9, 7], dtype=torch.int32)
 
 
 def make_layout(name: str, dtype: torch.dtype, n: int = N):
@@ -281,7 +292,8 @@ def test_cues_of_any_number_and_storage() -> None:
             check(x, make_pair(m=140, rank=count), None, cu_seqlens, scope)
 
 
-def test_cues_in_parts_and_at_once() -> None:
+@pytest.mark.parametrize("asked", [(make_reaches(),), make_reaches_and_gaps()], ids=["one", "two"])
+def test_cues_in_parts_and_at_once(asked) -> None:
     x, mask, _, rows = make_layout("gaps", torch.float32)
     delta, (cues, limits) = make_pair(), make_cues()
     base = torch.randn(rows, 11, M)
@@ -289,7 +301,7 @@ def test_cues_in_parts_and_at_once() -> None:
     want, whole, cut = (never.clone() for _ in range(3))
 
     def run(hook, state, a=0, b=11):
-        scope = Membership(None, "own", cues, limits, state, make_reaches())
+        scope = Membership(None, "own", cues, limits, state, *asked)
         return hook(base[:, a:b], x[:, a:b], delta, 0.4, mask[:, a:b], None, scope)
 
     want_y, want_z = run(reference.hook_output, want)

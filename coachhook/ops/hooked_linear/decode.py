@@ -164,7 +164,7 @@ def run(
     if lift is not None:
         lift, lift_stride = _rows(lift)
 
-    groups = mean = std = state = kept = cues = limits = reaches = seen = None
+    groups = mean = std = state = kept = cues = limits = reaches = gaps = seen = None
     cues_stride = 0
     mean_is_double = std_is_double = True
     mean_stride = std_stride = 0
@@ -174,6 +174,7 @@ def run(
             cues, cues_stride = _rows(scope.cues)
             limits = scope.limits.to(torch.float32).contiguous()
             reaches = None if scope.reaches is None else scope.reaches.contiguous()
+            gaps = None if scope.gaps is None else scope.gaps.contiguous()
             if scope.state is not None:
                 seen = scope.state.contiguous()
     elif isinstance(scope, Population):
@@ -235,6 +236,7 @@ def run(
         cues_row_stride=cues_stride,
         limits=address(limits),
         reaches=address(reaches),
+        gaps=address(gaps),
         seen=address(seen),
         reduction=module.Reduction.max if largest else module.Reduction.norm,
         scope=getattr(module.Scope, _SCOPES[type(scope)]),
