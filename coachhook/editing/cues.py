@@ -47,7 +47,7 @@ from coachhook.ops._precision import float32_products
 # the cue itself differs less between contexts.
 _LIMITS = {"down_proj": (0.4, 0.6), "mlp": (0.6, 0.85)}
 # Other tokens are hardly taken for both of two at once, so that each may be further from its keys.
-_LIMIT_OF_TWO = {"down_proj": 0.3, "mlp": 0.5}
+_LIMITS_OF_TWO = {"down_proj": (0.3, 0.5), "mlp": (0.5, 0.6)}
 # A token is common where a larger share of the sample would be taken for it.
 _COMMON = 1e-3
 # Keys of a cue's token in other text that are taken besides those of the edit's own prompts.
@@ -69,9 +69,7 @@ def cue_limit(place: str, key_site: str, tokens: int = 1) -> float:
         key_site: what the keys are of.
         tokens: one or two.
     """
-    if tokens == 2:
-        return _LIMIT_OF_TWO[key_site]
-    at_subject, behind = _LIMITS[key_site]
+    at_subject, behind = (_LIMITS if tokens == 1 else _LIMITS_OF_TWO)[key_site]
     return at_subject if place in SUBJECT_PLACES else behind
 
 
