@@ -322,7 +322,7 @@ def test_nobody_waits_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Armed for ever, for some tokens, and for some tokens after two; the last one for ever again.
-FAR = torch.tensor([2**31 - 1, 8, 40, 8, 40, 20, 62], dtype=torch.int32)
+FAR = torch.tensor([2**31 - 1, 8, 40, 8, 59, 20, 62], dtype=torch.int32)
 APART = torch.tensor([0, 0, 0, 1, 3, 7, 5], dtype=torch.int32)
 BOUNDED = FAR.long() + APART < REGISTER
 EDITS = len(FAR)
