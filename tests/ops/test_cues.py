@@ -80,7 +80,7 @@ def make_reaches(count):
 
 def make_gaps(count):
     """One token is the cue, two as far apart as may be, out of range, and between."""
-    kinds = [1, 0, 3, -1, 2, 7, 9]
+    kinds = [1, 0, 3, 7, 2, -1, 9]
     return torch.tensor([kinds[i % len(kinds)] for i in range(count)], dtype=torch.int32)
 
 

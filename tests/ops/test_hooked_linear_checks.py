@@ -179,6 +179,40 @@ GATE_CASES = {
         ValueError,
         "scope.reaches must be on the device of x",
     ),
+    "gaps_alone": (
+        {"scope": Membership(None, "own", PAIR[1], torch.zeros(R), gaps=torch.zeros(R).int())},
+        ValueError,
+        "scope.gaps must be None without scope.reaches, got Tensor; leave it out",
+    ),
+    "gaps_without_cues": (
+        {"scope": Membership(None, "own", gaps=torch.zeros(R).int())},
+        ValueError,
+        "scope.gaps must be None without scope.cues, got Tensor; leave it out",
+    ),
+    "gaps_shape": (
+        {
+            "scope": Membership(
+                None,
+                "own",
+                PAIR[1],
+                torch.zeros(R),
+                None,
+                torch.zeros(R).int(),
+                torch.zeros(1).int(),
+            )
+        },
+        ValueError,
+        r"scope.gaps must be \[2\], one gap per cue, got \[1\]",
+    ),
+    "gaps_dtype": (
+        {
+            "scope": Membership(
+                None, "own", PAIR[1], torch.zeros(R), None, torch.zeros(R).int(), torch.zeros(R)
+            )
+        },
+        TypeError,
+        "scope.gaps must be int32, got torch.float32",
+    ),
     "cues_list": (
         {"scope": Membership(None, "own", [[0.0]], torch.zeros(R))},
         TypeError,

@@ -22,6 +22,7 @@ from coachhook.ops.hooked_linear.cues import blank_state
 M, N, RANK = 19, 12, 4
 CUES = torch.randn(RANK, N, generator=torch.Generator().manual_seed(1)) / 3
 REACHES = torch.tensor([2, 2**31 - 1, 1, 0], dtype=torch.int32)
+GAPS = torch.tensor([1, 0, 7, 2], dtype=torch.int32)
 
 
 def fresh(rows):
@@ -40,6 +41,9 @@ SCOPES = {
     ),
     "membership_reaches": lambda rows: Membership(
         None, "own", CUES, torch.tensor([-2.0, 0.5, 1.0, 0.0]), fresh(rows), REACHES
+    ),
+    "membership_gaps": lambda rows: Membership(
+        None, "own", CUES, torch.tensor([-2.0, 0.5, 1.0, 0.0]), fresh(rows), REACHES, GAPS
     ),
     "ungated": lambda rows: Ungated(),
 }
@@ -234,7 +238,7 @@ def test_fake_tensors_have_the_real_shapes(layer, name):
         x = torch.empty(3, 7, N)
         scope = SCOPES[name](3)
         if isinstance(scope, Membership):
-            given = (scope.groups, scope.cues, scope.limits, scope.state, scope.reaches)
+            given = scope.groups, scope.cues, scope.limits, scope.state, scope.reaches, scope.gaps
             groups, *cues = (None if t is None else mode.from_tensor(t) for t in given)
             scope = Membership(groups, scope.correction, *cues)
         y, z = hooked_linear(x, fakes[0], fakes[1], tuple(fakes[2:]), 1.0, scope=scope)
