@@ -176,22 +176,18 @@ def find_cues(
     apart = [[False] * len(slot) for slot in slots] if others is None else others
     candidates = [keys for slot in slots for keys in slot]
     each = [cue_limit(n, key_site) for n, slot in zip(names, slots, strict=True) for _ in slot]
-    filters, often = _alone(memory, candidates, sample, each)
+    often = _answering(memory, candidates, sample, each)
     most = _COMMON * (0 if sample is None else len(sample))
     told = iter(often)
     tokens = [
         _choose([next(told) for _ in slot], of_others, name not in SUBJECT_PLACES, most)
         for slot, of_others, name in zip(slots, apart, names, strict=True)
     ]
-    starts = list(accumulate(map(len, slots), initial=0))
-    ones = [i for i, chosen in enumerate(tokens) if len(chosen) == 1]
-    twos = [i for i, chosen in enumerate(tokens) if len(chosen) == 2]
     found = torch.zeros(len(slots), memory.in_features, device=memory.device, dtype=memory.dtype)
-    if ones:
-        found[ones] = filters[[starts[i] + tokens[i][0] for i in ones]]
-    if twos:
-        pairs = [torch.cat([slots[i][number] for number in tokens[i]]) for i in twos]
-        found[twos] = torch.cat([some for _, some, _ in _matched(memory, pairs)])
+    some = [i for i, chosen in enumerate(tokens) if chosen]
+    if some:
+        together = [torch.cat([slots[i][number] for number in tokens[i]]) for i in some]
+        found[some] = torch.cat([filters for _, filters, _ in _matched(memory, together)])
     return found, tokens
 
 
@@ -215,26 +211,20 @@ def _choose(
     return tuple(ordered[:2])
 
 
-def _alone(
+def _answering(
     memory: EditMemory, candidates: Sequence[Tensor], sample: Tensor | None, limits: Sequence[float]
-) -> tuple[Tensor, list[int | None]]:
-    """Filters ``[len(candidates), n]`` of single tokens, and how many of the sample answer to each;
-    None of one that has no key.
-    """
-    found = torch.zeros(
-        len(candidates), memory.in_features, device=memory.device, dtype=memory.dtype
-    )
+) -> list[int | None]:
+    """How many of the sample answer to each candidate alone; None where that has no key."""
     counts = torch.zeros(len(candidates), device=memory.device, dtype=torch.int64)
     for numbers, filters, dead in _matched(memory, candidates):
-        found[numbers] = filters
-        taken = dead * -1
+        taken = torch.zeros_like(dead, dtype=torch.int64)
         if sample is not None:
             looking = filters.float().mT
             least = torch.tensor([limits[i] for i in numbers], device=looking.device)
             for rows in sample.split(_SAMPLES_AT_ONCE):
-                taken = taken + ((rows.to(looking) @ looking) >= least).sum(dim=0) * ~dead
-        counts[numbers] = taken
-    return found, [None if count < 0 else count for count in counts.tolist()]
+                taken += (rows.to(looking) @ looking >= least).sum(dim=0)
+        counts[numbers] = torch.where(dead, -1, taken)
+    return [None if count < 0 else count for count in counts.tolist()]
 
 
 def _matched(
