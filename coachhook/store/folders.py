@@ -42,6 +42,27 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             process may not write.
     """
     final = Path(path).resolve()
+    _check_replaceable(final)
+    with _writable(final) as ancestor:
+        # As long as the names that the folder has while it is written.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{final.name}", dir=ancestor))
+
+
+@contextmanager
+def _writable(final: Path) -> Iterator[Path]:
+    """Yield the nearest folder above `final` that there is; say so where it cannot be written."""
+    ancestor = final.parent
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    try:
+        yield ancestor
+    except OSError as error:
+        raise ValueError(
+            f"save: path must be in a writable folder, got {final} ({error.strerror} in {ancestor})"
+        ) from error
+
+
+def _check_replaceable(final: Path) -> None:
     if os.path.ismount(final):
         raise ValueError(
             f"save: path must be a folder that can be renamed, got the mount point {final}; "
@@ -65,16 +86,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             f"save: path must be a folder this process may write, got {final}, which is read-only; "
             "give write permission (chmod u+w) or choose another folder"
         )
-    ancestor = final.parent
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    try:
-        # As long as the names that the folder has while it is written.
-        os.rmdir(tempfile.mkdtemp(prefix=f".{final.name}", dir=ancestor))
-    except OSError as error:
-        raise ValueError(
-            f"save: path must be in a writable folder, got {final} ({error.strerror} in {ancestor})"
-        ) from error
 
 
 def write_folder_atomically(
@@ -95,9 +106,8 @@ def write_folder_atomically(
         ValueError: see :func:`check_writable`; or another process is writing the same folder.
         OSError: it could not be written, such as on a full disk; what was there is still there.
     """
-    check_writable(path)
     final = Path(path).resolve()
-    final.parent.mkdir(parents=True, exist_ok=True)
+    _check_replaceable(final)
     aside = _aside(final)
     with _temporary_folder(final) as temporary:
         if aside.exists() and not final.exists():
@@ -130,7 +140,9 @@ def write_folder_atomically(
 def _temporary_folder(final: Path) -> Iterator[Path]:
     """Yield the empty folder beside `final`, locked against a second writer; removed on failure."""
     temporary = final.with_name(f".{final.name}.tmp")
-    temporary.mkdir(exist_ok=True)
+    with _writable(final):
+        # Nothing else is made to find that out, which a writer killed just then would leave.
+        temporary.mkdir(parents=True, exist_ok=True)
     lock = _lock(temporary)
     try:
         _empty(temporary)
