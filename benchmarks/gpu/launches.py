@@ -123,7 +123,7 @@ def calls() -> Iterator[Call]:
     for way in ("exact", "fused", "library"):
         yield hooked(large, 128, 4096, dense=True, way=way)
     for edits in (128, 2048):
-        for tokens in (1, 4096):
+        for tokens in (1, 512, 4096):
             yield cued(large, edits, tokens)
     for n in (6400, 16384):
         prior = synthetic_prior(n, torch.float64, device)

@@ -53,7 +53,7 @@ class Case:
 
     Attributes:
         name: what the table calls it.
-        kernel: name in ``triton_kernels``.
+        kernel: name in ``triton_kernels`` or ``triton_cue_kernels``.
         pointers: element types of its pointers; a pointer left out is None.
         constants: its constexpr arguments.
         options: warps, and stages where the kernel has a pipelined loop.
@@ -90,6 +90,7 @@ class Row:
 def cases(arch: int) -> Iterator[Case]:
     """Every shipped configuration for an architecture."""
     from coachhook.ops.hooked_linear import triton as launcher
+    from coachhook.ops.hooked_linear import triton_cues as cues
     from coachhook.ops.hooked_linear import triton_kernels as kernels
     from coachhook.ops.hooked_linear.policy import LaunchPolicy
 
@@ -180,7 +181,7 @@ def cases(arch: int) -> Iterator[Case]:
         ("membership", kernels.DIRECT, {}),
         ("ungated", kernels.UNGATED, {}),
     ):
-        constants = {"SCOPE": scope.value, "BT": launcher._GATE_TOKENS}
+        constants = {"SCOPE": scope.value, "CUED": True, "BT": launcher._GATE_TOKENS}
         pointers = {**packed, **more}
         options = {"num_warps": launcher._GATE_WARPS}
         yield Case(f"gate, {name}", "_gate_kernel", pointers, constants, options, wide=False)
@@ -188,6 +189,26 @@ def cases(arch: int) -> Iterator[Case]:
     constants = {"BT": launcher._LIST_TOKENS}
     options = {"num_warps": launcher._LIST_WARPS}
     yield Case("list", "_list_kernel", listing, constants, options, wide=False)
+
+    sized = {"BE": cues._EDITS}
+    options = {"num_warps": cues._WARPS}
+    asked = {"limits_ptr": "fp32", "reaches_ptr": "i32", "gaps_ptr": "i32"}
+    where = {"cu_seqlens_ptr": "i32", "state_ptr": "i64"}
+    words = {"word_ptr": "i64", "entry_ptr": "i64"}
+    for splits in (1, chunks):
+        name = "whole" if splits == 1 else f"{splits} chunks"
+        pointers = {"seen_ptr": "fp32", "limits_ptr": "fp32", "mask_ptr": "u8", **where}
+        pointers = {**pointers, "word_ptr": "i64"}
+        constants = {**sized, "SPLITS": splits}
+        yield Case(f"cue words, {name}", "_words_kernel", pointers, constants, options, wide=False)
+        pointers = {**asked, **where, **words, "part_ptr": "fp32"}
+        yield Case(f"cue arm, {name}", "_arm_kernel", pointers, constants, options, wide=False)
+        pointers = {"part_ptr": "fp32", "seen_ptr": "fp32", **asked, **where, "mask_ptr": "u8"}
+        constants = {**constants, "SEEN_SPLITS": splits}
+        yield Case(f"cue short, {name}", "_short_kernel", pointers, constants, options, wide=False)
+    pointers = {**asked, **where, **words}
+    options = {"num_warps": cues._READ_WARPS}
+    yield Case("cue read", "_read_kernel", pointers, sized, options, wide=False)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -221,10 +242,11 @@ def compile_case(case: Case, arch: int) -> Row:
     from triton.compiler import ASTSource
 
     from coachhook.ops.hooked_linear import triton as launcher
-    from coachhook.ops.hooked_linear import triton_kernels as kernels
+    from coachhook.ops.hooked_linear import triton_cue_kernels, triton_kernels
     from coachhook.ops.hooked_linear.policy import LaunchPolicy
 
-    function = getattr(kernels, case.kernel)
+    where = triton_kernels if hasattr(triton_kernels, case.kernel) else triton_cue_kernels
+    function = getattr(where, case.kernel)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     hints: dict[tuple[int, ...], Any] = {}
@@ -270,6 +292,8 @@ def compile_case(case: Case, arch: int) -> Row:
     sizes = "x".join(
         str(case.constants[k]) for k in ("BT", "BF", "BM", "BK") if k in case.constants
     )
+    if where is triton_cue_kernels:
+        sizes = f"{where.CHUNK.value}x{case.constants['BE']}"
     sizes += f", {case.options['num_warps']} warps"
     if "num_stages" in case.options:
         sizes += f", {case.options['num_stages']} stages"
@@ -319,7 +343,8 @@ Tiles are tokens x features (or outputs), then x terms per step. KiB is shared m
 limit of a block; wide loads are those of 16 bytes, counted in the code. Sizes and pitches are taken
 as divisible by 16, as they are in the models the kernels are made for; other sizes are correct and
 load narrower. float32 products run on the CUDA cores by intent: the frozen layer's do too. The gate
-and the list read one value per token, the norm of a dense hook one per tile: no wide loads there.
+and the list read one value per token, the norm of a dense hook one per tile, cues rows of 32 edits,
+of which there may be any number: no wide loads there.
 
 {table(rows)}
 """

@@ -117,6 +117,18 @@ def triton() -> int:
     for scope in (Sequence(), Membership(groups, "own")):
         hooked_linear(x, weight, bias, (q, s), 0.5, scope=scope, backend="triton")
         calls += 1
+    number, edges = (
+        torch.arange(11, dtype=torch.int32, device="cuda"),
+        torch.tensor([0, 40, 40, 75]),
+    )
+    for rows, packed in ((x, None), (x.view(1, 75, 29), None), (x.view(75, 29), edges.cuda())):
+        state = blank_state(3 if packed is not None else len(rows), 11, x.device)
+        limits = torch.zeros(11, device="cuda")
+        cued = Membership(None, "own", s.clone(), limits, state, number * 7, number % 9)
+        hooked_linear(
+            rows, weight, bias, (q, s), 0.5, cu_seqlens=packed, scope=cued, backend="triton"
+        )
+        calls += 1
     for way in ("fused", "library"):
         os.environ["COACHHOOK_PRODUCTS"] = way
         for delta in (weight, q @ s):

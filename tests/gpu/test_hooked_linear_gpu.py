@@ -23,6 +23,7 @@ from coachhook.ops import (
 from coachhook.ops.hooked_linear import products
 from tests.ops.gate_oracle import oracle, threshold
 from tests.ops.triton_cases import DTYPES, LAYOUTS, SCOPES, make_layout, make_pair, pair_error
+from tests.ops.triton_cue_cases import FORMS, check_features_and_states, check_many_sequences
 from tests.tolerances import tol
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -168,6 +169,13 @@ def test_fused_bits_do_not_depend_on_the_batch(dtype, stored, monkeypatch) -> No
         assert torch.equal(call(x), y)
     for rows in (slice(0, 1), slice(17, 19), slice(38, 40)):
         assert torch.equal(call(x[rows]), y[rows])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_edits_are_armed_as_by_the_reference(form, nan_filled_memory) -> None:
+    for length in (1, 32, 33, 97, 700):
+        check_features_and_states(length, form, "cuda")
+    check_many_sequences("cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

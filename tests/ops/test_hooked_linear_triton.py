@@ -17,7 +17,7 @@ from coachhook.ops.hooked_linear import policy as launch
 from coachhook.ops.hooked_linear.policy import LaunchPolicy, Tile, policy
 
 ARCHS = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_cue_cases.py")]
 
 
 def _release(text: str) -> tuple[int, int]:
@@ -26,7 +26,8 @@ def _release(text: str) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(900)
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", CASES, ids=[path.stem for path in CASES])
+def test_kernels_in_the_interpreter(cases) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the package triton is not installed")
     triton, numpy = (_release(version(name)) for name in ("triton", "numpy"))
@@ -44,12 +45,12 @@ def test_kernels_in_the_interpreter() -> None:
             "ignore",
             "-p",
             "no:cacheprovider",
-            str(CASES),
+            str(cases),
         ],
         capture_output=True,
         text=True,
         env=environment,
-        cwd=CASES.parents[2],
+        cwd=cases.parents[2],
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 

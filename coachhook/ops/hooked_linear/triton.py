@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from coachhook.ops.hooked_linear import products, reference
-from coachhook.ops.hooked_linear.cues import armed_edits, is_cued, unless_unarmed_
-from coachhook.ops.hooked_linear.gate import Tokens
+from coachhook.ops.hooked_linear.cues import is_cued
 from coachhook.ops.hooked_linear.policy import MIN_CAPABILITY, LaunchPolicy, Tile, policy
 from coachhook.ops.hooked_linear.reference import Delta, correction, differentiates, project
 from coachhook.ops.hooked_linear.scopes import Membership, Population, Prefix, Scope, Ungated
+from coachhook.ops.hooked_linear.triton_cues import arm_
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -108,6 +108,13 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
+
+
+def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """Number of sequences, and the length of each; of all together where they are packed."""
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1, x.shape[-2]
+    return (x.shape[0] if x.dim() == 3 else 1), x.shape[-2]
 
 
 def _per_sequence(value: float | Tensor, device: torch.device) -> Tensor:
@@ -247,19 +254,17 @@ def _reduce(
     return magnitude, winner, z, fired
 
 
-def _judged(part: Tensor, x: Tensor, count: int, tokens: Tokens, scope: Membership) -> Tensor:
-    """The sums ``[1, N, pitch]`` of the parts, -inf in place for edits that are not armed."""
-    kernels = _kernels()
-    cues, limits = scope.cues, scope.limits
-    if cues is None or limits is None:
+def _judged(
+    part: Tensor, x: Tensor, scope: Scope, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The sums ``[1, N, pitch]`` of the parts, -inf for edits of a scope that are not armed.
+
+    Parts of a scope without cues are handed back. Updates the state of the cues; x as the op's.
+    """
+    if not isinstance(scope, Membership) or scope.cues is None:
         return part
-    seen, _, blocks = _parts(x, cues, None, False)
-    for summed in (part, seen):
-        if summed.shape[0] > 1:
-            _reduce(summed, None, count, kernels.NO_REDUCTION, blocks)
-    when = limits, scope.state, scope.reaches, scope.gaps
-    armed = armed_edits(seen[0, :, :count], tokens, *when)
-    part[0, :, :count].masked_fill_(~armed, float("-inf"))
+    seen, _, _ = _parts(_rows(x), scope.cues, None, False)
+    arm_(part, seen, scope, *_sequences(x, cu_seqlens), _bytes(mask), cu_seqlens)
     return part[:1]
 
 
@@ -268,21 +273,20 @@ def _features(
     projection: Tensor,
     scope: Scope,
     frozen: _Frozen | None,
-    layout: Tokens | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Features ``[N, f]``, magnitude, winner, and z and fired as they are outside any sequence.
 
-    With ``layout``, of a scope with cues, the features of edits that are not armed are -inf, and
-    the state of the cues is updated.
+    The features of edits that are not armed are -inf; the state of the cues is updated.
     """
     kernels = _kernels()
-    tokens, count = x.shape[0], projection.shape[0]
+    tokens, count = x.numel() // x.shape[-1], projection.shape[0]
     reduction = kernels.LARGEST if isinstance(scope, Membership) else kernels.NORM
     if isinstance(scope, Ungated):
         reduction = kernels.NO_REDUCTION
-    part, squares, blocks = _parts(x, projection, frozen, reduction is kernels.NORM)
-    if isinstance(scope, Membership) and layout is not None:
-        part = _judged(part, x, count, layout, scope)
+    part, squares, blocks = _parts(_rows(x), projection, frozen, reduction is kernels.NORM)
+    part = _judged(part, x, scope, mask, cu_seqlens)
     magnitude, winner, z, fired = _reduce(part, squares, count, reduction, blocks)
     features = part[0, :, :count]
     if isinstance(scope, Membership) and scope.groups is not None:
@@ -313,8 +317,11 @@ def _gate(
 ) -> _Gate:
     """Features, scores and decisions of the tokens of ``x``; updates the state of the scope."""
     kernels = _kernels()
-    layout = Tokens.of(x, mask, cu_seqlens) if is_cued(scope) else None
-    features, magnitude, winner, z, fired = _features(_rows(x), projection, scope, frozen, layout)
+    sequences, length = _sequences(x, cu_seqlens)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    features, magnitude, winner, z, fired = _features(
+        x, projection, scope, frozen, mask, cu_seqlens
+    )
     device = x.device
     mean = std = state = None
     kind = kernels.SEQUENCE
@@ -328,11 +335,6 @@ def _gate(
     else:
         kind = kernels.PREFIX if isinstance(scope, Prefix) else kernels.SEQUENCE
         state = scope.state
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.contiguous()
-        sequences = cu_seqlens.shape[0] - 1
-    else:
-        sequences = x.shape[0] if x.dim() == 3 else 1
     alpha_tensor, alpha_number = _threshold(alpha, device)
     kernels._gate_kernel[(sequences,)](
         magnitude,
@@ -346,17 +348,18 @@ def _gate(
         z,
         fired,
         magnitude.shape[0],
-        x.shape[-2],
+        length,
         0 if mean is None or mean.shape[0] == 1 else mean.stride(0),
         0 if std is None or std.shape[0] == 1 else std.stride(0),
         0 if state is None else state.stride(0),
         0 if state is None else state.stride(1),
         SCOPE=kind.value,
+        CUED=is_cued(scope),
         BT=_GATE_TOKENS,
         num_warps=_GATE_WARPS,
         enable_fp_fusion=_FUSION,
     )
-    return _Gate(features, z, unless_unarmed_(fired, z, scope), magnitude, winner)
+    return _Gate(features, z, fired, magnitude, winner)
 
 
 def _add_correction_(y: Tensor, lift: Tensor | None, gate: _Gate, scope: Scope) -> None:

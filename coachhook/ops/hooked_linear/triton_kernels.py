@@ -3,6 +3,7 @@
     part[s] = x S^T over chunk s of n        _project_kernel     [splits, N, pitch] float32
     and, where asked, y = x W0^T + b
     f = sum_s part[s];  M = ||f|| or max f   _reduce_kernel      sums in the order of the chunks
+    f = -inf for edits that are not armed    triton_cue_kernels  membership with cues, before M
     M = max_g sum_{j in g} f_j               _group_max_kernel   membership with groups
     z, fired                                 _gate_kernel        one program per sequence, float64
     index, count of the fired tokens         _list_kernel
@@ -272,6 +273,7 @@ def _gate_kernel(
     stride_state,
     stride_moment,
     SCOPE: tl.constexpr,
+    CUED: tl.constexpr,
     BT: tl.constexpr,
 ):
     """Statistics, scores and decisions of one sequence.
@@ -378,6 +380,9 @@ def _gate_kernel(
                     b_z = _standard_score(b_z.to(tl.float64), shift, mean, std)
                 tl.store(z_ptr + t + o, tl.where(m_t, b_z, float("nan")), mask=t + o < end)
                 b_fired = m_t & (b_z >= threshold)
+                if CUED:
+                    # No edit is armed there, and -inf may be the threshold.
+                    b_fired = b_fired & (b_z > float("-inf"))
             tl.store(fired_ptr + t + o, b_fired.to(tl.uint8), mask=t + o < end)
 
 
