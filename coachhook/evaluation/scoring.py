@@ -86,7 +86,8 @@ def encode_chat(op: str, tokenizer: Any, messages: Sequence[str]) -> list[tuple[
         messages: the texts, each a conversation of its own.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or one that refuses such a conversation.
+        ImportError: templates cannot be read, as jinja2 is not installed.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -95,15 +96,29 @@ def encode_chat(op: str, tokenizer: Any, messages: Sequence[str]) -> list[tuple[
         )
     if not messages:
         return []
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        for message in messages
-    ]
+    # What the template raises is jinja2's, which transformers only needs, and imports, for them.
+    try:
+        from jinja2 import TemplateError
+    except ImportError as error:
+        raise ImportError(
+            f"{op}: chat must have the package jinja2 to read the tokenizer's chat template, got "
+            "none; pip install jinja2, or leave the chat out"
+        ) from error
+    try:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for message in messages
+        ]
+    except TemplateError as error:
+        raise ValueError(
+            f"{op}: tokenizer must have a chat template that takes one message of a user, got one "
+            f"that fails: {error}; mend the template, or leave the chat out"
+        ) from error
     # The template has written the start token itself.
     return [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 

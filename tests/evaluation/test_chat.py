@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import pytest
 
@@ -98,6 +99,29 @@ def test_what_cannot_be_asked_is_refused_first(chat):
         evaluate(model, tokenizer, [long], generate=False, chat=True, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('A system message must come first.') }}", "A system message must"),
+        ("{% for m in messages %}{{ m['content'] }}", "Unexpected end of template"),
+        ("{{ messages[0].name.first }}", "'name'"),
+    ],
+)
+def test_a_template_that_fails_is_named(chat, template, said):
+    _, tokenizer, _, _ = chat
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    refused = r"(?s)^generate: tokenizer must have a chat template that takes .*, got one .*"
+    with pytest.raises(ValueError, match=refused + said):
+        encode_chat("generate", tokenizer, ["Hello there."])
+
+
+def test_templates_need_jinja(chat, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match="generate: chat must have the package jinja2"):
+        encode_chat("generate", chat[1], ["Hello there."])
+
+
 def test_commands_ask_in_a_chat(chat, tmp_path, capsys):
     model, tokenizer, _, _ = chat
     model_dir = tmp_path / "model"
@@ -124,6 +148,11 @@ def test_commands_ask_in_a_chat(chat, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["chat"]["after"]["reliability"] == 1.0
     assert call("eval", model_dir, facts, "--chat", *ask[:2]) == 0
     assert "chat (in the reply)" in capsys.readouterr().out
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('Roles must alternate.') }}"
+    tokenizer.save_pretrained(model_dir)
     for command, asked in (("generate", "Hello"), ("eval", facts)):
+        assert call(command, model_dir, asked, "--edits", edits, "--chat") == 2
+        assert "one that fails: Roles must alternate." in capsys.readouterr().err
         assert call(command, bundled.model_path(), asked, "--edits", edits, "--chat") == 2
         assert "must have a chat template" in capsys.readouterr().err
