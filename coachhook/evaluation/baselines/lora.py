@@ -27,7 +27,7 @@ class LoraConfig:
     one edit of a large model, they leave nothing of a small one batch after batch. The defaults
     kept most after ten batches: one adapter on the layer that fine-tuning trains, of a higher rank
     and a smaller scale, a fifth of the learning rate, and the whole batch at each step
-    (docs/quality.md).
+    (docs/quality-choices.md).
 
     Args:
         rank: of every adapter.
