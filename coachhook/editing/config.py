@@ -287,7 +287,7 @@ class EditConfig:
 
     @classmethod
     def for_model(cls, model: nn.Module, **overrides: Any) -> EditConfig:
-        """The default preset for ``model``; ``docs/quality-choices.md`` tells what it was chosen by.
+        """The default preset for ``model``; docs/quality-choices.md tells what it was chosen by.
 
         Args:
             model: a transformers causal language model.
