@@ -110,13 +110,6 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """Number of sequences, and the length of each; of all together where they are packed."""
-    if cu_seqlens is not None:
-        return cu_seqlens.shape[0] - 1, x.shape[-2]
-    return (x.shape[0] if x.dim() == 3 else 1), x.shape[-2]
-
-
 def _per_sequence(value: float | Tensor, device: torch.device) -> Tensor:
     """float64 ``[1]`` or ``[B]``; a Python number never waits for the host."""
     if isinstance(value, Tensor):
@@ -254,17 +247,40 @@ def _reduce(
     return magnitude, winner, z, fired
 
 
-def _judged(
-    part: Tensor, x: Tensor, scope: Scope, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
+@dataclass(frozen=True)
+class _Layout:
+    """How the tokens ``[N]`` are cut into sequences.
+
+    Attributes:
+        sequences: their number B.
+        length: of each; of all together where ``cu_seqlens`` is not None.
+        mask: uint8 ``[N]``, contiguous, or None.
+        cu_seqlens: ``[B + 1]``, contiguous, or None.
+    """
+
+    sequences: int
+    length: int
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+
+    @staticmethod
+    def of(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Layout:
+        """Layout of an input ``[B, T, n]``, ``[T, n]``, or ``[N, n]`` with ``cu_seqlens``."""
+        rows = x.shape[0] if x.dim() == 3 else 1
+        if cu_seqlens is not None:
+            rows, cu_seqlens = cu_seqlens.shape[0] - 1, cu_seqlens.contiguous()
+        return _Layout(rows, x.shape[-2], _bytes(mask), cu_seqlens)
+
+
+def _judged(part: Tensor, x: Tensor, scope: Scope, layout: _Layout) -> Tensor:
     """The sums ``[1, N, pitch]`` of the parts, -inf for edits of a scope that are not armed.
 
-    Parts of a scope without cues are handed back. Updates the state of the cues; x as the op's.
+    Parts of a scope without cues are handed back. Updates the state of the cues.
     """
     if not isinstance(scope, Membership) or scope.cues is None:
         return part
-    seen, _, _ = _parts(_rows(x), scope.cues, None, False)
-    arm_(part, seen, scope, *_sequences(x, cu_seqlens), _bytes(mask), cu_seqlens)
+    seen, _, _ = _parts(x, scope.cues, None, False)
+    arm_(part, seen, scope, layout.sequences, layout.length, layout.mask, layout.cu_seqlens)
     return part[:1]
 
 
@@ -273,20 +289,19 @@ def _features(
     projection: Tensor,
     scope: Scope,
     frozen: _Frozen | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    layout: _Layout,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Features ``[N, f]``, magnitude, winner, and z and fired as they are outside any sequence.
 
     The features of edits that are not armed are -inf; the state of the cues is updated.
     """
     kernels = _kernels()
-    tokens, count = x.numel() // x.shape[-1], projection.shape[0]
+    tokens, count = x.shape[0], projection.shape[0]
     reduction = kernels.LARGEST if isinstance(scope, Membership) else kernels.NORM
     if isinstance(scope, Ungated):
         reduction = kernels.NO_REDUCTION
-    part, squares, blocks = _parts(_rows(x), projection, frozen, reduction is kernels.NORM)
-    part = _judged(part, x, scope, mask, cu_seqlens)
+    part, squares, blocks = _parts(x, projection, frozen, reduction is kernels.NORM)
+    part = _judged(part, x, scope, layout)
     magnitude, winner, z, fired = _reduce(part, squares, count, reduction, blocks)
     features = part[0, :, :count]
     if isinstance(scope, Membership) and scope.groups is not None:
@@ -317,11 +332,8 @@ def _gate(
 ) -> _Gate:
     """Features, scores and decisions of the tokens of ``x``; updates the state of the scope."""
     kernels = _kernels()
-    sequences, length = _sequences(x, cu_seqlens)
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    features, magnitude, winner, z, fired = _features(
-        x, projection, scope, frozen, mask, cu_seqlens
-    )
+    layout = _Layout.of(x, mask, cu_seqlens)
+    features, magnitude, winner, z, fired = _features(_rows(x), projection, scope, frozen, layout)
     device = x.device
     mean = std = state = None
     kind = kernels.SEQUENCE
@@ -336,10 +348,10 @@ def _gate(
         kind = kernels.PREFIX if isinstance(scope, Prefix) else kernels.SEQUENCE
         state = scope.state
     alpha_tensor, alpha_number = _threshold(alpha, device)
-    kernels._gate_kernel[(sequences,)](
+    kernels._gate_kernel[(layout.sequences,)](
         magnitude,
-        _bytes(mask),
-        cu_seqlens,
+        layout.mask,
+        layout.cu_seqlens,
         mean,
         std,
         state,
@@ -348,7 +360,7 @@ def _gate(
         z,
         fired,
         magnitude.shape[0],
-        length,
+        layout.length,
         0 if mean is None or mean.shape[0] == 1 else mean.stride(0),
         0 if std is None or std.shape[0] == 1 else std.stride(0),
         0 if state is None else state.stride(0),
