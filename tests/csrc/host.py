@@ -81,7 +81,7 @@ def build_watched(
         (copy / name).write_text("\n".join(lines))
     # g++ then calls what races.cpp defines; its own library for that is left out.
     watched = ["-fno-pie", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
-    defines = ["-DSHIM_RACES", "-g", "-c"]
+    defines = ["-DSHIM_RACES", "-g1", "-c"]
     objects = [folder / "driver.o", folder / "races.o"]
     build(objects[0], *watched, *defines, csrc=copy, driver=driver)
     build(objects[1], "-fno-pie", "-O2", "-c", csrc=copy, driver="shim/races.cpp")

@@ -124,8 +124,8 @@ def test_equals_float64(name: str, dtype: torch.dtype) -> None:
     check(*layer(3, 6, dtype=dtype), SCOPES[name](3), mask=mask)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("edits", [7, 600])
+# One with more edits than a block of threads takes at a time, twice.
+@pytest.mark.parametrize("edits, dtype", [*((7, dtype) for dtype in TYPES), (600, torch.bfloat16)])
 def test_edits_that_add_their_own_after_a_cue(edits: int, dtype: torch.dtype) -> None:
     x, weight, bias, _ = layer(3, 6, dtype=dtype)
     mask = torch.arange(6) > torch.tensor([[-1], [2], [6]])

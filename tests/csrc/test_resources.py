@@ -15,6 +15,8 @@ import pytest
 
 from coachhook.ops import _backends
 from tests.csrc.host import CSRC
+from tests.csrc.test_cholesky_ptxas import KERNELS as CHOLESKY
+from tests.csrc.test_cholesky_ptxas import MAX_REGISTERS, SHARED
 
 SCRIPT = CSRC.parent / "benchmarks" / "gpu" / "cuda_resources.py"
 TABLE = CSRC.parent / "docs" / "kernels" / "resources.md"
@@ -25,6 +27,8 @@ GATE = 12 + 3 + 3
 DECODE = 5 * 3 + 3 * 3 + 1 + 1 + 3
 # Eight blocks of 256 threads fill an SM's 2048 threads at 32 registers; half of that is the floor.
 GATE_REGISTERS = 64
+# What the driver keeps of a block's shared memory, in what cuobjdump says of sm_90 and newer.
+RESERVED = 1 << 10
 _OF_GATE = ("row_magnitude", "zscore_gate", "add_correction")
 
 
@@ -40,6 +44,15 @@ def check(rows: list[dict[str, Any]]) -> None:
     assert [row["name"] for row in gate + decode if f"| `{row['name']}` |" not in text] == []
 
 
+def check_cholesky(rows: list[dict[str, Any]]) -> None:
+    """Those of cholesky.cu are there, within the limits that their blocks are made for."""
+    kinds = {kind: [r for r in rows if r["name"].startswith(kind)] for kind in MAX_REGISTERS}
+    assert sum(map(len, kinds.values())) == CHOLESKY
+    for kind, found in kinds.items():
+        assert found and max(row["registers"] for row in found) <= MAX_REGISTERS[kind], kind
+        assert max(row["shared"] for row in found) <= SHARED + RESERVED, kind
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_kernel_of_the_built_extension(arch: int) -> None:
     extension = _backends.native()
@@ -51,7 +64,9 @@ def test_every_kernel_of_the_built_extension(arch: int) -> None:
     rows = script["measure_extension"](Path(extension.__file__), arch)
     if not rows:
         pytest.skip(f"the extension was built without sm_{arch}")
-    check([vars(row) for row in rows])
+    found = [vars(row) for row in rows]
+    check(found)
+    check_cholesky(found)
 
 
 # Six architectures are 100 s of compiling.

@@ -1,5 +1,5 @@
-// The part of CUDA that csrc/ uses, on the host. A CUDA thread is a fiber (ucontext) that runs
-// until it waits at a barrier or a shuffle; blocks run one after another. Which of the runnable
+// The part of CUDA that csrc/ uses, on the host. A CUDA thread is a fiber that runs until it waits
+// at a barrier or a shuffle; blocks run one after another. Which of the runnable
 // fibers goes next is a priority list chosen by SHIM_ORDER (0 ascending, 1 descending, else a
 // seeded permutation of warps and of the lanes in them), and so is the order of the blocks. The
 // first in the list always runs as far as it can, so that a missing barrier lets one warp overtake
@@ -9,7 +9,9 @@
 // Not modelled: several blocks at once, the GPU's memory model, timing.
 #pragma once
 
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -23,6 +25,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -75,11 +78,51 @@ struct Copy {
   unsigned group;
 };
 
-struct Fiber {
+// Where somebody goes on who has left the processor to somebody else.
+#if defined(__x86_64__)
+struct Place {
+  void* top = nullptr;  // of a stack with the registers that a call keeps
+};
+
+// What swapcontext does without its system calls, which took most of the tests' time.
+__attribute__((naked, noinline)) inline void exchange_stacks(void** /*left*/, void* /*taken*/) {
+  asm("pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
+      "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
+      "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+}
+
+inline void change(Place& left, Place& taken) { exchange_stacks(&left.top, taken.top); }
+
+inline void begin_at(Place& place, char* stack, size_t size, void (*entry)()) {
+  // As a call leaves it: the address to return to, which nobody uses, on a multiple of 16.
+  auto* top = reinterpret_cast<uintptr_t*>(reinterpret_cast<uintptr_t>(stack + size) & ~15ull);
+  *--top = 0;
+  *--top = reinterpret_cast<uintptr_t>(entry);
+  for (int i = 0; i < 6; ++i) *--top = 0;
+  place.top = top;
+}
+#else
+struct Place {
   ucontext_t context;
+};
+
+inline void change(Place& left, Place& taken) { swapcontext(&left.context, &taken.context); }
+
+inline void begin_at(Place& place, char* stack, size_t size, void (*entry)()) {
+  getcontext(&place.context);
+  place.context.uc_stack.ss_sp = stack;
+  place.context.uc_stack.ss_size = size;
+  place.context.uc_link = nullptr;
+  makecontext(&place.context, entry, 0);
+}
+#endif
+
+struct Fiber {
+  Place place;
   std::unique_ptr<char[]> stack;
   dim3 thread;
   unsigned index = 0;
+  unsigned rank = 0;  // among the threads of the block: the first that may run does
   Wait wait = Wait::kNothing;
   bool done = false;
   void* fake_stack = nullptr;
@@ -87,17 +130,22 @@ struct Fiber {
   unsigned groups = 0;
 };
 
+// Kept for the next launch: new stacks cost more than a small kernel.
+inline std::vector<Fiber> fibers;
+
 struct Warp {
   uint64_t slot[kWarp];
-  uint32_t left[kWarp][4], right[kWarp][2];
+  double one[kWarp], other[kWarp];
+  float left[16][16], right[8][16];
+  unsigned alive = 0;
   unsigned waiting = 0;
 };
 
 struct Block {
-  ucontext_t scheduler;
-  std::vector<Fiber> fibers;
+  Place scheduler;
   std::vector<Warp> warps;
   std::vector<unsigned> order;
+  std::vector<uint64_t> ready;  // a bit for each place in the order
   Fiber* current = nullptr;
   unsigned alive = 0;
   unsigned waiting = 0;
@@ -110,7 +158,6 @@ struct Block {
 };
 
 inline Block* active = nullptr;
-
 inline void enter(void** save, const void* bottom, size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(save, bottom, size);
@@ -131,7 +178,7 @@ inline void yield(Wait wait) {
   Fiber* me = active->current;
   me->wait = wait;
   enter(me->done ? nullptr : &me->fake_stack, active->stack_bottom, active->stack_size);
-  swapcontext(&me->context, &active->scheduler);
+  change(me->place, active->scheduler);
   entered(me->fake_stack, nullptr, nullptr);
 }
 
@@ -141,6 +188,7 @@ inline void run_fiber() {
   const races::Quiet quiet;
   active->current->done = true;
   --active->alive;
+  --active->warps[active->current->index / kWarp].alive;
   yield(Wait::kNothing);
 }
 
@@ -156,35 +204,55 @@ inline void sync_warp(Wait wait = Wait::kShuffle) {
   yield(wait);
 }
 
-// Opens the barriers that every living thread has reached.
-inline void release(Block& block) {
+// What a stack of before still says of frames that nobody returned from.
+inline void forget_frames(char* stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack + kStack - 4096, 4096);
+#else
+  (void)stack;
+#endif
+}
+
+inline void set_ready(Block& block, Fiber& f) {
+  f.wait = Wait::kNothing;
+  block.ready[f.rank / 64] |= uint64_t{1} << f.rank % 64;
+}
+
+// Opens the barriers that every living thread has reached, now that `last` has left off.
+inline void release(Block& block, const Fiber& last) {
   if (block.waiting > 0 && block.waiting == block.alive) {
     block.waiting = 0;
-    for (Fiber& f : block.fibers) {
-      if (f.wait == Wait::kBlock) f.wait = Wait::kNothing;
+    for (unsigned i : block.order) {
+      if (fibers[i].wait == Wait::kBlock) set_ready(block, fibers[i]);
     }
     races::block_barrier();
   }
-  for (unsigned w = 0; w < block.warps.size(); ++w) {
-    const unsigned begin = w * kWarp;
-    const unsigned end = std::min<unsigned>(begin + kWarp, block.fibers.size());
-    unsigned alive = 0;
-    for (unsigned i = begin; i < end; ++i) alive += !block.fibers[i].done;
-    if (block.warps[w].waiting == 0 || block.warps[w].waiting != alive) continue;
-    block.warps[w].waiting = 0;
-    Wait kind = Wait::kNothing;
-    for (unsigned i = begin; i < end; ++i) {
-      Fiber& f = block.fibers[i];
-      if (f.done) continue;
-      if (kind != Wait::kNothing && f.wait != kind) {
-        std::fprintf(stderr, "shim: half a warp waits at a barrier, the rest at a shuffle\n");
-        std::abort();
-      }
-      kind = f.wait;
-      f.wait = Wait::kNothing;
+  // Of the other warps nothing has changed.
+  const unsigned w = last.index / kWarp, begin = w * kWarp;
+  const unsigned end = std::min<unsigned>(begin + kWarp, block.order.size());
+  if (block.warps[w].waiting == 0 || block.warps[w].waiting != block.warps[w].alive) return;
+  block.warps[w].waiting = 0;
+  Wait kind = Wait::kNothing;
+  for (unsigned i = begin; i < end; ++i) {
+    Fiber& f = fibers[i];
+    if (f.done) continue;
+    if (kind != Wait::kNothing && f.wait != kind) {
+      std::fprintf(stderr, "shim: half a warp waits at a barrier, the rest at a shuffle\n");
+      std::abort();
     }
-    kind == Wait::kWarp ? races::warp_barrier(w) : races::shuffle(w);
+    kind = f.wait;
+    set_ready(block, f);
   }
+  kind == Wait::kWarp ? races::warp_barrier(w) : races::shuffle(w);
+}
+
+inline Fiber* first_ready(Block& block) {
+  for (size_t i = 0; i < block.ready.size(); ++i) {
+    if (block.ready[i]) {
+      return &fibers[block.order[64 * i + __builtin_ctzll(block.ready[i])]];
+    }
+  }
+  return nullptr;
 }
 
 inline std::vector<unsigned> priorities(unsigned threads, unsigned seed) {
@@ -205,37 +273,31 @@ inline std::vector<unsigned> priorities(unsigned threads, unsigned seed) {
 }
 
 inline void run_block(Block& block) {
-  const unsigned threads = block.block.x * block.block.y * block.block.z;
-  if (block.fibers.size() != threads) block.fibers = std::vector<Fiber>(threads);
+  const unsigned threads = block.order.size();
+  if (fibers.size() < threads) fibers.resize(threads);
   block.warps.assign((threads + kWarp - 1) / kWarp, Warp());
+  block.ready.assign((threads + 63) / 64, 0);
   block.alive = threads;
   block.waiting = 0;
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& f = block.fibers[i];
+  for (unsigned rank = 0; rank < threads; ++rank) {
+    const unsigned i = block.order[rank];
+    Fiber& f = fibers[i];
     f.index = i;
+    f.rank = rank;
     f.thread = dim3(i % block.block.x, i / block.block.x % block.block.y,
                     i / (block.block.x * block.block.y));
-    f.wait = Wait::kNothing;
     f.done = false;
     f.fake_stack = nullptr;
     f.copies.clear();
     f.groups = 0;
     if (!f.stack) f.stack.reset(new char[kStack]);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, run_fiber, 0);
+    forget_frames(f.stack.get());
+    begin_at(f.place, f.stack.get(), kStack, run_fiber);
+    set_ready(block, f);
+    ++block.warps[i / kWarp].alive;
   }
   while (block.alive > 0) {
-    Fiber* next = nullptr;
-    for (unsigned i : block.order) {
-      Fiber& f = block.fibers[i];
-      if (!f.done && f.wait == Wait::kNothing) {
-        next = &f;
-        break;
-      }
-    }
+    Fiber* next = first_ready(block);
     if (next == nullptr) {
       std::fprintf(stderr, "shim: deadlock, a barrier was not reached by every thread\n");
       std::abort();
@@ -243,10 +305,11 @@ inline void run_block(Block& block) {
     block.current = next;
     enter(&block.fake_stack, next->stack.get(), kStack);
     races::run(static_cast<int>(next->index), next->stack.get(), kStack);
-    swapcontext(&block.scheduler, &next->context);
+    change(block.scheduler, next->place);
     races::run(-1, nullptr, 0);
     entered(block.fake_stack, nullptr, nullptr);
-    release(block);
+    block.ready[next->rank / 64] &= ~(uint64_t{1} << next->rank % 64);
+    release(block, *next);
   }
 }
 
@@ -325,18 +388,21 @@ void mma_16x8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int
   const races::Quiet quiet;
   const unsigned lane = active->current->index % kWarp;
   Warp& warp = active->warps[active->current->index / kWarp];
-  std::memcpy(warp.left[lane], a, sizeof(a));
-  std::memcpy(warp.right[lane], b, sizeof(b));
-  sync_warp();
   const int per_register = depth / 8;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < depth; ++k) {
-      const int pair = k / (depth / 2), holder = k % (depth / 2) / per_register;
-      const float left =
-          number(warp.left[row % 8 * 4 + holder][row / 8 + 2 * pair], k % per_register);
-      c[i] += left * number(warp.right[column * 4 + holder][pair], k % per_register);
+  for (int i = 0; i < per_register; ++i) {
+    for (int pair = 0; pair < 2; ++pair) {
+      const int k = pair * (depth / 2) + lane % 4 * per_register + i;
+      for (int half = 0; half < 2; ++half) {
+        warp.left[lane / 4 + 8 * half][k] = number(a[half + 2 * pair], i);
+      }
+      warp.right[lane / 4][k] = number(b[pair], i);
     }
+  }
+  sync_warp();
+  for (int i = 0; i < 4; ++i) {
+    const float* row = warp.left[lane / 4 + i / 2 * 8];
+    const float* column = warp.right[lane % 4 * 2 + i % 2];
+    for (int k = 0; k < depth; ++k) c[i] += row[k] * column[k];
   }
   sync_warp();
 }
@@ -422,15 +488,12 @@ inline void mma_8x8x4(double (&sum)[2], double a, double b) {
   const races::Quiet quiet;
   Warp& warp = active->warps[active->current->index / kWarp];
   const unsigned row = lane() / 4, column = 2 * (lane() % 4);
-  std::memcpy(&warp.slot[lane()], &a, sizeof(a));
-  std::memcpy(&warp.left[lane()], &b, sizeof(b));
+  warp.one[lane()] = a;
+  warp.other[lane()] = b;
   sync_warp();
   for (unsigned k = 0; k < 4; ++k) {
-    double left, right[2];
-    std::memcpy(&left, &warp.slot[4 * row + k], sizeof(left));
     for (unsigned i = 0; i < 2; ++i) {
-      std::memcpy(&right[i], &warp.left[4 * (column + i) + k], sizeof(right[i]));
-      sum[i] = std::fma(left, right[i], sum[i]);
+      sum[i] = std::fma(warp.one[4 * row + k], warp.other[4 * (column + i) + k], sum[i]);
     }
   }
   sync_warp();
