@@ -12,6 +12,8 @@ import transformers
 
 from coachhook.hooks import HookedLinear, HookSet, attach_hooks
 
+from ..models.families import tiny
+
 # "cued" is the scope "membership" with edits that have cues.
 SCOPES = ("sequence", "prefix", "population", "membership", "cued")
 RANK = 4
@@ -22,6 +24,15 @@ GAPS = torch.tensor([0, 5, 0, 0, 1, 3], dtype=torch.int32)
 CUED = len(REACHES)
 PAIRED = (GAPS > 0) & (REACHES + GAPS.long() < 63)
 LAYERS = (0, 1)
+
+
+def shallow(name: str, layers: int = len(LAYERS)) -> Any:
+    """A tiny model in float64 with no more layers than have hooks: each takes time to compile."""
+
+    def change(arguments: dict[str, Any]) -> None:
+        arguments["n_layer" if "n_layer" in arguments else "num_hidden_layers"] = layers
+
+    return tiny(name, change).double()
 
 
 def fill(hooks: HookSet, scope: str, size: float = 5.0) -> None:

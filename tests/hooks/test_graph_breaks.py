@@ -13,8 +13,7 @@ import torch
 import transformers
 from torch._dynamo.testing import CompileCounter
 
-from ..models.families import tiny
-from .support import LAYERS, SCOPES, generate, hooked, padded, prompts
+from .support import LAYERS, SCOPES, generate, hooked, padded, prompts, shallow
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5),
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 PLACES = ("around the base model", "attention", "around a hook", "in a hook", "eager block")
-QUICK = [("attention", "sequence"), ("attention", "cued")]
+QUICK = [("attention", "sequence")]  # what generates below has cues
 THOROUGH = [case for case in product(PLACES, SCOPES) if case not in QUICK]
 
 
@@ -82,7 +81,7 @@ def static_cache(model: Any) -> Any:
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in THOROUGH)],
 )
 def test_answers_are_those_of_the_eager_model(place: str, scope: str) -> None:
-    model = tiny("llama").double()
+    model = shallow("llama")
     hooks = hooked(model, scope)
     wanted = answers(model)
     with hooks.disabled():
@@ -99,7 +98,7 @@ def test_answers_are_those_of_the_eager_model(place: str, scope: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["sequence", "prefix", "cued"])
 def test_static_caches(scope: str) -> None:
-    model = tiny("llama").double()
+    model = shallow("llama")
     hooked(model, scope)
     wanted = answers(model, static_cache(model))
     break_graphs(model, "attention")
@@ -108,10 +107,19 @@ def test_static_caches(scope: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "scope"), [("gpt2", "cued"), *(("llama", scope) for scope in SCOPES)]
+    ("family", "scope"),
+    [
+        ("gpt2", "cued"),
+        ("llama", "sequence"),
+        ("llama", "prefix"),
+        *(
+            pytest.param("llama", scope, marks=pytest.mark.slow)
+            for scope in ("population", "membership", "cued")
+        ),
+    ],
 )
 def test_blocks_compiled_one_by_one(family: str, scope: str) -> None:
-    model = tiny(family).double()
+    model = shallow(family)
     hooked(model, scope)
     wanted = answers(model)
     for block in model.model.layers if family == "llama" else model.transformer.h:
@@ -121,7 +129,7 @@ def test_blocks_compiled_one_by_one(family: str, scope: str) -> None:
 
 @pytest.mark.parametrize("scope", ["sequence", "cued"])
 def test_generate_that_compiles_its_steps(scope: str) -> None:
-    model = tiny("llama").double()
+    model = shallow("llama")
     hooked(model, scope)
     batch = padded(prompts(), "left")
     wanted = generate(model, batch)
@@ -136,7 +144,7 @@ def test_generate_that_compiles_its_steps(scope: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["sequence", "cued"])
 def test_threads(scope: str) -> None:
-    model = tiny("llama").double()
+    model = shallow("llama")
     hooked(model, scope)
     batches = [padded(prompts(seed=seed), "left") for seed in range(12)]
 
@@ -154,7 +162,7 @@ def test_threads(scope: str) -> None:
 
 @pytest.mark.slow
 def test_calls_make_no_new_graphs() -> None:
-    model = tiny("llama").double()
+    model = shallow("llama")
     hooked(model, "cued")
     break_graphs(model, "in a hook")
     counter = CompileCounter()

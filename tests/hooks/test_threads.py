@@ -14,7 +14,7 @@ import torch
 from coachhook.hooks import attach_hooks, attached_hooks
 from tests.models.families import tiny
 
-from .support import SCOPES, calibrate, fill
+from .support import SCOPES, calibrate, fill, shallow
 
 
 @pytest.fixture
@@ -40,10 +40,11 @@ def prompts(count: int) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "scope"), [("gpt2", "cued"), *(("llama", scope) for scope in SCOPES)]
+)
 def test_threads_answer_as_one_alone(often: None, family: str, scope: str) -> None:
-    model = tiny(family).double()
+    model = shallow(family)
     hooks = attach_hooks(model, [0, 1])
     fill(hooks, scope)
     batches = prompts(24)

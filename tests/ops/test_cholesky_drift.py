@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,17 +13,14 @@ from coachhook.ops import cholesky_downdate_, cholesky_update_, cholesky_update_
 from coachhook.ops.cholesky import cuda
 from tests.ops.linalg_oracle import F64, batches, exact, joint, relative, spd
 
+QUICK = [(1e4, True), (1e10, False)]
+THOROUGH = [case for case in product((1e4, 1e6, 1e8, 1e10), (False, True)) if case not in QUICK]
+
 
 @pytest.mark.parametrize(
-    "condition",
-    [
-        1e4,
-        pytest.param(1e6, marks=pytest.mark.slow),
-        pytest.param(1e8, marks=pytest.mark.slow),
-        1e10,
-    ],
+    ("condition", "isotropic"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in THOROUGH)],
 )
-@pytest.mark.parametrize("isotropic", [False, True], ids=["from_prior", "isotropic"])
 def test_a_thousand_batches(condition, isotropic):
     n, m, k = 96, 8, 4
     prior, root = spd(n, condition)

@@ -68,10 +68,12 @@ def state_of(scope):
     return getattr(scope, "state", None)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("name", SCOPES)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [*((name, False) for name in SCOPES), ("prefix", True), ("membership_gaps", True)],
+)
 def test_fullgraph(layer, name, dynamic):
-    """Nothing in the op may break the graph; with dynamic shapes one graph serves all lengths."""
+    """Nothing in the op may break the graph, be alpha a number or a tensor."""
     weight, bias, delta = layer
 
     def run(x, alpha, mask, scope):
@@ -101,8 +103,11 @@ def test_one_graph_for_every_batch_and_length(layer, name):
     alpha, graphs = torch.tensor(0.5), []
     for rows, length in ((2, 6), (3, 9), (7, 4), (4, 33)):
         x, mask = torch.randn(rows, length, N), torch.rand(rows, length) > 0.3
-        want = hooked_linear(x, weight, bias, delta, alpha, mask=mask, scope=SCOPES[name](rows))
-        same(run(x, alpha, mask, SCOPES[name](rows)), want)
+        eager_scope, scope = SCOPES[name](rows), SCOPES[name](rows)
+        want = hooked_linear(x, weight, bias, delta, alpha, mask=mask, scope=eager_scope)
+        same(run(x, alpha, mask, scope), want)
+        if state_of(scope) is not None:
+            same(state_of(scope), state_of(eager_scope))
         graphs.append(counter.frame_count)
     # Python numbers in a scope make dynamo begin its first graph again.
     assert graphs == [graphs[0]] * 4

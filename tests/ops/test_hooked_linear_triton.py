@@ -26,8 +26,7 @@ def _release(text: str) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("cases", CASES, ids=[path.stem for path in CASES])
-def test_kernels_in_the_interpreter(cases) -> None:
+def test_kernels_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the package triton is not installed")
     triton, numpy = (_release(version(name)) for name in ("triton", "numpy"))
@@ -35,22 +34,13 @@ def test_kernels_in_the_interpreter(cases) -> None:
         pytest.skip("the interpreter of triton < 3.9 needs numpy < 2.4")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     environment.pop(launch.ENVIRONMENT_SWITCH, None)
+    options = ["-q", "-W", "ignore", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-W",
-            "ignore",
-            "-p",
-            "no:cacheprovider",
-            str(cases),
-        ],
+        [sys.executable, "-m", "pytest", *options, *map(str, CASES)],
         capture_output=True,
         text=True,
         env=environment,
-        cwd=cases.parents[2],
+        cwd=CASES[0].parents[2],
     )
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
