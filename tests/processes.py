@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -62,6 +63,34 @@ def run(source: str, *words: object, **more: object) -> int | None:
     process = start(source, *words, **more)  # type: ignore[arg-type]
     process.join()
     return process.exitcode
+
+
+def together(source: str, *words: object, folder: Path, count: int = 2) -> None:
+    """Runs code in processes that know of each other what torchrun tells them; all must succeed.
+
+    Args:
+        source: the code of each.
+        words: what stands in ``sys.argv`` behind the program.
+        folder: where their messages go.
+        count: how many there are.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    files = [folder / f"messages-{rank}" for rank in range(count)]
+    started = [
+        start(source, *words, err=file, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank, file in enumerate(files)
+    ]
+    for process in started:
+        process.join(240)
+        if process.exitcode:  # the others may wait for it
+            break
+    for process in started:
+        process.kill()
+        process.join()
+    assert all(process.exitcode == 0 for process in started), [f.read_text() for f in files]
 
 
 def _work(source: str, words: list[str], files: list[Path | None], environ: dict[str, str]) -> None:

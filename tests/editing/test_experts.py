@@ -90,7 +90,9 @@ def test_several_layers_and_the_published_algorithm(made, shared_dir):
     )
     editor = ch.Editor(model, tokenizer, statistics=statistics, config=config)
     editor.edit(facts[:2])
-    found = evaluate(model, tokenizer, facts[:2], hooks=editor.hooks, generate=False, progress=False)
+    found = evaluate(
+        model, tokenizer, facts[:2], hooks=editor.hooks, generate=False, progress=False
+    )
     assert found["teacher_forced"]["after"]["reliability"] >= 0.5
     editor.detach()
 
