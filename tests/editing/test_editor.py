@@ -19,7 +19,6 @@ from coachhook.editing.reading import read_states
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.models import describe, get_submodule
 
-
 # Where what is written is the matter, not how well.
 QUICK = {"rewordings": 0, "target_steps": 2}
 

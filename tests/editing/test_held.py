@@ -38,7 +38,7 @@ def hold(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_targets_are_those_of_runs_without_the_others(make_editor, requests, monkeypatch, kl):
     """With tied requests, rewordings that join, places that differ and longer targets."""
-    editor, model, tokenizer = make_editor(rewordings=0, contexts=TWO, dtype=torch.float64)
+    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
     batch = encode_requests(tokenizer, requests[:7], editor.config.contexts, None)
     unknown = replace(requests[5], target_new="Marie Antoinette Fontaine")
     batch += encode_requests(tokenizer, [unknown], editor.config.contexts, None)
