@@ -342,8 +342,7 @@ def test_inspect_draws_the_gate(world, output, tmp_path):
 
 
 def test_revert_takes_one_batch_back(world, tmp_path, output):
-    out = tmp_path / "edits"
-    assert call(*edit(world, out)) == 0
+    out = shutil.copytree(world / "edits", tmp_path / "edits")
     found, _ = output("revert", out, "--batch", 2)
     assert found["edits"] == EDITS - BATCH and 2 not in found["batches"]
     facts = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
@@ -450,6 +449,7 @@ def test_demo_speaks_to_someone_new(capsys, monkeypatch):
     demo_facts = bundled.demo_facts
     monkeypatch.setattr(bundled, "demo_facts", lambda: demo_facts()[:6])
     monkeypatch.setattr(bundled, "DEMO_BATCH_SIZE", 2)
+    monkeypatch.setattr("coachhook.cli.demo._STATISTICS_TOKENS", 5_000)
     assert call("demo") == 0
     out = capsys.readouterr().out
     for words in (
