@@ -124,6 +124,12 @@ def test_what_is_said_to_a_closed_stream_goes_nowhere(world, closed, words):
     assert (run.stdout == "") == (1 in closed)
 
 
+def test_messages_to_a_closed_stream_are_not_among_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it where it starts without one
+    assert call("inspect", tmp_path / "none") == 2
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("command", ["generate", "eval", "edit", "resume"])
 def test_a_wrong_folder_is_refused_before_the_model_is_read(world, tmp_path, capsys, command):
     nowhere, facts = tmp_path / "model", world / "the facts.json"
