@@ -105,15 +105,29 @@ def test_a_text_from_a_pipe_too_short_to_measure_on_is_a_failure_in_words(world,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are other rules for handles")
-@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
-@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)], ids=str)
-def test_what_is_said_to_a_closed_stream_goes_nowhere(world, closed, more):
-    argv = [sys.executable, "-m", "coachhook", "inspect", str(world / "edits"), *more]
+@pytest.mark.parametrize(
+    ("closed", "words"),
+    [
+        ((1,), ["inspect", "EDITS", "--json"]),
+        ((2,), ["inspect", "EDITS"]),
+        ((1, 2), ["inspect", "--help"]),  # which is quick
+    ],
+    ids=str,
+)
+def test_what_is_said_to_a_closed_stream_goes_nowhere(world, closed, words):
+    words = [str(world / "edits") if word == "EDITS" else word for word in words]
+    argv = [sys.executable, "-m", "coachhook", *words]
     close = " ".join(f"{number}>&-" for number in closed)
     shell = ["sh", "-c", f'exec "$@" {close}', "sh", *argv]
     run = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert (run.stdout == "") == (1 in closed)
+
+
+def test_messages_to_a_closed_stream_are_not_among_the_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it where it starts without one
+    assert call("inspect", tmp_path / "none") == 2
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "edit", "resume"])

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from coachhook import bundled
 from coachhook.cli import main
 from coachhook.editing import load_state
+from tests import processes
 
 BATCH, EDITS = 3, 9
 
@@ -24,25 +25,31 @@ def call(*argv):
     return main([str(a) for a in argv])
 
 
+def said(*argv):
+    """What a command that must succeed says on stdout and on stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert call(*argv) == 0
+    return out.getvalue(), err.getvalue()
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Text, facts, statistics and edits in one folder, all made by the commands."""
     root = tmp_path_factory.mktemp("world")
     (root / "text").mkdir()
     texts = bundled.texts()
-    (root / "text" / "a.txt").write_text("\n".join(texts[:600]), encoding="utf-8")
-    lines = [json.dumps({"text": text}) for text in texts[600:1000]]
+    (root / "text" / "a.txt").write_text("\n".join(texts[:300]), encoding="utf-8")
+    lines = [json.dumps({"text": text}) for text in texts[600:800]]
     (root / "text" / "b.jsonl").write_text("\n".join(lines), encoding="utf-8")
     step = len(bundled.facts()) // EDITS
     facts = [{**record, "id": i} for i, record in enumerate(bundled.facts()[::step][:EDITS])]
     (root / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
     model = bundled.model_path()
     assert call("stats", model, "--text", root / "text", "--out", root / "stats") == 0
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert call(*edit(root, root / "edits", "--json")) == 0
-    (root / "edit.json").write_text(out.getvalue())
-    (root / "edit.err").write_text(err.getvalue())
+    out, err = said(*edit(root, root / "edits", "--json"))
+    (root / "edit.json").write_text(out)
+    (root / "edit.err").write_text(err)
     return root
 
 
@@ -127,13 +134,8 @@ def test_edits_do_not_touch_the_models_files(world):
 @pytest.fixture(scope="module")
 def measured(world, tmp_path_factory):
     argv = ["eval", bundled.model_path(), "--edits", world / "edits", world / "facts.jsonl"]
-    done = subprocess.run(
-        [sys.executable, "-m", "coachhook", *map(str, argv), "--json", "--oracle"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout), done.stderr
+    out, err = said(*argv, "--json", "--oracle")
+    return json.loads(out), err
 
 
 def test_eval_prints_the_pinned_object(measured):
@@ -240,14 +242,19 @@ def test_resume_leaves_out_what_is_there_and_equals_one_run(world, tmp_path, out
 
 def test_a_killed_run_goes_on(world, tmp_path):
     out = tmp_path / "edits"
-    argv = [sys.executable, "-m", "coachhook", *map(str, edit(world, out))]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.startswith("batch 1/") and "not converged" in line:
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    messages = tmp_path / "messages"
+    process = processes.start("-m coachhook", *edit(world, out), err=messages)
+    while process.exitcode is None and not (
+        messages.exists() and "not converged" in messages.read_text()
+    ):
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (
+        "batch 1/" in messages.read_text()
+        and f"batch {EDITS // BATCH}/" not in messages.read_text()
+    )
     assert (out / "manifest.json").is_file()
     assert call(*edit(world, out, "--resume")) == 0
     assert same_edits(out, world / "edits")
@@ -335,8 +342,7 @@ def test_inspect_draws_the_gate(world, output, tmp_path):
 
 
 def test_revert_takes_one_batch_back(world, tmp_path, output):
-    out = tmp_path / "edits"
-    assert call(*edit(world, out)) == 0
+    out = shutil.copytree(world / "edits", tmp_path / "edits")
     found, _ = output("revert", out, "--batch", 2)
     assert found["edits"] == EDITS - BATCH and 2 not in found["batches"]
     facts = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
@@ -368,13 +374,7 @@ def test_export_makes_a_model_for_transformers_alone(world, tmp_path):
     argv = ["export", world / "edits", "--model", bundled.model_path(), "--format", "merged"]
     options = ["--out", out, "--text", world / "text" / "a.txt", "--text-tokens", 200, "--json"]
     options += ["--measure", BATCH]
-    done = subprocess.run(
-        [sys.executable, "-m", "coachhook", *map(str, [*argv, *options])],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout)
+    found = json.loads(said(*argv, *options)[0])
     assert found["edits"] == EDITS and found["measured"]["facts"] == BATCH
     assert found["gate"] is False and "every token" in found["note"]
     states = [found["measured"][state] for state in ("unedited", "gated", "exported")]
@@ -445,7 +445,11 @@ def test_demo_prints_the_pinned_object(tmp_path, output):
     assert len(found["batches"]) == 3
 
 
-def test_demo_speaks_to_someone_new(capsys):
+def test_demo_speaks_to_someone_new(capsys, monkeypatch):
+    demo_facts = bundled.demo_facts
+    monkeypatch.setattr(bundled, "demo_facts", lambda: demo_facts()[:6])
+    monkeypatch.setattr(bundled, "DEMO_BATCH_SIZE", 2)
+    monkeypatch.setattr("coachhook.cli.demo._STATISTICS_TOKENS", 5_000)
     assert call("demo") == 0
     out = capsys.readouterr().out
     for words in (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from coachhook.cli import main
+from tests import processes
 from tests.evaluation.tiny import SENTENCES, tiny_model, tiny_tokenizer
 
 FACT = {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
@@ -517,10 +517,9 @@ def test_a_failed_export_leaves_nothing(world, tmp_path, monkeypatch, capsys):
 def test_a_real_process_has_the_same_status(world, tmp_path):
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps([{**FACT, "target_new": ""}]))
-    argv = [sys.executable, "-m", "coachhook", *map(str, edit(world, facts))]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "record 0 (line 1): field 'target_new' must not be empty" in done.stderr
-    assert "Traceback" not in done.stderr
+    out, err = tmp_path / "out", tmp_path / "err"
+    assert processes.run("-m coachhook", *edit(world, facts), out=out, err=err) == 2
+    assert out.read_text() == ""
+    assert "record 0 (line 1): field 'target_new' must not be empty" in err.read_text()
+    assert "Traceback" not in err.read_text()
     assert not (world / "new").exists()

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu" / "run.sh"
 
@@ -134,10 +136,11 @@ def test_the_limits_add_up_to_less_than_nine_minutes() -> None:
 
 
 @pytest.mark.parametrize("ending", ["KeyboardInterrupt", "RuntimeError"])
-def test_launches_that_end_early_leave_their_rows(ending: str) -> None:
+def test_launches_that_end_early_leave_their_rows(ending: str, tmp_path: Path) -> None:
     # What it measures needs a GPU; what it does with the rows does not.
     code = f"""
 import itertools, sys
+sys.path[:0] = [{str(SCRIPT.parent)!r}, {str(ROOT)!r}]
 import launches
 launches.calls = lambda: zip("abc", "123", itertools.repeat(None))
 def measured(op, shape, call):
@@ -148,15 +151,9 @@ launches.measured = measured
 sys.argv = ["launches.py", "--json"]
 launches.main()
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode and ending in result.stderr
-    assert [row["op"] for row in json.loads(result.stdout)] == ["a", "b"]
+    out, err = tmp_path / "out", tmp_path / "err"
+    assert processes.run(code, out=out, err=err) and ending in err.read_text()
+    assert [row["op"] for row in json.loads(out.read_text())] == ["a", "b"]
 
 
 def test_all_tests_for_a_gpu_are_run() -> None:

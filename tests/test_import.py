@@ -10,25 +10,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = ["coachhook", "coachhook.ops", "coachhook.cli"]
 
+# What is imported is told after each module, in the order in which one needs the other.
 _PROBE = """
-import json, sys
+import importlib, json, sys
 import torch
-before = set(sys.modules)
-import {module}
-print(json.dumps({{
-    "new": sorted(set(sys.modules) - before),
-    "cuda": torch.cuda.is_initialized(),
-    "threads": torch.get_num_threads(),
-    "deterministic": torch.are_deterministic_algorithms_enabled(),
-    "default_dtype": str(torch.get_default_dtype()),
-}}))
+
+def settings():
+    return {
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "default_dtype": str(torch.get_default_dtype()),
+    }
+
+before, bare = set(sys.modules), settings()
+states = {}
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+    new = sorted(set(sys.modules) - before)
+    states[module] = settings() | {"new": new, "cuda": torch.cuda.is_initialized()}
+print(json.dumps({"bare": bare, "states": states}))
 """
 
 
-def probe(module: str) -> dict[str, object]:
+@pytest.fixture(scope="module")
+def probed() -> dict[str, dict]:
+    """Torch as it is before anything of the package is imported, and after each import."""
     result = subprocess.run(
-        [sys.executable, "-c", _PROBE.format(module=module)],
+        [sys.executable, "-c", _PROBE, *MODULES],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -37,19 +47,19 @@ def probe(module: str) -> dict[str, object]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("module", ["coachhook", "coachhook.ops", "coachhook.cli"])
-def test_import_starts_nothing(module: str) -> None:
-    state = probe(module)
+@pytest.mark.parametrize("module", MODULES)
+def test_import_starts_nothing(probed: dict[str, dict], module: str) -> None:
+    state = probed["states"][module]
     assert state["cuda"] is False
     new = {name.partition(".")[0] for name in state["new"]}
     assert not new & {"triton", "transformers", "matplotlib", "peft", "safetensors"}
     assert "coachhook._C" not in state["new"]
 
 
-def test_import_changes_no_setting_of_torch() -> None:
-    state, bare = probe("coachhook.ops"), probe("json")
-    for setting in ("threads", "deterministic", "default_dtype"):
-        assert state[setting] == bare[setting]
+@pytest.mark.parametrize("module", MODULES)
+def test_import_changes_no_setting_of_torch(probed: dict[str, dict], module: str) -> None:
+    state, bare = probed["states"][module], probed["bare"]
+    assert len(bare) == 3 and {setting: state[setting] for setting in bare} == bare
 
 
 @pytest.fixture

@@ -19,6 +19,9 @@ from coachhook.editing.reading import read_states
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.models import describe, get_submodule
 
+# Where what is written is the matter, not how well.
+QUICK = {"rewordings": 0, "target_steps": 2}
+
 
 @torch.no_grad()
 def answer(model, tokenizer, prompt, tokens=3):
@@ -52,7 +55,7 @@ def assert_same_bits(left, right):
 
 @pytest.mark.parametrize("layers", [[0], [0, 1]], ids=str)
 def test_keys_of_zeros_are_refused_with_the_fact(make_editor, requests, layers):
-    editor, model, tokenizer = make_editor(layers=layers)
+    editor, model, tokenizer = make_editor(layers=layers, rewordings=0)
     editor.edit(requests[:1])
     before = state_bits(editor)
     block = get_submodule(model, describe(model).layers[layers[-1]].block_path)
@@ -97,7 +100,7 @@ def test_consecutive_batches_keep_earlier_ones(make_editor, requests):
 
 
 def test_a_detached_editor_writes_nothing(make_editor, requests):
-    editor, _, _ = make_editor(rewordings=0, target_steps=2)
+    editor, _, _ = make_editor(**QUICK)
     editor.edit(requests[:1])
     before = state_bits(editor)
     editor.detach()
@@ -107,7 +110,7 @@ def test_a_detached_editor_writes_nothing(make_editor, requests):
 
 
 def test_detaching_gives_the_model_back_to_the_bit(make_editor, requests):
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     plain = logits(model, tokenizer, requests[0].text)
     editor.edit(requests[:2])
     assert not torch.equal(logits(model, tokenizer, requests[0].text), plain)
@@ -118,7 +121,7 @@ def test_detaching_gives_the_model_back_to_the_bit(make_editor, requests):
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_an_exception_leaves_everything_as_it_was(make_editor, requests, monkeypatch, preset):
-    editor, model, tokenizer = make_editor(preset)
+    editor, model, tokenizer = make_editor(preset, **QUICK)
     editor.edit(requests[:2])
     before, plain = state_bits(editor), logits(model, tokenizer, requests[0].text)
 
@@ -133,14 +136,14 @@ def test_an_exception_leaves_everything_as_it_was(make_editor, requests, monkeyp
     assert list(editor.batches) == [1]
     assert torch.equal(logits(model, tokenizer, requests[0].text), plain)
     result = editor.edit(requests[2:4])
-    again, _, _ = make_editor(preset)
+    again, _, _ = make_editor(preset, **QUICK)
     again.edit(requests[:2])
     assert torch.equal(again.edit(requests[2:4]).targets, result.targets)
 
 
 def test_a_batch_is_taken_back_whole_or_not_at_all(make_editor, requests, monkeypatch):
     """Also where a hook has no room for what is left."""
-    editor, model, tokenizer = make_editor(layers=[1, 2], rewordings=0, target_steps=2)
+    editor, model, tokenizer = make_editor(layers=[1, 2], **QUICK)
     for first in (0, 2):
         editor.edit(requests[first : first + 2])
     before, plain = state_bits(editor), logits(model, tokenizer, requests[0].text)
@@ -161,7 +164,7 @@ def test_a_batch_is_taken_back_whole_or_not_at_all(make_editor, requests, monkey
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_taking_a_batch_back_equals_never_adding_its_keys(make_editor, requests, batch):
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(rewordings=0)
     for start in (0, 2, 4):
         editor.edit(requests[start : start + 2])
     layer = editor.config.layers[0]
@@ -233,7 +236,7 @@ def test_ten_batches_equal_one(make_editor, requests):
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_saved_edits_answer_and_go_on_alike(make_editor, requests, tmp_path, preset):
-    editor, model, tokenizer = make_editor(preset)
+    editor, model, tokenizer = make_editor(preset, **QUICK)
     editor.edit(requests[:3])
     editor.save(tmp_path / "edits")
     edited = logits(model, tokenizer, requests[0].text)
@@ -257,7 +260,7 @@ def test_saved_edits_answer_and_go_on_alike(make_editor, requests, tmp_path, pre
 
 
 def test_swapping_edit_sets_in_place(make_editor, requests, tmp_path):
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     editor.edit(requests[:2])
     editor.save(tmp_path / "one")
     editor.edit(requests[2:4])
@@ -274,7 +277,7 @@ def test_swapping_edit_sets_in_place(make_editor, requests, tmp_path):
 
 
 def test_edits_of_another_model_are_refused(make_editor, requests, tmp_path):
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     editor.edit(requests[:1])
     editor.save(tmp_path / "edits")
     editor.detach()
@@ -288,7 +291,7 @@ def test_edits_of_another_model_are_refused(make_editor, requests, tmp_path):
 
 
 def test_truncated_edits_are_refused(make_editor, requests, tmp_path):
-    editor, model, _ = make_editor()
+    editor, model, _ = make_editor(**QUICK)
     editor.edit(requests[:1])
     editor.save(tmp_path / "edits")
     editor.detach()
@@ -301,7 +304,7 @@ def test_truncated_edits_are_refused(make_editor, requests, tmp_path):
 @pytest.mark.parametrize("scope", ["sequence", "prefix", "population"])
 def test_other_scopes_write_facts_too(make_editor, requests, scope):
     longer = [r for r in requests if len(r.text.split()) > 3][:4]
-    editor, model, tokenizer = make_editor(scope=scope, alpha=1.5)
+    editor, model, tokenizer = make_editor(scope=scope, alpha=1.5, rewordings=0)
     result = editor.edit(longer)
     assert all(math.isfinite(a) for a in result.alphas.values())
     right = [answer(model, tokenizer, r.text).startswith(r.target_new) for r in longer]
@@ -319,7 +322,7 @@ def test_other_scopes_write_facts_too(make_editor, requests, scope):
     ],
 )
 def test_batches_in_several_layers_and_with_mean_keys(make_editor, requests, changes):
-    editor, model, tokenizer = make_editor(**changes)
+    editor, model, tokenizer = make_editor(**changes, rewordings=0)
     editor.edit(requests[:3])
     first = {layer: editor.hooks[layer].delta().clone() for layer in editor.config.layers}
     targets = editor.edit(requests[3:6])
@@ -368,7 +371,7 @@ def test_bfloat16(make_editor, requests):
 
 
 def test_bad_input_changes_nothing(make_editor, requests):
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     editor.edit(requests[:1])
     before = state_bits(editor)
     good = requests[1]
@@ -500,7 +503,7 @@ def test_bad_settings_are_refused(bundled, fields, match):
 
 
 def test_an_edit_leaves_the_activations_as_they_were(make_editor, requests):
-    editor, model, _ = make_editor()
+    editor, model, _ = make_editor(rewordings=0)
     activations = [m for m in model.modules() if type(m) is NewGELUActivation]
     assert activations
     editor.edit(requests[:2])
@@ -509,7 +512,7 @@ def test_an_edit_leaves_the_activations_as_they_were(make_editor, requests):
 
 def test_every_module_has_its_own_mode_again(make_editor, requests):
     """A model that is trained in part, with what the hook wraps."""
-    editor, model, _ = make_editor()
+    editor, model, _ = make_editor(rewordings=0)
     model.train()
     model.get_submodule("transformer.h.0").eval()
     modules = [*model.named_modules(), *((f"base {i}", h.base) for i, h in editor.hooks.items())]

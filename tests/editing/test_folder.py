@@ -24,10 +24,12 @@ def _factor_file(path):
 
 
 _FACTOR = "layer.0.memory.factor"
+# What is written is the matter here, not how well.
+QUICK = {"rewordings": 0, "target_steps": 2}
 
 
 def test_the_factor_is_packed_and_comes_back_bit_for_bit(make_editor, requests, tmp_path):
-    editor, *_ = make_editor()
+    editor, *_ = make_editor(**QUICK)
     editor.edit(requests[:2])
     editor.save(tmp_path / "edits")
     memory = editor._state.layers[0].memory
@@ -40,7 +42,7 @@ def test_the_factor_is_packed_and_comes_back_bit_for_bit(make_editor, requests, 
 
 def test_later_saves_take_the_factor_over_until_keys_are_folded(make_editor, requests, tmp_path):
     path = tmp_path / "edits"
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     editor.edit(requests[:1])
     editor.save(path)
     first = _factor_file(path).stat()
@@ -67,7 +69,7 @@ def test_folders_of_earlier_format_versions_load_and_go_on(
 ):
     """All was in one, the factor square at first, and Python's NaN stood in the manifest."""
     path = tmp_path / "old"
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     for i in range(2):
         editor.edit(requests[i : i + 1])
     editor.save(tmp_path / "new")
@@ -102,7 +104,7 @@ def test_folders_of_earlier_format_versions_load_and_go_on(
 def test_how_far_apart_the_tokens_of_a_cue_are_comes_back(make_editor, requests, tmp_path):
     """It lies with the batches alone, and in folders of before it nowhere."""
     path = tmp_path / "edits"
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     editor.edit(requests[:2])
     editor.edit(requests[2:4])
     state = editor._state
@@ -174,7 +176,7 @@ def _rows(number):
 
 def test_a_save_writes_what_the_last_batch_brought(make_editor, requests, tmp_path):
     path, moved = tmp_path / "edits", tmp_path / "moved"
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     editor.edit(requests[:1])
     editor.save(path)
     first = _homes(path)
@@ -208,7 +210,7 @@ def test_a_save_writes_what_the_last_batch_brought(make_editor, requests, tmp_pa
 
 def test_a_batch_from_the_middle_is_taken_back_in_the_folder(make_editor, requests, tmp_path):
     path = tmp_path / "edits"
-    editor, *_ = make_editor()
+    editor, *_ = make_editor(**QUICK)
     for i in range(3):
         editor.edit(requests[i : i + 1])
         editor.save(path)
@@ -226,7 +228,7 @@ def test_a_batch_from_the_middle_is_taken_back_in_the_folder(make_editor, reques
 
 def test_a_failed_batch_leaves_nothing_in_later_saves(make_editor, requests, tmp_path, monkeypatch):
     path = tmp_path / "edits"
-    editor, *_ = make_editor()
+    editor, *_ = make_editor(**QUICK)
     editor.edit(requests[:1])
     editor.save(path)
 
@@ -245,7 +247,7 @@ def test_a_failed_batch_leaves_nothing_in_later_saves(make_editor, requests, tmp
 def test_folded_keys_are_written_once(make_editor, requests, tmp_path):
     path = tmp_path / "edits"
     editor, model, tokenizer = make_editor(
-        scope="population", key_pooling="mean", max_keys=2, rewordings=0, target_steps=2
+        scope="population", key_pooling="mean", max_keys=2, **QUICK
     )
     editor.edit(requests[:3])
     editor.save(path)
@@ -283,7 +285,7 @@ def test_published_edits_are_kept(make_editor, requests, tmp_path):
 
 @pytest.mark.parametrize("damage", ["fewer", "part", "missing"])
 def test_segments_that_do_not_fit_are_refused(make_editor, requests, tmp_path, damage):
-    editor, *_ = make_editor()
+    editor, *_ = make_editor(**QUICK)
     for i in range(2):
         editor.edit(requests[i : i + 1])
         editor.save(tmp_path / "edits")
@@ -303,7 +305,7 @@ def test_segments_that_do_not_fit_are_refused(make_editor, requests, tmp_path, d
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_survive_in_strict_json(make_editor, requests, tmp_path, value):
-    editor, *_ = make_editor()
+    editor, *_ = make_editor(**QUICK)
     editor.edit(requests[:1])
     record = editor._state.batches[1]
     record.losses[0] = value
@@ -320,7 +322,7 @@ def test_values_that_are_not_finite_survive_in_strict_json(make_editor, requests
 
 
 def test_a_damaged_triangle_is_refused(make_editor, requests, tmp_path):
-    editor, *_ = make_editor()
+    editor, *_ = make_editor(**QUICK)
     editor.edit(requests[:1])
     editor.save(tmp_path / "edits")
     manifest, tensors = load_folder(tmp_path / "edits", "edits")
@@ -346,7 +348,7 @@ def test_ids_that_could_not_be_saved_are_refused(name):
 def test_memories_are_put_where_their_layers_are(make_editor, requests, tmp_path):
     """As those of a new Editor; keys in the prior stay on the CPU."""
     path = tmp_path / "edits"
-    editor, model, _ = make_editor(scope="population", max_keys=4, rewordings=0, target_steps=2)
+    editor, model, _ = make_editor(scope="population", max_keys=4, **QUICK)
     editor.edit(requests[:2])
     editor.save(path)
     editor.detach()
@@ -361,7 +363,7 @@ def test_memories_are_put_where_their_layers_are(make_editor, requests, tmp_path
 def test_what_something_else_wrote_meanwhile_is_not_lost(make_editor, requests, tmp_path):
     path, link = tmp_path / "edits", tmp_path / "link"
     link.symlink_to(path)
-    editor, model, tokenizer = make_editor()
+    editor, model, tokenizer = make_editor(**QUICK)
     editor.edit(requests[:1])
     editor.edit(requests[1:2])
     editor.save(path)

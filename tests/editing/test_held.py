@@ -18,6 +18,8 @@ from coachhook.editing.suffix import Captured
 from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 
+TWO = ("{}", "Some say that {}")
+
 
 def hold(monkeypatch) -> list[int]:
     """Hold requests on a processor too; collects the number of those in each run that is made."""
@@ -59,7 +61,7 @@ def test_targets_are_those_of_runs_without_the_others(make_editor, requests, mon
 
 def test_without_graphs_nobody_is_held(make_editor, requests, monkeypatch):
     """What cannot be captured is seen in the first run, which goes on without the others then."""
-    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    editor, model, tokenizer = make_editor(rewordings=0, contexts=TWO, dtype=torch.float64)
     batch = encode_requests(tokenizer, requests[:4], editor.config.contexts, None)
     alone = optimise_targets(model, describe(model), batch, editor.config, pad_id=0)
     made = hold(monkeypatch)
@@ -76,7 +78,7 @@ def test_without_graphs_nobody_is_held(make_editor, requests, monkeypatch):
 @pytest.mark.parametrize("short", [False, True])
 def test_what_was_captured_is_gone_with_its_chunk(make_editor, requests, monkeypatch, short):
     """Without a collection; also where the memory has run out."""
-    editor, model, tokenizer = make_editor(rewordings=0)
+    editor, model, tokenizer = make_editor(rewordings=0, contexts=TWO)
     batch = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
     hold(monkeypatch)
     graphs, alive, start = [], [], Replayed.__init__

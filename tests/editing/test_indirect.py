@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from tests.models.families import EXPERTS, INDIRECT, tiny
 
 # Outputs alone and in a tuple, a first block without experts, a norm behind them.
 OTHERS = [*INDIRECT, "mixtral", "gpt_oss", "deepseek_v3", "flex_olmo"]
+# One of each kind.
+WRITTEN = ("gemma3", "olmo2", "granite-scaled", "mixtral", "gpt_oss", "deepseek_v3", "flex_olmo")
 CONTEXTS = ("{}", "Some say that {}", "It was in the paper of today: {}")
 PLAIN = dict(target_stop=0.0, target_progress=0.0, target_kl=0.0, target_weight_decay=0.0)
 
@@ -43,6 +46,11 @@ def config_of(model, **changes):
     return EditConfig.for_model(model, **options)
 
 
+@cache
+def down_of(model, layer):
+    return get_submodule(model, describe(model).layers[layer].path)
+
+
 @contextmanager
 def answering(model, layer, change):
     """``change`` applied to the outputs of a down-projection, or of a block's experts."""
@@ -50,8 +58,7 @@ def answering(model, layer, change):
     def changed(_module, _args, output):
         return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-    down = get_submodule(model, describe(model).layers[layer].path)
-    handle = down.register_forward_hook(changed)
+    handle = down_of(model, layer).register_forward_hook(changed)
     try:
         yield
     finally:
@@ -156,13 +163,25 @@ def test_a_scale_in_between_is_a_scale_of_the_weights(bundled, requests):
     assert found[0].losses == pytest.approx(found[1].losses, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", OTHERS)
-def test_edits_write_facts_and_are_taken_back(bundled, requests, family, dtype, tmp_path):
+@pytest.fixture(scope="module")
+def some_texts():
+    return texts()[:1000]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in WRITTEN),
+        *((family, torch.bfloat16) for family in ("gemma3", "gpt_oss", "deepseek_v3")),
+    ],
+)
+def test_edits_write_facts_and_are_taken_back(
+    bundled, some_texts, requests, family, dtype, tmp_path
+):
     tokenizer = bundled[1]
     model = model_of(family, dtype)
     statistics = collect_statistics(
-        model, tokenizer, texts(), layers=[0, 1], max_tokens=4_000, progress=False
+        model, tokenizer, some_texts, layers=[0, 1], max_tokens=4_000, progress=False
     )
     # A narrow layer with random weights has no room for many keys.
     config = EditConfig.for_model(model, contexts=("{}",), rewordings=0)

@@ -104,6 +104,7 @@ def test_folders_of_before_are_of_down_projections(narrow, tmp_path):
 
 
 def test_facts_are_written_taken_back_and_served(make, requests, tmp_path):
+    requests = requests[:8]
     editor, model, tokenizer = make()
     d = model.config.hidden_size
     assert editor.config.key_site == "mlp", "that of the statistics"
@@ -144,6 +145,7 @@ def test_gates_by_norms_and_several_layers(make, requests, scope):
         ch.EditConfig.paper, layers=[0, 1], scope=scope, state_dtype="float64",
         covariance_weight=15.0, include_padding=False,
     )  # fmt: skip
+    requests = requests[:5]
     editor.edit(requests)
     found = evaluate(model, tokenizer, requests, hooks=editor.hooks, progress=False, generate=False)
     assert found["teacher_forced"]["before"]["reliability"] == 0

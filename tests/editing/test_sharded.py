@@ -19,6 +19,7 @@ from coachhook.errors import UnsupportedModelError
 from coachhook.models import load_model
 from coachhook.store import fingerprint
 
+from .. import processes
 from ..models.families import VOCAB, tiny
 
 # The logits come to a few units, after sums that the processes take in another order.
@@ -158,7 +159,7 @@ def answers(model, tokenizer, folder):
 """
 
 
-def _run(folder: Path, *ways: str) -> None:
+def _torchrun(folder: Path, *ways: str) -> None:
     (folder / "run.py").write_text(_RUN)
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = subprocess.run(
@@ -248,7 +249,7 @@ def test_a_model_in_slices_answers_as_the_whole_one(tmp_path, key_site):
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     expected = _expected(tmp_path, model, tokenizer)
     _check_effect(expected)
-    _run(tmp_path, "plan", "fsdp", "fsdp-root")
+    processes.together(_RUN, tmp_path, "plan", "fsdp", "fsdp-root", folder=tmp_path)
     for way in ("plan", "fsdp"):
         _check(tmp_path, way, expected, fingerprint(model))
     _check_refusals(json.loads((tmp_path / "fsdp-root-0.json").read_text())["refused"])
@@ -284,7 +285,7 @@ def test_real_facts_are_answered_by_a_model_in_slices(shared_dir, tmp_path):
     answers = tokenizer.batch_decode(expected["generated"])
     for answer, fact in zip(answers, facts, strict=False):
         assert answer.strip().startswith(fact["target_new"]["str"])
-    _run(tmp_path, "torch")
+    _torchrun(tmp_path, "torch")
     _check(tmp_path, "torch", expected, fingerprint(model))
 
 

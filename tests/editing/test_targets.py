@@ -19,6 +19,7 @@ from coachhook.editing.targets import optimise_targets
 from coachhook.models import describe
 
 BETAS = (0.9, 0.999)
+TWO = ("{}", "Some say that {}")
 
 
 def test_steps_by_coordinate_are_torchs_adam():
@@ -91,7 +92,7 @@ def test_a_loss_may_rise_when_rewordings_join(make_editor, requests):
 
 def test_a_request_goes_on_at_its_next_place_beside_the_others(make_editor, requests, monkeypatch):
     """A batch takes as many forwards as the request with the longest way."""
-    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    editor, model, tokenizer = make_editor(rewordings=0, contexts=TWO, dtype=torch.float64)
     batch = encode_requests(tokenizer, requests[:5], editor.config.contexts, None)
     unknown = replace(requests[5], target_new="Marie Antoinette Fontaine")
     batch += encode_requests(tokenizer, [unknown], editor.config.contexts, None)
@@ -131,7 +132,7 @@ def test_settings_of_the_steps_are_checked():
 
 def test_chunks_may_have_other_numbers_of_wordings(make_editor, requests):
     """What does not fit at once is run in parts, each with prompts of its own number."""
-    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    editor, model, tokenizer = make_editor(rewordings=0, contexts=TWO, dtype=torch.float64)
     encoded = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
     others = [request.contexts[0] for request in encoded[1:]]
     batch = [replace(encoded[0], rewordings=others), *encoded[1:]]
@@ -177,7 +178,7 @@ def test_a_chunk_has_room_for_the_rows_of_its_largest_request(make_editor, reque
 @pytest.mark.parametrize("most", [60, 100_000])
 def test_where_all_tokens_are_run_there_is_room_for_fewer(make_editor, requests, monkeypatch, most):
     """Which shows in the first forward; nobody is left out."""
-    editor, model, tokenizer = make_editor(rewordings=0, dtype=torch.float64)
+    editor, model, tokenizer = make_editor(rewordings=0, contexts=TWO, dtype=torch.float64)
     batch = encode_requests(tokenizer, requests[:4], editor.config.contexts, None)
     make, made = targets.make_problem, []
 
@@ -210,7 +211,7 @@ def test_the_problem_of_a_chunk_is_gone_when_the_next_is_made(
     make_editor, requests, monkeypatch, short
 ):
     """Also one that the device had no room for."""
-    editor, model, tokenizer = make_editor(rewordings=0)
+    editor, model, tokenizer = make_editor(rewordings=0, contexts=TWO)
     batch = encode_requests(tokenizer, requests[:3], editor.config.contexts, None)
     make, optimise, made, alive = targets.make_problem, targets._optimise_chunk, [], []
 

@@ -17,6 +17,7 @@ from coachhook.models import describe
 from .test_editor import answer, assert_same_bits, state_bits
 
 SUBJECT = "Alma Brenwick"
+TWO = ("{}", "Some say that {}")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_of_two_answers_to_one_prompt_the_later_holds(make_editor, about_one, re
 
 
 def test_reverting_the_only_batch_about_it_leaves_nothing(make_editor, about_one, requests):
-    editor, _, _ = make_editor()
+    editor, _, _ = make_editor(rewordings=0)
     editor.edit(requests[:2])
     before = state_bits(editor)
     editor.edit(about_one[:2])
@@ -155,7 +156,7 @@ def test_reverting_the_only_batch_about_it_leaves_nothing(make_editor, about_one
 
 def test_tied_targets_are_those_of_one_delta(make_editor, about_one, requests):
     """Tied requests share a delta, and the others come out as they do alone."""
-    editor, model, tokenizer = make_editor(places=("subject_last",))
+    editor, model, tokenizer = make_editor(places=("subject_last",), contexts=TWO)
     batch = [requests[0], about_one[0], requests[1], about_one[1]]
     encoded = encode_requests(tokenizer, batch, editor.config.contexts, None)
 
@@ -175,7 +176,7 @@ def test_tied_targets_are_those_of_one_delta(make_editor, about_one, requests):
 
 def test_out_of_memory_halves_what_runs_at_once(make_editor, requests):
     """The same targets where the device holds only a few rows at a time."""
-    editor, model, tokenizer = make_editor(places=("subject_last",))
+    editor, model, tokenizer = make_editor(places=("subject_last",), contexts=TWO)
     encoded = encode_requests(tokenizer, requests[:5], editor.config.contexts, None)
     head, rows = model.get_submodule("transformer.h")[-1], []
 

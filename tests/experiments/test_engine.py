@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,9 +31,9 @@ from coachhook.editing.folder import load_state
 from coachhook.evaluation import evaluate
 from coachhook.models import load_model
 from coachhook.statistics import Statistics, read_texts
+from tests import processes
 from tests.experiments.conftest import parse, run, words
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 COUNT, BATCH, STEPS = 5, 2, 8
 CONSECUTIVE = (
     "--count",
@@ -65,12 +64,12 @@ def killed(world, tmp_path_factory):
     folder = plan.run_folder(out, spec)
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "benchmarks.experiments", "run", str(folder)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (folder / "state" / "manifest.json").is_file():
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process = processes.start("-m benchmarks.experiments", "run", folder)
+    while process.exitcode is None and not (folder / "state" / "manifest.json").is_file():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (folder / "final.json").exists()
     before = len(lines(folder / "edits.jsonl"))
     said, printed = io.TextIOWrapper(io.BytesIO(), write_through=True), io.StringIO()
@@ -86,16 +85,15 @@ def test_an_interrupted_experiment_says_how_to_go_on_and_ends_its_run(world, tmp
     # What is started in the background may have been told to ignore the signal.
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     start = "import sys; from benchmarks.experiments.__main__ import main; sys.exit(main())"
-    command = [sys.executable, "-c", f"{heed}; {start}", *argv]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    said = ""
-    for line in process.stderr:
-        said += line
-        if "ours: " in line:  # printed by the run itself
-            break
-    process.send_signal(signal.SIGINT)
-    said += process.communicate()[1]
-    assert process.returncode == 130
+    messages = tmp_path / "said"
+    process = processes.start(f"{heed}; {start}", *argv, err=messages)
+    # Printed by the run itself.
+    while process.exitcode is None and not (messages.exists() and "ours: " in messages.read_text()):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    said = messages.read_text()
+    assert process.exitcode == 130
     assert "Traceback" not in said
     assert said.endswith(f"is in {tmp_path / 'out'}; give the same command again to go on\n")
     # Nobody holds the folder of the run any longer.
@@ -185,22 +183,25 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_written_again(killed, tmp_p
     assert begun.lines("new.jsonl") == [{"a": 1}]
 
 
+_ON_A_FULL_DISK = """
+import json, resource, sys
+from pathlib import Path
+from benchmarks.experiments import plan
+spec = json.loads(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as a disk with 100 bytes left
+try:
+    plan.run_all(Path(sys.argv[1]), [spec])
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
 def test_a_spec_outlives_a_disk_that_is_full(killed, world, tmp_path):
     out, *_ = killed
     shutil.copytree(out, tmp_path / "out")
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     spec = json.loads((folder / "spec.json").read_text())
-    code = (
-        "import json, resource, sys; from pathlib import Path;"
-        "from benchmarks.experiments import plan;"
-        "spec = json.loads(sys.stdin.read());"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"  # as a disk with 100 bytes left
-        "plan.run_all(Path(sys.argv[1]), [spec])"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "out")]
-    text = json.dumps(spec)
-    done = subprocess.run(command, cwd=ROOT, input=text, stderr=subprocess.PIPE, text=True)
-    assert "File too large" in done.stderr
+    assert processes.run(_ON_A_FULL_DISK, tmp_path / "out", json.dumps(spec)) == errno.EFBIG
     assert plan.read_run(folder)["spec"] == spec
 
 
@@ -255,7 +256,7 @@ def test_a_finished_folder_is_not_run_again_and_another_plan_is_refused(killed, 
     assert "in use by another process" in capsys.readouterr().err
 
 
-def test_a_system_that_fails_is_named_and_the_others_are_run(world, tmp_path, capsys):
+def test_a_system_that_fails_is_named_and_the_others_are_run(world, tmp_path, capsys, monkeypatch):
     systems = ("--systems", "alphaedit", "--set", "alphaedit.target_steps=2")
     argv = words(world, "consecutive", tmp_path, "--count", 1, *systems)
     # What a threshold is worth depends on the statistics, so that only the run finds out.
@@ -265,6 +266,7 @@ def test_a_system_that_fails_is_named_and_the_others_are_run(world, tmp_path, ca
     assert "threshold must lie above" in row["error"]
     assert "threshold must lie above" in (tmp_path / "report.html").read_text()
     # It has done nothing, so the folder takes the corrected command.
+    monkeypatch.setattr(plan, "_run_one", worker.main)
     assert main([*argv, "--set", "alphaedit.threshold=1e9"]) == 0
     (row,) = csv.DictReader((tmp_path / "results.csv").open())
     assert row["error"] == "" and int(row["edits"]) == 1
@@ -305,7 +307,7 @@ def test_single_rounds_start_from_the_unedited_model(world, tmp_path):
     assert "first facts" not in page  # there are no checkpoints
 
 
-def test_passages_longer_than_the_context_window_are_cut(world, tmp_path):
+def test_passages_longer_than_the_context_window_are_cut(world, tmp_path, monkeypatch):
     facts = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
     subjects = {fact["subject"] for fact in facts}
     other = [t for t in bundled.texts()[:200] if not any(s in t for s in subjects)]
@@ -313,6 +315,7 @@ def test_passages_longer_than_the_context_window_are_cut(world, tmp_path):
     argv = words(world, "consecutive", tmp_path / "out", "--count", 1, "--systems", "ours")
     argv[argv.index("--text") + 1] = str(tmp_path / "text.txt")
     argv += ["--set", f"ours.target_steps={STEPS}"]
+    monkeypatch.setattr(plan, "_run_one", worker.main)
     assert main(argv) == 0
     (found,) = plan.read_all(tmp_path / "out")
     assert found["final"]["language"]["tokens"] in (399, 400)

@@ -74,6 +74,6 @@ def test_other_facts_have_other_edits_and_other_text_other_statistics(tmp_path, 
 
 def test_a_command_that_fails_ends_the_script_with_its_status(capfd):
     with pytest.raises(SystemExit) as caught:
-        quality.coachhook("eval", "no-such-model", "no-such-facts.json", "--edits", "none")
+        quality.coachhook("eval", "no-such-model", "--edits", "none")
     assert caught.value.code == 2
     assert "Traceback" not in capfd.readouterr().err

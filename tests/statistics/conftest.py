@@ -76,28 +76,7 @@ def _texts(count: int, longest: int = 20, seed: int = 5) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=draw.randint(1, longest))) for _ in range(count)]
 
 
-@pytest.fixture
-def build():
-    return _build
-
-
-@pytest.fixture
-def make_texts():
-    return _texts
-
-
-@pytest.fixture(params=list(_BUILDERS))
-def any_model(request):
-    return _build(request.param)
-
-
-@pytest.fixture
-def model():
-    return _build()
-
-
-@pytest.fixture
-def tokenizer():
+def _tokenizer():
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {
         word: 4 + i for i, word in enumerate(WORDS)
     }
@@ -113,3 +92,33 @@ def tokenizer():
         eos_token="</s>",
         unk_token="<unk>",
     )
+
+
+@pytest.fixture(scope="session")
+def build():
+    return _build
+
+
+@pytest.fixture(scope="session")
+def make_texts():
+    return _texts
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    return _tokenizer
+
+
+@pytest.fixture(params=list(_BUILDERS))
+def any_model(request):
+    return _build(request.param)
+
+
+@pytest.fixture
+def model():
+    return _build()
+
+
+@pytest.fixture
+def tokenizer():
+    return _tokenizer()

@@ -52,8 +52,9 @@ def test_equals_one_text_at_a_time_in_every_family(any_model, tokenizer, make_te
         assert torch.equal(found, found.T)
 
 
-@pytest.mark.parametrize("name", ["factlm-gpt2", "factlm-llama"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("factlm-gpt2", "float32"), ("factlm-llama", "bfloat16")]
+)
 def test_a_real_model_on_real_text(shared_dir, name, dtype):
     from coachhook.models import load_model
 

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from coachhook.errors import FingerprintMismatchError, FormatError
 from coachhook.statistics import Statistics, collect, collect_statistics
 from coachhook.store import load_folder
+from tests import processes
 
 # A slow stream of texts, so that the kill meets the run in its midst.
 _RUN = """
@@ -30,7 +30,7 @@ folder, resume = sys.argv[1], sys.argv[2] == "resume"
 model = AutoModelForCausalLM.from_pretrained(folder + "/model")
 tokenizer = AutoTokenizer.from_pretrained(folder + "/model")
 statistics = collect_statistics(
-    model, tokenizer, slowly(read_texts(folder + "/texts.txt")), max_tokens=9000, batch_tokens=64,
+    model, tokenizer, slowly(read_texts(folder + "/texts.txt")), max_tokens=3000, batch_tokens=64,
     sample_size=100, checkpoint_dir=folder + "/checkpoint", checkpoint_seconds=0.0, resume=resume,
 )
 statistics.save(folder + "/statistics")
@@ -50,32 +50,31 @@ def _position(checkpoint: Path) -> dict | None:
 
 
 def test_a_killed_run_goes_on_and_ends_bit_identical(build, tokenizer, make_texts, tmp_path):
-    model, texts = build("llama"), make_texts(1500)
+    model, texts = build("llama"), make_texts(500)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.txt").write_text("\n".join(texts))
-    expected = _collect(model, tokenizer, texts, max_tokens=9000)
+    expected = _collect(model, tokenizer, texts, max_tokens=3000)
 
     kills = 0
     for mode in ("start", "resume"):
-        command = [sys.executable, "-c", _RUN, str(tmp_path), mode]
         before = _position(tmp_path / "checkpoint")
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = processes.start(_RUN, tmp_path, mode)
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.exitcode is None and time.monotonic() < deadline:
             now = _position(tmp_path / "checkpoint")
             if now is not None and now != before and (before is None or now["counts"]["tokens"]):
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 break
             time.sleep(0.005)
-        kills += process.wait() == -signal.SIGKILL
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills == 2
     assert not (tmp_path / "statistics").exists()
 
-    command = [sys.executable, "-c", _RUN, str(tmp_path), "resume"]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    assert processes.run(_RUN, tmp_path, "resume") == 0
     found = Statistics.load(tmp_path / "statistics")
-    assert found.tokens == expected.tokens == 9000
+    assert found.tokens == expected.tokens == 3000
     for layer in expected.layers:
         assert torch.equal(found.covariances[layer], expected.covariances[layer])
         assert torch.equal(found.samples[layer], expected.samples[layer])
@@ -86,9 +85,10 @@ class _Killed(Exception):
     pass
 
 
-@pytest.fixture
-def interrupted(model, tokenizer, make_texts, tmp_path):
-    """A checkpoint of a run that ended in the midst of a window, and the texts of that run."""
+@pytest.fixture(scope="module")
+def died(build, make_tokenizer, make_texts, tmp_path_factory):
+    """A checkpoint of a run that ended in the midst of a window."""
+    model, state = build(), tmp_path_factory.mktemp("died") / "state"
     texts, forwards = make_texts(400), []
 
     def die(module, arguments):
@@ -98,11 +98,17 @@ def interrupted(model, tokenizer, make_texts, tmp_path):
 
     handle = model.transformer.h[1].register_forward_pre_hook(die)
     with pytest.raises(_Killed):
-        _collect(model, tokenizer, texts, checkpoint_dir=tmp_path / "state", checkpoint_seconds=0.0)
+        _collect(model, make_tokenizer(), texts, checkpoint_dir=state, checkpoint_seconds=0.0)
     handle.remove()
-    position = _position(tmp_path / "state")
+    position = _position(state)
     assert position["counts"]["read"] > 0 and position["batches"] > 0
-    return tmp_path / "state", texts
+    return state
+
+
+@pytest.fixture
+def interrupted(died, make_texts, tmp_path):
+    """A copy of that checkpoint, and the texts of the run."""
+    return shutil.copytree(died, tmp_path / "state"), make_texts(400)
 
 
 def test_resuming_twice_gives_the_same_and_a_finished_run_comes_back(model, tokenizer, interrupted):

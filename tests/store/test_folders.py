@@ -3,8 +3,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from coachhook.store import (
     write_folder_atomically,
 )
 from coachhook.store.folders import current_folder
+from tests import processes
 
 
 def _write(text):
@@ -146,9 +145,9 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
         write_folder_atomically(out, _write("1"))
         out.chmod(0o555)
         if os.geteuid() == 0:
-            argv = [sys.executable, "-c", _AS_NOBODY, str(out)]
-            run = subprocess.run(argv, check=True, capture_output=True, text=True)
-            assert run.stdout.count("which is read-only; give write permission") == 2
+            said = tmp_path / "said"
+            assert processes.run(_AS_NOBODY, out, out=said) == 0
+            assert said.read_text().count("which is read-only; give write permission") == 2
         else:
             for act in (check_writable, lambda path: write_folder_atomically(path, _write("2"))):
                 with pytest.raises(ValueError, match="which is read-only; give write permission"):
@@ -190,8 +189,7 @@ save_folder(sys.argv[1], kind="edits", manifest={"n": 2}, tensors={"t": torch.fu
 def test_death_between_the_renames_loses_nothing(tmp_path):
     out = tmp_path / "out"
     save_folder(out, kind="edits", manifest={"n": 1}, tensors={"t": torch.full((5,), 1.0)})
-    process = subprocess.run([sys.executable, "-c", _DIES_BETWEEN_RENAMES, str(out)], check=False)
-    assert process.returncode == -signal.SIGKILL
+    assert processes.run(_DIES_BETWEEN_RENAMES, out) == -signal.SIGKILL
     assert not out.exists()
 
     assert current_folder(out) == tmp_path / ".out.old"
@@ -231,20 +229,20 @@ def test_readers_and_kills_at_any_moment_meet_whole_folders(tmp_path):
     save_folder(out, kind="edits", manifest={"n": 0}, tensors=first)
     seen = set()
     for round_ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _WRITES_FOREVER, str(out)], stdout=subprocess.PIPE, text=True
-        )
+        said = tmp_path / f"said-{round_}"
+        process = processes.start(_WRITES_FOREVER, out, out=said)
         try:
-            assert process.stdout is not None
-            process.stdout.readline()
+            while process.exitcode is None and not (said.exists() and said.stat().st_size):
+                time.sleep(0.005)
             until = time.monotonic() + 0.5 + 0.037 * round_
             while time.monotonic() < until:
                 manifest, tensors = load_folder(out, "edits")
                 check(manifest, tensors)
                 seen.add((round_, manifest["n"]))
+            assert process.exitcode is None
         finally:
             process.kill()
-            process.wait()
+            process.join()
         manifest, tensors = load_folder(out, "edits")
         check(manifest, tensors)
     assert len(seen) > 4
