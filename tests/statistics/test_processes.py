@@ -1,4 +1,4 @@
-"""Collections shared by real processes, as torchrun starts them."""
+"""Collections shared by real processes, started by torchrun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 
 from coachhook.statistics import Statistics, collect_statistics
 from coachhook.statistics.batches import TokenStream, make_batches
-from tests import processes
 
 # Runs several collections one after another; each ends with its statistics or its message.
 _RUN = """
@@ -119,7 +118,7 @@ def test_two_processes_give_what_one_gives(build, tokenizer, folder):
         {"texts": "-"},
         {"texts": ["w1 w2 w3"]},  # no batch for one of them
     ]
-    processes.together(_RUN, folder, json.dumps(runs), folder=folder)
+    _end(_start(folder, *runs))
     for number, dtype in enumerate([torch.float32, torch.bfloat16]):
         minimal = number == 1
         expected = _alone(build, tokenizer, folder, dtype=dtype, max_tokens=2000, minimal=minimal)
