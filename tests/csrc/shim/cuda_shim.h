@@ -158,6 +158,7 @@ struct Block {
 };
 
 inline Block* active = nullptr;
+
 inline void enter(void** save, const void* bottom, size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(save, bottom, size);
