@@ -330,7 +330,7 @@ class EditMemory:
 
         O((n N + N^2 + m N) k), without forming Delta (m n k more where keys are folded).
         """
-        rows, space = self._by_row("apply", "keys", keys, self.in_features), self._space
+        rows, space = self._by_row("apply", keys), self._space
         residual = relative_targets(self._base, space.keys, space.targets)
         result = residual.mT @ space.solve(space.solved @ rows.mT)
         return result if self._base is None else torch.addmm(result, self._base, rows.mT)
@@ -395,7 +395,7 @@ class EditMemory:
 
         They are ``K^T (C + K K^T)^-1`` [k, n]; NaN where K outweighs C by more than 1 / eps.
         """
-        rows = self._by_row("coefficients_of", "keys", keys, self.in_features)
+        rows = self._by_row("coefficients_of", keys)
         return self._space.coefficients_of(self._prior, rows)
 
     @float32_products(tf32=False)
@@ -415,7 +415,7 @@ class EditMemory:
     @float32_products(tf32=False)
     def prior_solve(self, keys: Tensor) -> Tensor:
         """``C^-1 K`` [n, k] for K [n, k]; without ``keep_prior`` C has the folded keys in it."""
-        rows = self._by_row("prior_solve", "keys", keys, self.in_features)
+        rows = self._by_row("prior_solve", keys)
         return (self._prior if self._initial is None else self._initial).solve_both(rows.mT)
 
     def keys(self) -> Tensor:
@@ -596,6 +596,5 @@ class EditMemory:
         self._owns_factor = True
         return factor
 
-    def _by_row(self, op: str, name: str, value: Tensor, length: int) -> Tensor:
-        """See :func:`columns_by_row`."""
-        return columns_by_row(op, name, value, length, like=self._factor)
+    def _by_row(self, op: str, keys: Tensor) -> Tensor:
+        return columns_by_row(op, "keys", keys, self.in_features, like=self._factor)
